@@ -1,0 +1,59 @@
+"""`rlspec env`: what a bug report or a table of timings needs to know about the machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import click
+
+
+@click.command("env", short_help="Print versions, device and backends.")
+def command() -> None:
+    """Print the versions, the device, the CPU's capabilities and the backends that rlspec would use here."""
+    for name, value in environment().items():
+        click.echo(f"{name:<14} {value}")
+
+
+def environment() -> dict[str, str]:
+    """Name -> what was found, as text; "no" for a package that is not installed."""
+    import torch
+
+    from rlspec.cli.main import installed_version
+
+    facts = {
+        "rlspec": installed_version(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+    }
+    for package in ("torch", "transformers", "triton", "safetensors", "numpy"):
+        facts[package] = _version(package)
+    facts["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
+    facts["threads"] = str(torch.get_num_threads())
+    facts["device"] = _devices()
+    facts["extension"] = _extension()
+    return facts
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "no"
+
+
+def _devices() -> str:
+    import torch
+
+    count = torch.cuda.device_count()
+    names = [f"cuda:{i} {torch.cuda.get_device_name(i)}" for i in range(count)]
+    return ", ".join(names) or "cpu (no CUDA device)"
+
+
+def _extension() -> str:
+    try:
+        from rlspec import _C
+    except ImportError as error:
+        return f"no ({error})"
+    return str(_C.__file__)

@@ -1,0 +1,62 @@
+"""The `rlspec` command: a group whose commands import torch only when they run, so that --help is instant."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import click
+
+from rlspec.errors import RlspecError
+
+# Command -> module; a command's module is imported when that command is asked for (or listed by --help).
+COMMANDS = ("track", "eval", "report", "env")
+
+
+class _Commands(click.Group):
+    """Finds each command in `rlspec.cli.<name>.command` and prints rlspec's own errors as one line."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        return import_module(f"rlspec.cli.{cmd_name}").command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except RlspecError as error:
+            click.echo(f"Error: {error}", err=True)
+            ctx.exit(error.exit_code)
+
+
+def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
+    if value and not ctx.resilient_parsing:
+        click.echo(f"rlspec {installed_version()}")
+        ctx.exit()
+
+
+def installed_version() -> str:
+    """The version in the installed package's metadata."""
+    try:
+        return version("rlspec")
+    except PackageNotFoundError:
+        return "(not installed)"
+
+
+@click.group(
+    cls=_Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100}
+)
+@click.option(
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_print_version,
+    help="Print the version and exit.",
+)
+def main() -> None:
+    """Watch the singular values and directions of a language model's weights while it is fine-tuned."""

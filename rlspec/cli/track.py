@@ -1,0 +1,77 @@
+"""`rlspec track`: train a model and track its weights' spectra, into one run folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rlspec.run.config import TrackConfig, flag, read_config_file
+
+_DEFAULTS = TrackConfig()
+
+
+def _setting(name: str, kind: Any, text: str, default: str | None = None) -> Any:
+    """An option for one setting. Its click default is None, so that a given flag can be told from a default."""
+    if default is None:
+        value = getattr(_DEFAULTS, name)
+        default = ",".join(value) if isinstance(value, tuple) else str(value)
+    return click.option(
+        flag(name), name, type=kind, default=None, help=f"{text}  [default: {default}]", show_default=False
+    )
+
+
+@click.command("track", short_help="Train (SFT, then PPO), track the spectra, write a report.")
+@_setting("every", int, "Measure each N SFT steps.")
+@_setting("ppo_every", int, "Measure each N PPO updates.")
+@_setting("model", str, "A Hugging Face folder, or the model that comes with rlspec.")
+@click.option("--out", type=click.Path(path_type=Path), help="Run folder.  [default: runs/track-<date-time>]")
+@_setting("task", str, "Task to train on.")
+@_setting("stages", str, "Stages to run.")
+@_setting("sft_steps", int, "SFT optimizer steps.")
+@_setting("batch_size", int, "SFT examples per step.")
+@_setting(
+    "learning_rate",
+    float,
+    "SFT learning rate.",
+    f"{_DEFAULTS.learning_rate} for the embedded model, else 1e-06",
+)
+@_setting("ppo_updates", int, "PPO updates, one batch of rollouts each.")
+@_setting("turns_per_update", int, "Answers sampled per PPO update.")
+@_setting(
+    "ppo_learning_rate",
+    float,
+    "PPO learning rate.",
+    f"{_DEFAULTS.ppo_learning_rate} for the embedded model, else 1e-06",
+)
+@_setting("ppo_from", int, "Start PPO from this tracked SFT step.", "the last")
+@_setting("rank", str, "Directions tracked: a share of each matrix's smaller side, or a count.")
+@_setting("modules", str, "Matrices tracked: q, k, v, o, mlp, embed, lm_head.")
+@_setting("engine", str, "How spectra are computed: delta (fast) or exact (full decompositions).")
+@_setting("shifts", str, "Evaluations; none is in distribution.")
+@_setting("deals", int, "Evaluation problems per shift.")
+@_setting("turns", int, "Verification turns per evaluation episode.")
+@_setting("checkpoint_every", int, "Keep a checkpoint each N steps or updates only.", "at each measurement")
+@_setting("seed", int, "Seed of data, sampling and evaluation.")
+@_setting("device", str, "cpu, cuda, cuda:1, …", "cuda if there is one")
+@_setting("dtype", str, "float32, or bf16 for autocast.", "bf16 on CUDA, float32 on CPU")
+@_setting("threads", int, "CPU threads.", "torch's choice")
+@click.option(
+    "--config", "config_file", type=click.Path(path_type=Path), help="YAML file of settings; flags win."
+)
+@click.option("--resume", is_flag=True, help="Continue the run in --out with its own settings.")
+def command(out: Path | None, config_file: Path | None, resume: bool, **flags: Any) -> None:
+    """Train a model on a task, SFT first and PPO from there, and track how its weights' singular values and
+    singular vectors move against the start. Leaves a run folder with report.html; Ctrl-C leaves one that
+    --resume continues."""
+    given = {name: value for name, value in flags.items() if value is not None}
+    from_file = read_config_file(config_file) if config_file else {}
+
+    from rlspec.run.settings import resolve_settings
+
+    config = resolve_settings(given, from_file, config_file=config_file, out=out, resume=resume)
+
+    from rlspec.run.experiment import run_track
+
+    run_track(config, out, resume=resume)

@@ -1,0 +1,209 @@
+"""Every setting of `rlspec track`: one frozen dataclass, the same names in config.yaml and on the command line."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from rlspec.errors import OptionError
+
+EMBEDDED = "embedded"
+STAGES = ("sft", "ppo")
+
+# Learning rates where none is given: (SFT, PPO). The paper's are for models of 7 to 11 billion parameters.
+EMBEDDED_LEARNING_RATES = (3e-4, 3e-5)
+PAPER_LEARNING_RATES = (1e-6, 1e-6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrackConfig:
+    """The settings of one run. The defaults are those of the embedded model.
+
+    Steps are optimizer steps in the SFT stage and updates (one batch of rollouts each) in the PPO stage.
+    A learning rate left at None becomes the embedded model's or, for any other model, the paper's 1e-6.
+
+    Raises
+    ------
+    OptionError
+        A value out of range; the message names the option as it is written on the command line.
+    """
+
+    model: str = EMBEDDED
+    task: str = "general_points"
+    stages: tuple[str, ...] = STAGES
+    every: int = 50
+    ppo_every: int = 5
+    checkpoint_every: int | None = None
+    sft_steps: int = 600
+    batch_size: int = 64
+    learning_rate: float | None = None
+    ppo_updates: int = 40
+    turns_per_update: int = 256
+    ppo_learning_rate: float | None = None
+    ppo_from: int | None = None
+    rank: str = "0.2"
+    modules: tuple[str, ...] = ("q", "k", "v")
+    engine: Literal["delta", "exact"] = "delta"
+    shifts: tuple[str, ...] = ("none", "both")
+    deals: int = 234
+    turns: int = 5
+    seed: int = 0
+    device: str = "auto"
+    dtype: Literal["auto", "float32", "bf16"] = "auto"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        sft_rate, ppo_rate = EMBEDDED_LEARNING_RATES if self.model == EMBEDDED else PAPER_LEARNING_RATES
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", sft_rate)
+        if self.ppo_learning_rate is None:
+            object.__setattr__(self, "ppo_learning_rate", ppo_rate)
+        for name in ("every", "ppo_every", "sft_steps", "batch_size", "ppo_updates", "turns_per_update"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("deals", "turns"):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("checkpoint_every", "threads"):
+            value = getattr(self, name)
+            self._require(name, value is None or value >= 1, "at least 1")
+        for name in ("learning_rate", "ppo_learning_rate"):
+            self._require(name, getattr(self, name) > 0, "greater than 0")
+        self._require("seed", self.seed >= 0, "at least 0")
+        for name, values in (("stages", self.stages), ("modules", self.modules), ("shifts", self.shifts)):
+            self._require(name, len(values) > 0, "one or more names, separated by commas")
+            self._require(name, len(set(values)) == len(values), "names that differ from each other")
+        for stage in self.stages:
+            if stage not in STAGES:
+                raise OptionError(f"--stages: unknown stage {stage!r}; valid: {', '.join(STAGES)}")
+        # The order is fixed: PPO starts from where SFT ends.
+        object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
+        self._check_choice("engine")
+        self._check_choice("dtype")
+        if self.ppo_from is not None:
+            self._check_ppo_from(self.ppo_from)
+
+    def _check_choice(self, name: str) -> None:
+        valid = typing.get_args(typing.get_type_hints(type(self))[name])
+        if getattr(self, name) not in valid:
+            raise OptionError(
+                f"{flag(name)}: unknown value {getattr(self, name)!r}; valid: {', '.join(valid)}"
+            )
+
+    def _check_ppo_from(self, step: int) -> None:
+        if self.stages != STAGES:
+            raise OptionError("--ppo-from needs both stages, --stages sft,ppo")
+        if not 0 <= step <= self.sft_steps or (step % self.every and step != self.sft_steps):
+            raise OptionError(
+                f"--ppo-from must be a tracked SFT step (a multiple of --every {self.every}, "
+                f"at most {self.sft_steps}), not {step}"
+            )
+
+    def _require(self, name: str, holds: bool, wanted: str) -> None:
+        if not holds:
+            value = getattr(self, name)
+            shown = ",".join(value) if isinstance(value, tuple) else value
+            raise OptionError(f"{flag(name)} must be {wanted}, not {shown!r}")
+
+    @property
+    def ood_shift(self) -> str | None:
+        """The shift that `ood_accuracy` means: the paper's `both` if it is evaluated, else the first that is not ID."""
+        others = [shift for shift in self.shifts if shift != "none"]
+        return "both" if "both" in others else next(iter(others), None)
+
+    def steps(self, stage: str) -> int:
+        """The number of steps of ``stage``."""
+        return self.sft_steps if stage == "sft" else self.ppo_updates
+
+    def is_event(self, stage: str, step: int) -> bool:
+        """Whether ``step`` is measured: step 0, each multiple of the stage's interval, and the last step."""
+        every = self.every if stage == "sft" else self.ppo_every
+        return step % every == 0 or step == self.steps(stage)
+
+    def keeps_checkpoint(self, stage: str, step: int) -> bool:
+        """Whether the event at ``step`` leaves a checkpoint: every one, or those `checkpoint_every` names and
+        the ones that the run itself needs (a stage's last step, the step that PPO starts from)."""
+        if self.checkpoint_every is None or step == self.steps(stage):
+            return True
+        return step % self.checkpoint_every == 0 or (stage == "sft" and step == self.ppo_from)
+
+    def to_settings(self) -> dict[str, Any]:
+        """The settings as config.yaml holds them: tuples become lists."""
+        return {
+            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+        }
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any], *, source: str = "config") -> TrackConfig:
+        """A config of settings read from YAML or the command line; the rest keeps its default.
+
+        Raises
+        ------
+        OptionError
+            An unknown key (the valid ones are listed), a value of the wrong type or out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        values: dict[str, Any] = {}
+        for key, value in settings.items():
+            name = str(key).replace("-", "_")
+            if name not in known:
+                raise OptionError(f"{source}: unknown setting {key!r}; valid: {', '.join(known)}")
+            values[name] = _convert(name, value, source)
+        return cls(**values)
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def split_names(value: str | Iterable[Any]) -> tuple[str, ...]:
+    """``"q, k,v"`` or ``["q", "k", "v"]`` as ``("q", "k", "v")``."""
+    parts = value.split(",") if isinstance(value, str) else [str(part) for part in value]
+    return tuple(part.strip() for part in parts if part.strip())
+
+
+def _convert(name: str, value: Any, source: str) -> Any:
+    """``value`` as the type of the setting ``name``; YAML has 1e-6 as a string and a rank as a number."""
+    hint = typing.get_type_hints(TrackConfig)[name]
+    if value is None:
+        if type(None) in typing.get_args(hint):
+            return None
+        raise OptionError(f"{source}: {name} must have a value")
+    if typing.get_origin(hint) is tuple:
+        if isinstance(value, (str, list, tuple)):
+            return split_names(value)
+        raise OptionError(f"{source}: {name} must be a list of names, not {value!r}")
+    wanted = next((kind for kind in (int, float) if kind is hint or kind in typing.get_args(hint)), str)
+    fraction = wanted is int and isinstance(value, float) and not value.is_integer()
+    if not isinstance(value, (bool, list, dict)) and not fraction:
+        try:
+            return wanted(value)
+        except ValueError:
+            pass
+    kind_name = {int: "a whole number", float: "a number", str: "a word"}[wanted]
+    raise OptionError(f"{source}: {name} must be {kind_name}, not {value!r}")
+
+
+def read_config_file(path: Path | str) -> dict[str, Any]:
+    """The settings of a YAML file for `--config`.
+
+    Raises
+    ------
+    OptionError
+        The file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise OptionError(f"--config {path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise OptionError(f"--config {path}: must be a mapping of settings to values")
+    return settings

@@ -1,0 +1,203 @@
+"""The run folder: what `rlspec track` leaves behind, and what `--resume` starts again from.
+
+::
+
+    config.yaml                        every setting of the run
+    metrics.jsonl                      one row per event; written last, so a row here means the event is complete
+    spectra.jsonl                      one row per event and matrix
+    evals.jsonl                        one row per event and shift, with the outcome of every deal
+    spectra/<stage>-<step>.safetensors singular values and sines of the angles
+    checkpoints/<stage>-<step>/        Hugging Face folders (model and tokenizer)
+    resume/<stage>/                    the trainer's own state
+    tb/                                TensorBoard events
+    summary.json, report.html          written at the end
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import yaml
+
+from rlspec.errors import RunFolderError
+from rlspec.run.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_atomically
+
+_EVENT_NAME = re.compile(r"(?P<stage>[a-z]+)-(?P<step>\d+)(\.safetensors)?")
+
+
+class RunFolder:
+    """One run's folder, held under a lock as long as the object lives (see :meth:`close`).
+
+    Use :meth:`create` for a new run, :meth:`open` for one to continue, and the constructor to only read.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self._lock: IO[bytes] | None = None
+
+    @classmethod
+    def create(cls, path: Path | str, settings: Mapping[str, Any]) -> RunFolder:
+        """Make the folder ``path`` (which must not exist) and write ``settings`` to its config.yaml.
+
+        Raises
+        ------
+        RunFolderError
+            Something is already there; it is left untouched.
+        """
+        folder = cls(path)
+        folder.refuse_existing()
+        folder.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.path.mkdir()
+        except FileExistsError:
+            folder.refuse_existing()
+            raise
+        folder._take_lock()
+        text = yaml.safe_dump(dict(settings), sort_keys=False)
+        write_atomically(folder.config_path, text.encode())
+        return folder
+
+    @classmethod
+    def open(cls, path: Path | str) -> RunFolder:
+        """Open the folder of an earlier run to continue it; cut-off last lines are removed.
+
+        Raises
+        ------
+        RunFolderError
+            No run is there, or another process is writing to it.
+        """
+        folder = cls(path)
+        folder.settings()
+        folder._take_lock()
+        for rows in (folder.metrics_path, folder.spectra_path, folder.evals_path):
+            repair(rows)
+        return folder
+
+    def refuse_existing(self) -> None:
+        """Raise RunFolderError if anything is at ``path``."""
+        if self.config_path.exists():
+            raise RunFolderError(
+                f"{self.path} already holds a run; continue it with --resume, or choose another --out"
+            )
+        if self.path.exists() or self.path.is_symlink():
+            raise RunFolderError(f"{self.path} already exists; choose another --out")
+
+    def _take_lock(self) -> None:
+        lock = (self.path / ".lock").open("ab")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            lock.close()
+            raise RunFolderError(f"{self.path} is in use by another rlspec process") from None
+        self._lock = lock
+
+    def close(self) -> None:
+        """Release the lock."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    # Paths.
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def spectra_path(self) -> Path:
+        return self.path / "spectra.jsonl"
+
+    @property
+    def evals_path(self) -> Path:
+        return self.path / "evals.jsonl"
+
+    @property
+    def tensorboard_dir(self) -> Path:
+        return self.path / "tb"
+
+    @property
+    def summary_path(self) -> Path:
+        return self.path / "summary.json"
+
+    @property
+    def report_path(self) -> Path:
+        return self.path / "report.html"
+
+    def arrays_path(self, stage: str, step: int) -> Path:
+        return self.path / "spectra" / f"{stage}-{step}.safetensors"
+
+    def checkpoint_dir(self, stage: str, step: int) -> Path:
+        return self.path / "checkpoints" / f"{stage}-{step}"
+
+    def resume_dir(self, stage: str) -> Path:
+        return self.path / "resume" / stage
+
+    # Contents.
+    def settings(self) -> dict[str, Any]:
+        """The settings in config.yaml.
+
+        Raises
+        ------
+        RunFolderError
+            There is no config.yaml, or it is not a mapping.
+        """
+        if not self.config_path.is_file():
+            raise RunFolderError(f"{self.path} holds no run to resume (no config.yaml)")
+        try:
+            settings = yaml.safe_load(self.config_path.read_text())
+        except yaml.YAMLError as error:
+            raise RunFolderError(f"{self.config_path} is not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(settings, dict):
+            raise RunFolderError(f"{self.config_path} is not a mapping of settings")
+        return settings
+
+    def metrics(self) -> list[Row]:
+        return read_rows(self.metrics_path)
+
+    def spectra(self) -> list[Row]:
+        return read_rows(self.spectra_path)
+
+    def evals(self) -> list[Row]:
+        return read_rows(self.evals_path)
+
+    def commit(self, metrics: Row, *, spectra: Iterable[Row] = (), evals: Iterable[Row] = ()) -> None:
+        """Write one event's rows. The metrics row goes last: once it is there the event is complete."""
+        append_rows(self.spectra_path, spectra)
+        append_rows(self.evals_path, evals)
+        append_rows(self.metrics_path, [metrics])
+
+    def rewind(self, points: Sequence[tuple[str, int]]) -> None:
+        """Drop everything later than ``points``, the last step of each stage that the trainer still knows.
+
+        Stages that are not named lose all their events. Incomplete events (no metrics row) go as well, so that
+        the continued run writes each row once.
+        """
+        last = dict(points)
+        keep_rows(self.metrics_path, lambda row: row["step"] <= last.get(row["stage"], -1))
+        complete = {(row["stage"], row["step"]) for row in self.metrics()}
+        for path in (self.spectra_path, self.evals_path):
+            keep_rows(path, lambda row: (row["stage"], row["step"]) in complete)
+        for parent in (self.path / "spectra", self.path / "checkpoints"):
+            for entry in sorted(parent.iterdir()) if parent.is_dir() else ():
+                match = _EVENT_NAME.fullmatch(entry.name)
+                if match and (match["stage"], int(match["step"])) in complete:
+                    continue
+                if entry.is_dir():
+                    shutil.rmtree(entry)
+                else:
+                    entry.unlink()
+
+    def write_summary(self, summary: Mapping[str, Any]) -> None:
+        write_atomically(self.summary_path, (json.dumps(summary, indent=2) + "\n").encode())
+
+    def summary(self) -> dict[str, Any]:
+        return json.loads(self.summary_path.read_text())

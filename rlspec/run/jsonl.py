@@ -1,0 +1,98 @@
+"""Append-only JSON-lines files that survive a kill at any byte.
+
+A row is one line of JSON. Rows are appended with one write and one fsync, so after a kill the file holds
+every row acknowledged before it, and at most one cut-off line at its end, which :func:`repair` removes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rlspec.errors import RunFolderError
+
+Row = dict[str, Any]
+
+
+def _plain(value: Any) -> Any:
+    """A JSON value of ``value``; a NaN or infinite float becomes null, which JSON can say."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _encode(rows: Iterable[Mapping[str, Any]]) -> bytes:
+    lines = [json.dumps(_plain(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
+    return "".join(lines).encode()
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Append ``rows`` to ``path`` and return once they are on disk."""
+    data = _encode(rows)
+    with path.open("ab") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def repair(path: Path) -> int:
+    """Cut a partly written last line off ``path``; returns the number of bytes removed (0 if it is whole)."""
+    if not path.exists():
+        return 0
+    data = path.read_bytes()
+    whole = data.rfind(b"\n") + 1
+    if whole < len(data):
+        with path.open("r+b") as file:
+            file.truncate(whole)
+            os.fsync(file.fileno())
+    return len(data) - whole
+
+
+def read_rows(path: Path) -> list[Row]:
+    """The rows of ``path`` (none if it is missing). A cut-off last line is skipped, any other bad line raises.
+
+    Raises
+    ------
+    RunFolderError
+        A whole line that is not a JSON object; the message names the file and the line number.
+    """
+    if not path.exists():
+        return []
+    rows: list[Row] = []
+    lines = path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise RunFolderError(f"{path}, line {number}: not JSON ({error})") from None
+        if not isinstance(row, dict):
+            raise RunFolderError(f"{path}, line {number}: a row must be a JSON object")
+        rows.append(row)
+    return rows
+
+
+def keep_rows(path: Path, wanted: Callable[[Row], bool]) -> int:
+    """Keep only the rows for which ``wanted`` holds; returns how many were dropped. The file is untouched if none."""
+    rows = read_rows(path)
+    kept = [row for row in rows if wanted(row)]
+    if len(kept) < len(rows):
+        write_atomically(path, _encode(kept))
+    return len(rows) - len(kept)

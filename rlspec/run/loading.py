@@ -1,0 +1,139 @@
+"""From what the command line names to a model in memory, with every refusal before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from rlspec.errors import CheckpointError, OptionError
+from rlspec.io.index import CheckpointIndex
+from rlspec.io.projections import check_finite, find_projections
+from rlspec.run.config import EMBEDDED
+from rlspec.tasks import Task, evaluation_problems
+
+
+def model_folder(name: str) -> Path:
+    """The Hugging Face folder that ``--model`` names: the embedded model's, or the path itself.
+
+    Raises
+    ------
+    CheckpointError
+        No folder with a config.json is there.
+    """
+    if name == EMBEDDED:
+        from rlspec.models import embedded_model_path
+
+        return embedded_model_path()
+    folder = Path(name).expanduser()
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{name}: no such folder; --model wants a local Hugging Face folder, or {EMBEDDED!r}"
+        )
+    if not (folder / "config.json").is_file():
+        raise CheckpointError(f"{name}: no config.json in it, so it is not a Hugging Face checkpoint")
+    return folder
+
+
+def check_checkpoint(folder: Path, modules: Sequence[str] = ()) -> None:
+    """Read the checkpoint's headers and refuse one that is cut off, malformed or without the named projections.
+
+    Raises
+    ------
+    CheckpointError
+        A file is missing, cut off or malformed.
+    ProjectionError
+        One of ``modules`` names no matrix of the checkpoint.
+    """
+    index = CheckpointIndex.open(folder)
+    if modules:
+        find_projections({name: tuple(entry.shape) for name, entry in index.tensors.items()}, modules)
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is some, else the CPU.
+
+    Raises
+    ------
+    OptionError
+        A name that torch does not know, or a CUDA device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(
+            f"--device: unknown device {name!r}; valid: auto, cpu, cuda, cuda:<index>"
+        ) from None
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"--device: unsupported device {name!r}; valid: auto, cpu, cuda, cuda:<index>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def load_model(folder: Path, device: torch.device) -> nn.Module:
+    """The causal LM of ``folder`` with float32 weights on ``device``, every one of them finite.
+
+    Raises
+    ------
+    CheckpointError
+        transformers cannot load it, or weights are missing from it.
+    TensorError
+        A weight holds NaN or infinity; the message names it.
+    """
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {_one_line(error)}") from error
+    # transformers fills missing weights with random numbers and goes on; a run on those would mean nothing.
+    if missing := sorted(info["missing_keys"]):
+        raise CheckpointError(
+            f"{folder}: {len(missing)} weights are missing from it, the first is {missing[0]}"
+        )
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter.detach())
+    return model.to(device)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of ``folder``.
+
+    Raises
+    ------
+    CheckpointError
+        There is none, or transformers cannot load it.
+    """
+    import transformers
+
+    try:
+        return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: no tokenizer that transformers can load: {_one_line(error)}"
+        ) from error
+
+
+def evaluation_keys(task: Task, shifts: Iterable[str], deals: int, seed: int) -> frozenset[Hashable]:
+    """The keys of every evaluation problem of ``shifts``: what training must never draw."""
+    return frozenset(
+        problem.key
+        for shift in shifts
+        for problem in evaluation_problems(task, deals, shift=shift, seed=seed)
+    )
+
+
+def _one_line(error: BaseException) -> str:
+    """The first line of an exception's message, or its name if it has none."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
