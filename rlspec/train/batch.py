@@ -1,0 +1,95 @@
+"""One layout for every forward pass: prompts padded on the left, answers padded on the right.
+
+    prompt  . . p p p | a a a .        P columns | T columns
+                    ^ the last prompt column predicts the first answer token
+
+All prompts thus end in the same column, so the logits and hidden states that matter to an answer are the
+columns P-1 … P+T-2 of every row, and the output head need not run on the prompt.
+
+Axes: B rows, P prompt columns, T answer columns, V vocabulary, H hidden width.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Prompts and answers of a batch; see the module's drawing."""
+
+    input_ids: Tensor  # (B, P+T) int64
+    attention_mask: Tensor  # (B, P+T) int64, 0 on padding
+    answers: Tensor  # (B, T) int64
+    answer_mask: Tensor  # (B, T) bool, True on answer tokens
+
+
+def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, int64 (B, P), of prompts padded on the left to the longest."""
+    width = max(len(prompt) for prompt in prompts)
+    ids = torch.tensor([[pad] * (width - len(prompt)) + list(prompt) for prompt in prompts])
+    lengths = torch.tensor([len(prompt) for prompt in prompts])
+    mask = torch.arange(width) >= width - lengths[:, None]
+    return ids, mask.long()
+
+
+def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, device: Any) -> AnswerBatch:
+    """Batch of (prompt ids, answer ids) pairs on a device."""
+    prompt_ids, prompt_mask = left_pad([prompt for prompt, _ in pairs], pad)
+    width = max(len(answer) for _, answer in pairs)
+    answers = torch.tensor([list(answer) + [pad] * (width - len(answer)) for _, answer in pairs])
+    lengths = torch.tensor([len(answer) for _, answer in pairs])
+    answer_mask = torch.arange(width) < lengths[:, None]
+    return AnswerBatch(
+        input_ids=torch.cat([prompt_ids, answers], dim=1).to(device),
+        attention_mask=torch.cat([prompt_mask, answer_mask.long()], dim=1).to(device),
+        answers=answers.to(device),
+        answer_mask=answer_mask.to(device),
+    )
+
+
+def position_ids(attention_mask: Tensor) -> Tensor:
+    """Positions, int64 (B, L), that count real tokens only, so left padding shifts nothing."""
+    return (attention_mask.cumsum(-1) - 1).clamp(min=0)
+
+
+def accepts(model: nn.Module, argument: str) -> bool:
+    """Whether the model's forward takes this argument by name."""
+    return argument in inspect.signature(model.forward).parameters
+
+
+def answer_forward(model: Any, batch: AnswerBatch, *, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Logits (B, T, V) that predict each answer token and, if asked for, the last hidden states (B, T, H)
+    they are computed from (what the output head is fed, so any scaling after it is left out).
+    """
+    width = batch.answers.shape[1]
+    options: dict[str, Any] = {"use_cache": False}
+    if accepts(model, "position_ids"):
+        options["position_ids"] = position_ids(batch.attention_mask)
+    if accepts(model, "logits_to_keep"):
+        options["logits_to_keep"] = width + 1
+    captured: list[Tensor] = []
+    hook = None
+    if hidden:
+        head = model.get_output_embeddings()
+        hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    try:
+        output = model(batch.input_ids, attention_mask=batch.attention_mask, **options)
+    finally:
+        if hook is not None:
+            hook.remove()
+    # The last column predicts the token after the answer, which nobody asked for.
+    logits = output.logits[:, -width - 1 : -1]
+    return logits, captured[0][:, -width - 1 : -1] if hidden else None
+
+
+def autocast(device: torch.device, dtype: Literal["auto", "float32", "bf16"]) -> torch.autocast:
+    """Context of a forward pass: bf16 autocast for "bf16", and for "auto" on a CUDA device; else none."""
+    enabled = dtype == "bf16" or (dtype == "auto" and device.type == "cuda")
+    return torch.autocast(device.type, dtype=torch.bfloat16, enabled=enabled)

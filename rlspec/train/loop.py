@@ -1,0 +1,124 @@
+"""The loop that both stages share: steps, callbacks, resume states, and a clean stop on Ctrl-C."""
+
+from __future__ import annotations
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from rlspec.errors import TensorError
+from rlspec.train.callbacks import Callback, StepState, notify
+from rlspec.train.schedule import derived_seed
+from rlspec.train.state import ResumePoint, check_same_settings, read_resume_point, write_resume_point
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a stage did."""
+
+    losses: list[float]  # one a step, from the first step of the first attempt
+    steps: int  # finished steps
+    seconds: float  # spent training, over resumes too
+    stopped: bool  # by Ctrl-C, before the last step
+
+
+class StopRequest:
+    """Context that turns the first Ctrl-C into a request to stop at the next step boundary.
+
+    A second Ctrl-C interrupts at once. Outside the main thread, where Python allows no signal handlers, it
+    does nothing.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._main = threading.current_thread() is threading.main_thread()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+
+    def __enter__(self) -> StopRequest:
+        if self._main:
+            self._previous = signal.signal(signal.SIGINT, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._previous)
+
+
+def run_steps(
+    stage: str,
+    total: int,
+    take_step: Callable[[int], dict[str, float]],
+    *,
+    config: Any,
+    model: Any,
+    tokenizer: Any,
+    parts: Mapping[str, Any],
+    callbacks: Sequence[Callback],
+    resume_dir: Path | None,
+) -> TrainResult:
+    """Take steps 1 … total, or those a resume state says are missing.
+
+    ``take_step(step)`` trains and returns its logs, "loss" among them. ``parts`` are the objects with a
+    ``state_dict`` that the trajectory depends on besides the step number; the model is always one of them. A
+    resume state is written after the callbacks of its step, every ``config.checkpoint_every`` steps, at the
+    end, and on Ctrl-C.
+
+    Raises:
+        TensorError: a loss is not finite.
+        RunFolderError: the resume state belongs to other settings.
+    """
+    parts = {"model": model, **parts}
+    settings = asdict(config)
+    losses: list[float] = []
+    seconds = 0.0
+    done = 0
+    point = read_resume_point(resume_dir) if resume_dir is not None else None
+    if point is not None and resume_dir is not None:
+        check_same_settings(point, stage, settings, resume_dir)
+        for name, part in parts.items():
+            part.load_state_dict(point.parts[name])
+        done, losses, seconds = point.step, list(point.losses), point.seconds
+
+    def state(logs: dict[str, float]) -> StepState:
+        return StepState(stage, done, total, model, tokenizer, logs, seconds)
+
+    def save() -> None:
+        if resume_dir is not None:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            write_resume_point(resume_dir, ResumePoint(stage, done, total, losses, seconds, settings, states))
+
+    saved = done
+    with StopRequest() as stop:
+        if point is None:
+            notify(callbacks, state({}))
+        while done < total and not stop.requested:
+            began = time.perf_counter()
+            # Dropout is the only user of the global generators; seeding them by step makes it resumable.
+            torch.manual_seed(derived_seed(config.seed, stage, done + 1))
+            logs = take_step(done + 1)
+            if not math.isfinite(logs["loss"]):
+                raise TensorError(
+                    f"{stage} step {done + 1}: the loss is {logs['loss']}; lower the learning rate"
+                )
+            done += 1
+            losses.append(logs["loss"])
+            seconds += time.perf_counter() - began
+            notify(callbacks, state(logs))
+            if done % config.checkpoint_every == 0:
+                save()
+                saved = done
+        if saved != done:
+            save()
+    return TrainResult(losses, done, seconds, stopped=done < total)

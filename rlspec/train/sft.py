@@ -1,0 +1,101 @@
+"""Supervised fine-tuning on correct answers, the loss on answer tokens only."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence, Set
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from rlspec.tasks.base import training_problem
+from rlspec.train.batch import answer_forward, autocast, collate
+from rlspec.train.callbacks import Callback
+from rlspec.train.config import SFTConfig
+from rlspec.train.encode import encode_example, pad_id
+from rlspec.train.loop import TrainResult, run_steps
+from rlspec.train.optimizer import make_adamw, set_share
+from rlspec.train.schedule import learning_rate_at
+
+if TYPE_CHECKING:
+    from rlspec.tasks.base import Task
+
+Pair = tuple[list[int], list[int]]  # prompt ids, answer ids
+
+
+def train_sft(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    config: SFTConfig,
+    *,
+    exclude: Set[Any] = frozenset(),
+    callbacks: Sequence[Callback] = (),
+    resume_dir: Path | None = None,
+) -> TrainResult:
+    """Train every parameter of a model in place, on in-distribution problems.
+
+    Args:
+        exclude: keys of the problems never to train on (those of the evaluation).
+        resume_dir: folder of the resume state; one that holds a state is continued, the model's weights
+            included.
+
+    Raises:
+        TensorError: the loss is not finite.
+        RunFolderError: ``resume_dir`` holds a state of other settings.
+    """
+    device = next(model.parameters()).device
+    optimizer = make_adamw([(model, config.learning_rate)], config.weight_decay)
+
+    def take_step(step: int) -> dict[str, float]:
+        model.train()
+        share = learning_rate_at(
+            step, config.steps, peak=1.0, warmup_ratio=config.warmup_ratio, schedule=config.schedule
+        )
+        set_share(optimizer, share)
+        pairs = sft_batch(tokenizer, task, config, step, frozenset(exclude))
+        answer_tokens = sum(len(answer) for _, answer in pairs)
+        loss = 0.0
+        for first in range(0, len(pairs), config.micro_batch_size):
+            batch = collate(pairs[first : first + config.micro_batch_size], pad_id(tokenizer), device)
+            with autocast(device, config.dtype):
+                logits, _ = answer_forward(model, batch)
+            total = F.cross_entropy(
+                logits.float()[batch.answer_mask], batch.answers[batch.answer_mask], reduction="sum"
+            )
+            # Divided by the tokens of the whole batch, so that the split into micro-batches weighs nothing.
+            part = total / answer_tokens
+            part.backward()
+            loss += part.item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return {"loss": loss, "learning_rate": share * config.learning_rate, "grad_norm": norm.item()}
+
+    return run_steps(
+        "sft",
+        config.steps,
+        take_step,
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        parts={"optimizer": optimizer},
+        callbacks=callbacks,
+        resume_dir=resume_dir,
+    )
+
+
+def sft_batch(
+    tokenizer: Any, task: Task, config: SFTConfig, step: int, exclude: frozenset[Any]
+) -> list[Pair]:
+    """Examples of one step: a function of (seed, step), so a resumed run needs no data state."""
+    rng = random.Random(f"{config.seed}/sft/{step}")
+    pairs: list[Pair] = []
+    for _ in range(config.batch_size):
+        messages, answer = task.sft_example(training_problem(task, rng, exclude), rng)
+        ids, carries_loss = encode_example(tokenizer, messages, answer)
+        start = carries_loss.index(True)
+        pairs.append((ids[:start], ids[start:]))
+    return pairs
