@@ -1,0 +1,10 @@
+"""Spectra of weights against a fixed reference: singular values, principal angles, where an update goes."""
+
+from __future__ import annotations
+
+from rlspec.spectra.basis import SpectralBasis
+from rlspec.spectra.matrix import MatrixBasis
+from rlspec.spectra.rank import Rank
+from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
+
+__all__ = ["MatrixBasis", "Rank", "SpectralBasis", "SpectralRecord", "SpectralTracker"]

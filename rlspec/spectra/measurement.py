@@ -1,0 +1,64 @@
+"""What an engine is given and what it hands back: stacks of matrices of one shape."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlspec.spectra.matrix import MatrixBasis
+from rlspec.spectra.metrics import Update
+from rlspec.spectra.sources import stack
+
+
+@dataclass(frozen=True)
+class ReferenceStack:
+    """Reference factors of L matrices of one shape, dtype and rank k, stacked for batched products.
+
+    ``W`` (L, m, n) in the checkpoint's dtype; ``U`` (L, m, r), ``Vh`` (L, r, n) float64 or float32; ``S`` (L, r)
+    float64. A stack of one shares the memory of its :class:`MatrixBasis`.
+    """
+
+    names: tuple[str, ...]
+    W: Tensor
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+    k: int
+
+    @classmethod
+    def of(cls, matrices: list[MatrixBasis]) -> ReferenceStack:
+        return cls(
+            names=tuple(m.name for m in matrices),
+            W=stack([m.W for m in matrices]),
+            U=stack([m.U for m in matrices]),
+            S=stack([m.S for m in matrices]),
+            Vh=stack([m.Vh for m in matrices]),
+            k=matrices[0].k,
+        )
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        return int(self.W.shape[-2]), int(self.W.shape[-1])
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """Spectra of a stack of L current weights against their references; float64 unless said otherwise.
+
+    A side whose k is its whole dimension has no angles (``None``): its leading subspace is everything.
+    """
+
+    update: Update
+    sigma: Tensor  # (L, k) leading singular values of the current weight
+    sines_left: Tensor | None  # (L, k) descending
+    sines_right: Tensor | None  # (L, k) descending
+    core: Tensor  # (L, k, k) U_kᵀ ΔW V_k in the reference basis
+    best_cosine: Tensor  # (L, k) each current left vector's best |cosine| with any reference left vector
+    delta_spectral: Tensor  # (L,) ||ΔW||_2
+    effective_rank: Tensor  # (L,)
+    effective_rank_error_bound: Tensor  # (L,)
+    sigma_error_bound: Tensor  # (L,) absolute, on every one of sigma
+    angle_error_bound_rad: Tensor  # (L,) on every principal angle of both sides
+    engine: tuple[str, ...]  # per matrix: "exact" or "delta"
+    notes: tuple[str | None, ...]  # per matrix

@@ -1,0 +1,143 @@
+"""Closed-form spectral metrics, batched over matrices of one shape.
+
+Axes: ``L`` matrices, ``m`` by ``n`` each, ``r = min(m, n)``, ``k`` leading directions. Where a definition divides by
+the norm of an update or a weight, a zero divided by that zero norm is zero: an unchanged matrix has measured zeros.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+UNCHANGED_ETA = (
+    1e-3  # an entry moved by less than this share of its size counts as unchanged (arXiv 2511.08567)
+)
+
+
+@dataclass(frozen=True)
+class Update:
+    """An update ΔW = W - W_ref and its entrywise statistics; every (L,) tensor is float64."""
+
+    delta: Tensor  # (L, m, n) float32 or float64
+    delta_frobenius: Tensor  # (L,)
+    weight_frobenius: Tensor  # (L,) of the current weight
+    reference_frobenius: Tensor  # (L,)
+    sparsity: Tensor  # (L,) share of entries unchanged
+
+
+def update(weight: Tensor, reference: Tensor, *, eta: float = UNCHANGED_ETA) -> Update:
+    """Subtract and count. ``weight``, ``reference``: (L, m, n), any floating dtype.
+
+    The difference of two bfloat16 or float16 tensors is taken in float32, where it is exact, and otherwise in the
+    wider of the two dtypes, where its error is relative to the difference and not to the weight.
+    """
+    dtype = torch.float64 if torch.float64 in (weight.dtype, reference.dtype) else torch.float32
+    w, ref = weight.to(dtype), reference.to(dtype)
+    delta = w - ref
+    unchanged = delta.abs() <= eta * torch.maximum(w.abs(), ref.abs())
+    return Update(
+        delta=delta,
+        delta_frobenius=frobenius(delta),
+        weight_frobenius=frobenius(w),
+        reference_frobenius=frobenius(ref),
+        sparsity=unchanged.sum((-2, -1)).double() / (w.shape[-1] * w.shape[-2]),
+    )
+
+
+def frobenius(a: Tensor) -> Tensor:
+    """Frobenius norm of (..., m, n), as float64. Row sums are float32 at worst, the total is float64."""
+    return torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1).sqrt()
+
+
+def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    """Quotient of non-negative tensors with 0 where the denominator is 0."""
+    safe = torch.where(denominator > 0, denominator, torch.ones_like(denominator))
+    return torch.where(denominator > 0, numerator / safe, torch.zeros_like(numerator))
+
+
+def normalised_spectral_shift(sigma: Tensor, sigma_ref: Tensor) -> Tensor:
+    """NSS_k = ||σ - σ_ref|| / ||σ_ref|| over the k values given (arXiv 2511.08567). (..., k) -> (...)."""
+    return ratio((sigma - sigma_ref).norm(dim=-1), sigma_ref.norm(dim=-1))
+
+
+def relative_changes(sigma: Tensor, sigma_ref: Tensor) -> Tensor:
+    """|σ_i - σ_ref,i| / σ_ref,i, shape (..., k)."""
+    return ratio((sigma - sigma_ref).abs(), sigma_ref)
+
+
+def stable_rank(frobenius_norm: Tensor, spectral_norm: Tensor) -> Tensor:
+    """||A||²_F / ||A||²_2, 0 for a zero matrix."""
+    return ratio(frobenius_norm.square(), spectral_norm.square())
+
+
+def effective_rank(sigma: Tensor) -> Tensor:
+    """exp of the Shannon entropy of p = σ/Σσ over the last axis (Roy and Vetterli, 2007). (..., r) -> (...)."""
+    p = ratio(sigma, sigma.sum(-1, keepdim=True).expand_as(sigma))
+    total = torch.special.entr(p).sum(-1).exp()
+    return torch.where(sigma.sum(-1) > 0, total, torch.zeros_like(total))
+
+
+def effective_rank_bound(sigma: Tensor, error: Tensor) -> Tensor:
+    """How far the effective rank can be off, to first order, when ||σ - σ_true||_2 <= ``error`` (shape (...)).
+
+    With H the entropy and T = Σσ, dH/dσ_i = -(log p_i + H)/T, so the rank moves by at most
+    exp(H) * ||log p + H||_2 / T * error.
+    """
+    total = sigma.sum(-1, keepdim=True)
+    p = ratio(sigma, total.expand_as(sigma))
+    entropy = torch.special.entr(p).sum(-1, keepdim=True)
+    slope = torch.where(p > 0, p.clamp_min(1e-300).log() + entropy, torch.zeros_like(p)).norm(dim=-1)
+    return ratio(entropy.squeeze(-1).exp() * slope * error, total.squeeze(-1))
+
+
+def projected_energy(core: Tensor, delta_frobenius: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """ρ_k and the diagonal and off-diagonal energy shares of ``core`` = U_kᵀ ΔW V_k.
+
+    Args:
+        core: (L, k, k).
+        delta_frobenius: (L,) ||ΔW||_F.
+
+    Returns:
+        ρ_k = ||core||_F / ||ΔW||_F (arXiv 2510.13003), then Σ_i core_ii² / ||ΔW||²_F (changes singular values) and
+        the rest of ||core||²_F / ||ΔW||²_F (rotates); each (L,) float64.
+    """
+    core = core.double()
+    squares = core.square()
+    diagonal = squares.diagonal(dim1=-2, dim2=-1).sum(-1)
+    # Summed on its own: a difference of two totals would leave rounding noise, or a negative number, for a small rest.
+    off = (squares - torch.diag_embed(squares.diagonal(dim1=-2, dim2=-1))).sum((-2, -1))
+    total = delta_frobenius.square()
+    return ratio((diagonal + off).sqrt(), delta_frobenius), ratio(diagonal, total), ratio(off, total)
+
+
+def intruders(
+    best_cosine: Tensor, sigma: Tensor, weight_frobenius: Tensor, *, threshold: float = 0.5
+) -> tuple[Tensor, Tensor]:
+    """Intruder dimensions (arXiv 2410.21228): leading left vectors unlike every reference vector.
+
+    Args:
+        best_cosine: (L, k) largest |cosine| of each current leading left vector with all reference left vectors.
+        sigma: (L, k) current singular values.
+        weight_frobenius: (L,).
+
+    Returns:
+        Their number (L,) int64 and the share of ||W||²_F that they carry (L,) float64.
+    """
+    found = best_cosine < threshold
+    return found.sum(-1), ratio((sigma.square() * found).sum(-1), weight_frobenius.square())
+
+
+def angle_statistics(sines: Tensor) -> dict[str, float]:
+    """Maximum, mean and root mean square of the angles (radians) and the projector distance, from (k,) sines.
+
+    The projector distance ||U Uᵀ - U' U'ᵀ||_F is sqrt(2) times the norm of the sines.
+    """
+    angles = torch.asin(sines.clamp(0.0, 1.0))
+    return {
+        "max_rad": float(angles.max()),
+        "mean_rad": float(angles.mean()),
+        "rms_rad": float(angles.square().mean().sqrt()),
+        "projector_distance": float(2.0**0.5 * sines.norm()),
+    }

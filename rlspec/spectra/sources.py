@@ -1,0 +1,108 @@
+"""Weights by name, whatever holds them: a module, a mapping of tensors, or a checkpoint folder on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from rlspec.errors import TensorError
+from rlspec.io.index import CheckpointIndex
+from rlspec.io.projections import Projection, check_finite
+
+WeightSource = nn.Module | Mapping[str, Tensor] | str | Path
+
+# Wrappers put these before the names of the module they wrap.
+_WRAPPER_PREFIXES = ("module.", "_orig_mod.")
+
+
+class Weights(Protocol):
+    """Named tensors, read one at a time."""
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every tensor."""
+        ...
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor, detached; it may share memory with its owner.
+
+        Raises:
+            TensorError: no tensor of that name.
+        """
+        ...
+
+
+def open_weights(source: WeightSource) -> Weights:
+    """Give any weight source the same face."""
+    if isinstance(source, nn.Module):
+        return _TensorMapping(source.state_dict())
+    if isinstance(source, Mapping):
+        return _TensorMapping(source)
+    return _Checkpoint(Path(source))
+
+
+def read_matrix(weights: Weights, projection: Projection) -> Tensor:
+    """The two-dimensional weight (m, n) of a projection, out x in, checked to be finite.
+
+    Fused tensors are sliced, transposed layouts (GPT-2's Conv1D) turned round, sharded tensors gathered.
+
+    Raises:
+        TensorError: the tensor is missing, is not a floating matrix, or holds NaN or infinity.
+    """
+    tensor = weights.tensor(projection.tensor)
+    if hasattr(tensor, "full_tensor"):  # a DTensor of FSDP2 or tensor parallelism
+        tensor = tensor.full_tensor()
+    if tensor.ndim != 2 or not tensor.is_floating_point():
+        raise TensorError(
+            f"{projection.tensor}: expected a floating-point matrix, found {tensor.dtype} {tuple(tensor.shape)}"
+        )
+    if projection.transposed:
+        tensor = tensor.T
+    if projection.rows is not None:
+        tensor = tensor[projection.rows]
+    check_finite(projection.name, tensor)
+    return tensor
+
+
+class _TensorMapping:
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {_strip(name): t for name, t in tensors.items() if isinstance(t, Tensor)}
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(t.shape) for name, t in self._tensors.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        if name not in self._tensors:
+            raise TensorError(f"{name}: no such tensor in the weights given")
+        return self._tensors[name].detach()
+
+
+class _Checkpoint:
+    def __init__(self, folder: Path) -> None:
+        self._index = CheckpointIndex.open(folder)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(entry.shape) for name, entry in self._index.tensors.items()}
+
+    def tensor(self, name: str) -> Tensor:
+        entry = self._index.tensors.get(name)
+        if entry is None:
+            raise TensorError(f"{name}: no such tensor in the checkpoint")
+        with safe_open(str(entry.shard), framework="pt") as shard:
+            tensor: Tensor = shard.get_tensor(entry.name)
+        return tensor
+
+
+def _strip(name: str) -> str:
+    for prefix in _WRAPPER_PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def stack(tensors: list[Tensor]) -> Tensor:
+    """(L, m, n) from L matrices; a single one is only viewed, not copied."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)

@@ -1,0 +1,158 @@
+"""One row per matrix and step: the scalar metrics of a measurement under names that carry their units."""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+from rlspec.io.projections import Projection
+from rlspec.spectra.matrix import MatrixBasis
+from rlspec.spectra.measurement import Measurement
+from rlspec.spectra.metrics import (
+    angle_statistics,
+    intruders,
+    normalised_spectral_shift,
+    projected_energy,
+    ratio,
+    relative_changes,
+    stable_rank,
+)
+
+Row = dict[str, float | int | str | None]
+
+# Name -> meaning. "rel" and shares are pure numbers, "rad" are radians; σ are in the units of the weight.
+COLUMNS: dict[str, str] = {
+    "stage": "training stage",
+    "step": "optimizer step within the stage",
+    "name": "projection",
+    "module": "q, k, v, o, mlp, embed or lm_head",
+    "layer": "layer index",
+    "rows": "m",
+    "cols": "n",
+    "rank": "k, leading directions followed",
+    "sigma_max": "largest singular value",
+    "sigma_max_ref": "largest singular value of the reference",
+    "sigma_k_ref": "k-th singular value of the reference",
+    "sigma_change_rel_max": "largest |σ_i - σ_ref,i| / σ_ref,i over the leading k",
+    "sigma_change_rel_mean": "mean of the same",
+    "nss_k": "normalised spectral shift of the leading k values",
+    "delta_frobenius": "||ΔW||_F",
+    "delta_relative": "||ΔW||_F / ||W_ref||_F",
+    "stable_rank": "||W||²_F / ||W||²_2",
+    "delta_stable_rank": "||ΔW||²_F / ||ΔW||²_2",
+    "effective_rank": "exp of the entropy of σ/Σσ",
+    "effective_rank_error_bound": "how far the effective rank can be off (0: computed from all values)",
+    "angle_left_max_rad": "largest principal angle of the leading left subspaces",
+    "angle_left_mean_rad": "their mean",
+    "angle_left_rms_rad": "their root mean square",
+    "angle_right_max_rad": "largest principal angle of the leading right subspaces",
+    "angle_right_mean_rad": "their mean",
+    "angle_right_rms_rad": "their root mean square",
+    "projector_distance_left": "||U_k U_kᵀ - U_ref,k U_ref,kᵀ||_F",
+    "projector_distance_right": "the same of the right side",
+    "rho_k": "||U_kᵀ ΔW V_k||_F / ||ΔW||_F in the reference basis",
+    "energy_diagonal": "share of ||ΔW||²_F on the diagonal of U_kᵀ ΔW V_k",
+    "energy_offdiagonal": "share of ||ΔW||²_F off it",
+    "update_sparsity": "share of entries moved by at most 1e-3 of their size",
+    "intruder_dimensions": "leading left vectors with |cos| < 0.5 to every reference vector",
+    "intruder_energy": "their share of ||W||²_F",
+    "gap_at_cut_rel": "(σ_k - σ_{k+1}) / σ_k of the reference",
+    "sigma_error_bound": "absolute error bound of every singular value reported",
+    "angle_error_bound_rad": "error bound of every principal angle reported",
+    "engine": "delta or exact",
+    "note": "why a value is missing, or what was done",
+}
+
+
+def measured_row(
+    measurement: Measurement,
+    index: int,
+    matrix: MatrixBasis,
+    projection: Projection,
+    *,
+    stage: str,
+    step: int,
+) -> Row:
+    """The row of matrix ``index`` of a measured stack. Undefined values are ``None`` and the note says why."""
+    i = index
+    row = _header(matrix, projection, stage, step)
+    sigma, sigma_ref = measurement.sigma[i], matrix.S[: matrix.k]
+    change = measurement.update
+    relative = relative_changes(sigma, sigma_ref)
+    rho, diagonal, off = projected_energy(measurement.core[i : i + 1], change.delta_frobenius[i : i + 1])
+    number, energy = intruders(measurement.best_cosine[i], sigma, change.weight_frobenius[i])
+    notes = [matrix.note, measurement.notes[i]]
+    row.update(
+        sigma_max=float(sigma[0]),
+        sigma_max_ref=float(sigma_ref[0]),
+        sigma_k_ref=float(sigma_ref[-1]),
+        sigma_change_rel_max=float(relative.max()),
+        sigma_change_rel_mean=float(relative.mean()),
+        nss_k=float(normalised_spectral_shift(sigma, sigma_ref)),
+        delta_frobenius=float(change.delta_frobenius[i]),
+        delta_relative=float(ratio(change.delta_frobenius[i], change.reference_frobenius[i])),
+        stable_rank=float(stable_rank(change.weight_frobenius[i], sigma[0])),
+        delta_stable_rank=float(stable_rank(change.delta_frobenius[i], measurement.delta_spectral[i])),
+        effective_rank=float(measurement.effective_rank[i]),
+        effective_rank_error_bound=float(measurement.effective_rank_error_bound[i]),
+        rho_k=float(rho),
+        energy_diagonal=float(diagonal),
+        energy_offdiagonal=float(off),
+        update_sparsity=float(change.sparsity[i]),
+        intruder_dimensions=int(number),
+        intruder_energy=float(energy),
+        sigma_error_bound=float(measurement.sigma_error_bound[i]),
+        engine=measurement.engine[i],
+    )
+    sides = {"left": measurement.sines_left, "right": measurement.sines_right}
+    for side, sines in sides.items():
+        if sines is None:
+            notes.append(
+                f"{side} angles skipped: k = {matrix.k} is the whole {side} space, they are zero by construction"
+            )
+        else:
+            _put_angles(row, side, sines[i])
+    if any(sines is not None for sines in sides.values()):
+        row["angle_error_bound_rad"] = float(measurement.angle_error_bound_rad[i])
+    row["note"] = _join(notes)
+    return {name: _finite(value) for name, value in row.items()}
+
+
+def empty_row(matrix: MatrixBasis, projection: Projection, *, stage: str, step: int) -> Row:
+    """The row of a matrix that has no direction to follow: a zero reference."""
+    row = _header(matrix, projection, stage, step)
+    row["note"] = _join([matrix.note, "the reference has no non-zero singular value: not measured"])
+    return row
+
+
+def _header(matrix: MatrixBasis, projection: Projection, stage: str, step: int) -> Row:
+    row: Row = dict.fromkeys(COLUMNS)
+    row.update(
+        stage=stage,
+        step=step,
+        name=projection.name,
+        module=projection.module,
+        layer=projection.layer,
+        rows=matrix.shape[0],
+        cols=matrix.shape[1],
+        rank=matrix.k,
+        gap_at_cut_rel=matrix.gap_at_cut_rel,
+    )
+    return row
+
+
+def _put_angles(row: Row, side: str, sines: Tensor) -> None:
+    for name, value in angle_statistics(sines).items():
+        key = f"projector_distance_{side}" if name == "projector_distance" else f"angle_{side}_{name}"
+        row[key] = value
+
+
+def _join(notes: list[str | None]) -> str | None:
+    text = "; ".join(note for note in notes if note)
+    return text or None
+
+
+def _finite(value: float | str | None) -> float | str | None:
+    """JSON has no NaN and no infinity."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

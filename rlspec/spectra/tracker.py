@@ -1,0 +1,140 @@
+"""Measure checkpoints against a fixed reference: every tracked matrix, batched by shape."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch import Tensor
+
+from rlspec.errors import OptionError, TensorError
+from rlspec.io.projections import Projection
+from rlspec.spectra.basis import SpectralBasis
+from rlspec.spectra.exact import measure_exact
+from rlspec.spectra.matrix import MatrixBasis
+from rlspec.spectra.measurement import Measurement, ReferenceStack
+from rlspec.spectra.sources import Weights, WeightSource, open_weights, read_matrix, stack
+from rlspec.spectra.table import Row, empty_row, measured_row
+
+Engine = Literal["exact"]
+ENGINES = ("exact",)
+
+# Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. It bounds working memory
+# (a few dozen bytes per entry) and keeps a stack of small matrices inside the last-level cache.
+_STACK_ENTRIES = 4_000_000
+
+
+@dataclass
+class SpectralRecord:
+    """The spectra of one checkpoint: one row per matrix (see ``table.COLUMNS``) and the arrays behind them.
+
+    ``arrays`` maps ``"<name>/sigma"``, ``"<name>/sigma_ref"``, ``"<name>/sines_left"`` and ``"<name>/sines_right"``
+    to (k,) float64 tensors; sines are descending, and missing for a side that is skipped.
+    """
+
+    stage: str
+    step: int
+    rows: list[Row]
+    arrays: dict[str, Tensor] = field(default_factory=dict)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class _Group:
+    """Matrices measured together."""
+
+    projections: tuple[Projection, ...]
+    matrices: tuple[MatrixBasis, ...]
+    reference: ReferenceStack | None  # None: rank 0, nothing to measure
+
+
+class SpectralTracker:
+    """Measures weights against a :class:`SpectralBasis`.
+
+    Args:
+        basis: the fixed reference.
+        engine: ``"exact"``, a full float64 SVD of every matrix.
+        arrays: keep singular values and sines in the record beside the scalar rows.
+    """
+
+    def __init__(self, basis: SpectralBasis, *, engine: Engine = "exact", arrays: bool = True) -> None:
+        if engine not in ENGINES:
+            raise OptionError(f"unknown engine {engine!r}; valid: {', '.join(ENGINES)}")
+        self.basis = basis
+        self.engine = engine
+        self.arrays = arrays
+        self._groups = tuple(_groups(basis))
+
+    def measure(self, source: WeightSource, *, step: int, stage: str = "") -> SpectralRecord:
+        """Measure one set of weights.
+
+        Args:
+            source: the module being trained, a mapping of named tensors, or a checkpoint folder.
+            step: optimizer step, recorded in every row.
+            stage: name of the training stage, likewise.
+
+        Raises:
+            TensorError: a weight is missing, has another shape than its reference, or holds NaN or infinity.
+        """
+        started = time.perf_counter()
+        weights = open_weights(source)
+        record = SpectralRecord(stage=stage, step=step, rows=[])
+        rows: dict[str, Row] = {}
+        for group in self._groups:
+            stacked = stack(
+                [_read(weights, p, m) for p, m in zip(group.projections, group.matrices, strict=True)]
+            )
+            if group.reference is None:
+                pairs = zip(group.projections, group.matrices, strict=True)
+                rows.update({p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs})
+                continue
+            measurement = measure_exact(group.reference, stacked)
+            for i, (projection, matrix) in enumerate(zip(group.projections, group.matrices, strict=True)):
+                rows[projection.name] = measured_row(
+                    measurement, i, matrix, projection, stage=stage, step=step
+                )
+                if self.arrays:
+                    record.arrays.update(_arrays(measurement, i, matrix))
+        record.rows = [rows[projection.name] for projection in self.basis.projections]
+        record.seconds = time.perf_counter() - started
+        return record
+
+
+def _groups(basis: SpectralBasis) -> Iterator[_Group]:
+    """Stacks of one shape, dtype and rank, each bounded in size."""
+    by_kind: dict[tuple[object, ...], list[Projection]] = {}
+    for projection in basis.projections:
+        matrix = basis.matrix(projection.name)
+        by_kind.setdefault((matrix.shape, matrix.W.dtype, matrix.U.dtype, matrix.k), []).append(projection)
+    for members in by_kind.values():
+        first = basis.matrix(members[0].name)
+        size = max(1, _STACK_ENTRIES // first.W.numel())
+        for start in range(0, len(members), size):
+            part = tuple(members[start : start + size])
+            matrices = tuple(basis.matrix(p.name) for p in part)
+            reference = ReferenceStack.of(list(matrices)) if first.k > 0 else None
+            yield _Group(part, matrices, reference)
+
+
+def _read(weights: Weights, projection: Projection, matrix: MatrixBasis) -> Tensor:
+    weight = read_matrix(weights, projection).to(matrix.W.device)
+    if tuple(weight.shape) != matrix.shape:
+        raise TensorError(
+            f"{projection.name}: the reference is {matrix.shape[0]}x{matrix.shape[1]}, this weight is "
+            f"{'x'.join(str(d) for d in weight.shape)}"
+        )
+    return weight
+
+
+def _arrays(measurement: Measurement, index: int, matrix: MatrixBasis) -> dict[str, Tensor]:
+    arrays = {"sigma": measurement.sigma[index], "sigma_ref": matrix.S[: matrix.k]}
+    if measurement.sines_left is not None:
+        arrays["sines_left"] = measurement.sines_left[index]
+    if measurement.sines_right is not None:
+        arrays["sines_right"] = measurement.sines_right[index]
+    # Copies: a view would keep, and a file would store, the whole stack.
+    return {
+        f"{matrix.name}/{name}": values.detach().double().cpu().clone() for name, values in arrays.items()
+    }

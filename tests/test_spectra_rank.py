@@ -1,0 +1,52 @@
+"""Rank rules: share, count, snap to a gap."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rlspec.errors import OptionError
+from rlspec.spectra import Rank
+
+
+@pytest.mark.parametrize(
+    ("given", "r", "expected"),
+    [
+        (0.2, 192, 38),
+        ("0.2", 192, 38),
+        (768, 3584, 768),
+        ("768", 512, 512),
+        (1.0, 7, 7),
+        (1, 7, 1),
+        (0.01, 10, 1),
+    ],
+)
+def test_share_and_count(given, r, expected):
+    assert Rank.parse(given).resolve(r) == expected
+    assert Rank.parse(given).resolve(torch.ones(r)) == expected
+
+
+def test_gap_snaps_to_the_largest_relative_drop_within_five_percent():
+    s = torch.linspace(2.0, 1.0, 200, dtype=torch.float64)
+    s[41:] -= 0.3  # the gap sits after 41 values; the share alone says 40
+    s[60:] -= 0.5  # a larger gap, too far away
+    assert Rank.parse("gap:0.2").resolve(s) == 41
+    assert Rank.parse("0.2").resolve(s) == 40
+
+
+def test_gap_needs_values_and_survives_tiny_spectra():
+    with pytest.raises(OptionError, match="singular values"):
+        Rank.parse("gap:0.2").resolve(100)
+    assert Rank.parse("gap:0.5").resolve(torch.ones(1)) == 1
+    assert Rank.parse("gap:1").resolve(torch.ones(5)) == 5
+
+
+@pytest.mark.parametrize("bad", ["", "x", 0, 0.0, -1, 1.5, "gap:2", "gap:", "nan", "gap:nan", -0.2])
+def test_invalid_ranks_are_refused(bad):
+    with pytest.raises(OptionError, match="not valid"):
+        Rank.parse(bad)
+
+
+@pytest.mark.parametrize("text", ["0.2", "768", "gap:0.2"])
+def test_text_round_trip(text):
+    assert str(Rank.parse(text)) == text
