@@ -1,0 +1,39 @@
+"""rlspec: how fine-tuning and reinforcement learning rotate a model's singular vectors, and how to put them back.
+
+The public names below are imported on first use, so that ``import rlspec`` and ``rlspec --help`` load no torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlspec import tasks as tasks
+    from rlspec import train as train
+    from rlspec.linalg.svd import svd as svd
+    from rlspec.restore import restore_matrix as restore_matrix
+    from rlspec.spectra.basis import SpectralBasis as SpectralBasis
+    from rlspec.spectra.tracker import SpectralTracker as SpectralTracker
+
+_ATTRIBUTES = {
+    "SpectralBasis": "rlspec.spectra",
+    "SpectralTracker": "rlspec.spectra",
+    "restore_matrix": "rlspec.restore",
+    "svd": "rlspec.linalg.svd",
+}
+_SUBPACKAGES = ("tasks", "train")
+
+__all__ = ["SpectralBasis", "SpectralTracker", "restore_matrix", "svd", "tasks", "train"]  # noqa: F822
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ATTRIBUTES:
+        return getattr(import_module(_ATTRIBUTES[name]), name)
+    if name in _SUBPACKAGES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,29 @@
+"""What pyproject.toml cannot say: the C++ extension, and where the package rlspec.kernels lies."""
+
+from __future__ import annotations
+
+from glob import glob
+
+from pybind11.setup_helpers import Pybind11Extension
+from setuptools import find_packages, setup
+
+KERNELS = "rlspec.kernels"  # kept in kernels/triton, which has no __init__.py above it on purpose
+
+extension = Pybind11Extension(
+    "rlspec._C",
+    sorted(glob("csrc/*.cpp")),
+    depends=sorted(glob("csrc/*.hpp")),
+    include_dirs=["csrc"],
+    cxx_std=17,
+    extra_compile_args=["-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
+)
+
+setup(
+    packages=[
+        *find_packages(include=["rlspec", "rlspec.*"]),
+        KERNELS,
+        *(f"{KERNELS}.{name}" for name in find_packages("kernels/triton")),
+    ],
+    package_dir={KERNELS: "kernels/triton"},
+    ext_modules=[extension],
+)
