@@ -24,7 +24,7 @@ _ATTRIBUTES = {
 }
 _SUBPACKAGES = ("tasks", "train")
 
-__all__ = ["SpectralBasis", "SpectralTracker", "restore_matrix", "svd", "tasks", "train"]  # noqa: F822
+__all__ = ["SpectralBasis", "SpectralTracker", "restore_matrix", "svd", "tasks", "train"]
 
 
 def __getattr__(name: str) -> Any:

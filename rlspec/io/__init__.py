@@ -1,0 +1,3 @@
+"""Checkpoints on disk: their index, and which tensors are which projections."""
+
+from __future__ import annotations
