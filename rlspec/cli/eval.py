@@ -41,7 +41,8 @@ def command(
     device: str,
     threads: int | None,
 ) -> None:
-    """Let a checkpoint solve DEALS problems per shift and print the share it solves, with a 95 % Wilson interval."""
+    """Let a checkpoint solve DEALS problems per shift; print the share solved and its 95 %
+    Wilson interval."""
     # The same checks as a run's settings.
     config = TrackConfig(
         model=model,

@@ -9,11 +9,12 @@ import click
 
 from rlspec.run.config import TrackConfig, flag, read_config_file
 
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _DEFAULTS = TrackConfig()
 
 
 def _setting(name: str, kind: Any, text: str, default: str | None = None) -> Any:
-    """An option for one setting. Its click default is None, so that a given flag can be told from a default."""
+    """An option for one setting. Its click default is None, to tell whether the flag was given."""
     if default is None:
         value = getattr(_DEFAULTS, name)
         default = ",".join(value) if isinstance(value, tuple) else str(value)
@@ -31,6 +32,12 @@ def _setting(name: str, kind: Any, text: str, default: str | None = None) -> Any
 @_setting("stages", str, "Stages to run.")
 @_setting("sft_steps", int, "SFT optimizer steps.")
 @_setting("batch_size", int, "SFT examples per step.")
+@_setting(
+    "micro_batch_size",
+    int,
+    "Rows of one training forward pass (memory).",
+    "64 for the embedded model, else 4; PPO 2",
+)
 @_setting(
     "learning_rate",
     float,
@@ -72,6 +79,10 @@ def command(out: Path | None, config_file: Path | None, resume: bool, **flags: A
 
     config = resolve_settings(given, from_file, config_file=config_file, out=out, resume=resume)
 
-    from rlspec.run.experiment import run_track
+    from rlspec.run.experiment import Interrupted, run_track
 
-    run_track(config, out, resume=resume)
+    try:
+        run_track(config, out, resume=resume)
+    except Interrupted as stop:
+        click.echo(f"Stopped; the run is saved. To continue it: {stop.command}", err=True)
+        raise SystemExit(EXIT_INTERRUPTED) from None

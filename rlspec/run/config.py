@@ -1,4 +1,4 @@
-"""Every setting of `rlspec track`: one frozen dataclass, the same names in config.yaml and on the command line."""
+"""Every setting of `rlspec track`: one frozen dataclass, with the names of config.yaml and of the flags."""
 
 from __future__ import annotations
 
@@ -19,6 +19,21 @@ STAGES = ("sft", "ppo")
 EMBEDDED_LEARNING_RATES = (3e-4, 3e-5)
 PAPER_LEARNING_RATES = (1e-6, 1e-6)
 
+# Settings that are counts: at least 1 where they are given.
+_COUNTS = (
+    "every",
+    "ppo_every",
+    "checkpoint_every",
+    "sft_steps",
+    "batch_size",
+    "micro_batch_size",
+    "ppo_updates",
+    "turns_per_update",
+    "deals",
+    "turns",
+    "threads",
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrackConfig:
@@ -26,11 +41,10 @@ class TrackConfig:
 
     Steps are optimizer steps in the SFT stage and updates (one batch of rollouts each) in the PPO stage.
     A learning rate left at None becomes the embedded model's or, for any other model, the paper's 1e-6.
+    `micro_batch_size` is the rows of one forward pass while training; it changes speed and memory only.
 
-    Raises
-    ------
-    OptionError
-        A value out of range; the message names the option as it is written on the command line.
+    Raises:
+        OptionError: A value out of range; the message names the option as it is written on the command line.
     """
 
     model: str = EMBEDDED
@@ -41,6 +55,7 @@ class TrackConfig:
     checkpoint_every: int | None = None
     sft_steps: int = 600
     batch_size: int = 64
+    micro_batch_size: int | None = None
     learning_rate: float | None = None
     ppo_updates: int = 40
     turns_per_update: int = 256
@@ -63,11 +78,7 @@ class TrackConfig:
             object.__setattr__(self, "learning_rate", sft_rate)
         if self.ppo_learning_rate is None:
             object.__setattr__(self, "ppo_learning_rate", ppo_rate)
-        for name in ("every", "ppo_every", "sft_steps", "batch_size", "ppo_updates", "turns_per_update"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("deals", "turns"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("checkpoint_every", "threads"):
+        for name in _COUNTS:
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
         for name in ("learning_rate", "ppo_learning_rate"):
@@ -110,7 +121,7 @@ class TrackConfig:
 
     @property
     def ood_shift(self) -> str | None:
-        """The shift that `ood_accuracy` means: the paper's `both` if it is evaluated, else the first that is not ID."""
+        """The shift that `ood_accuracy` means: the paper's `both`, or the first that is not ID."""
         others = [shift for shift in self.shifts if shift != "none"]
         return "both" if "both" in others else next(iter(others), None)
 
@@ -140,10 +151,8 @@ class TrackConfig:
     def from_settings(cls, settings: Mapping[str, Any], *, source: str = "config") -> TrackConfig:
         """A config of settings read from YAML or the command line; the rest keeps its default.
 
-        Raises
-        ------
-        OptionError
-            An unknown key (the valid ones are listed), a value of the wrong type or out of range.
+        Raises:
+            OptionError: An unknown key (the valid ones are listed), a value of the wrong type or range.
         """
         known = [field.name for field in fields(cls)]
         values: dict[str, Any] = {}
@@ -191,10 +200,8 @@ def _convert(name: str, value: Any, source: str) -> Any:
 def read_config_file(path: Path | str) -> dict[str, Any]:
     """The settings of a YAML file for `--config`.
 
-    Raises
-    ------
-    OptionError
-        The file is missing, is not YAML, or is not a mapping.
+    Raises:
+        OptionError: The file is missing, is not YAML, or is not a mapping.
     """
     try:
         settings = yaml.safe_load(Path(path).read_text())

@@ -3,7 +3,7 @@
 ::
 
     config.yaml                        every setting of the run
-    metrics.jsonl                      one row per event; written last, so a row here means the event is complete
+    metrics.jsonl                      one row per event, written last: a row here means a complete event
     spectra.jsonl                      one row per event and matrix
     evals.jsonl                        one row per event and shift, with the outcome of every deal
     spectra/<stage>-<step>.safetensors singular values and sines of the angles
@@ -45,10 +45,8 @@ class RunFolder:
     def create(cls, path: Path | str, settings: Mapping[str, Any]) -> RunFolder:
         """Make the folder ``path`` (which must not exist) and write ``settings`` to its config.yaml.
 
-        Raises
-        ------
-        RunFolderError
-            Something is already there; it is left untouched.
+        Raises:
+            RunFolderError: Something is already there; it is left untouched.
         """
         folder = cls(path)
         folder.refuse_existing()
@@ -67,10 +65,8 @@ class RunFolder:
     def open(cls, path: Path | str) -> RunFolder:
         """Open the folder of an earlier run to continue it; cut-off last lines are removed.
 
-        Raises
-        ------
-        RunFolderError
-            No run is there, or another process is writing to it.
+        Raises:
+            RunFolderError: No run is there, or another process is writing to it.
         """
         folder = cls(path)
         folder.settings()
@@ -145,10 +141,8 @@ class RunFolder:
     def settings(self) -> dict[str, Any]:
         """The settings in config.yaml.
 
-        Raises
-        ------
-        RunFolderError
-            There is no config.yaml, or it is not a mapping.
+        Raises:
+            RunFolderError: There is no config.yaml, or it is not a mapping.
         """
         if not self.config_path.is_file():
             raise RunFolderError(f"{self.path} holds no run to resume (no config.yaml)")
@@ -178,8 +172,8 @@ class RunFolder:
     def rewind(self, points: Sequence[tuple[str, int]]) -> None:
         """Drop everything later than ``points``, the last step of each stage that the trainer still knows.
 
-        Stages that are not named lose all their events. Incomplete events (no metrics row) go as well, so that
-        the continued run writes each row once.
+        Stages that are not named lose all their events. Incomplete events (no metrics row) go as well, so
+        that the continued run writes each row once.
         """
         last = dict(points)
         keep_rows(self.metrics_path, lambda row: row["step"] <= last.get(row["stage"], -1))

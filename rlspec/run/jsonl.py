@@ -67,12 +67,10 @@ def repair(path: Path) -> int:
 
 
 def read_rows(path: Path) -> list[Row]:
-    """The rows of ``path`` (none if it is missing). A cut-off last line is skipped, any other bad line raises.
+    """The rows of ``path``, none if it is missing. A cut-off last line is skipped.
 
-    Raises
-    ------
-    RunFolderError
-        A whole line that is not a JSON object; the message names the file and the line number.
+    Raises:
+        RunFolderError: A whole line that is not a JSON object; the message names file and line.
     """
     if not path.exists():
         return []
@@ -90,7 +88,7 @@ def read_rows(path: Path) -> list[Row]:
 
 
 def keep_rows(path: Path, wanted: Callable[[Row], bool]) -> int:
-    """Keep only the rows for which ``wanted`` holds; returns how many were dropped. The file is untouched if none."""
+    """Keep only the rows for which ``wanted`` holds; returns how many went."""
     rows = read_rows(path)
     kept = [row for row in rows if wanted(row)]
     if len(kept) < len(rows):

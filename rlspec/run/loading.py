@@ -19,10 +19,8 @@ from rlspec.tasks import Task, evaluation_problems
 def model_folder(name: str) -> Path:
     """The Hugging Face folder that ``--model`` names: the embedded model's, or the path itself.
 
-    Raises
-    ------
-    CheckpointError
-        No folder with a config.json is there.
+    Raises:
+        CheckpointError: No folder with a config.json is there.
     """
     if name == EMBEDDED:
         from rlspec.models import embedded_model_path
@@ -39,14 +37,11 @@ def model_folder(name: str) -> Path:
 
 
 def check_checkpoint(folder: Path, modules: Sequence[str] = ()) -> None:
-    """Read the checkpoint's headers and refuse one that is cut off, malformed or without the named projections.
+    """Read the checkpoint's headers; refuse one that is cut off, malformed or without the named projections.
 
-    Raises
-    ------
-    CheckpointError
-        A file is missing, cut off or malformed.
-    ProjectionError
-        One of ``modules`` names no matrix of the checkpoint.
+    Raises:
+        CheckpointError: A file is missing, cut off or malformed.
+        ProjectionError: One of ``modules`` names no matrix of the checkpoint.
     """
     index = CheckpointIndex.open(folder)
     if modules:
@@ -56,10 +51,8 @@ def check_checkpoint(folder: Path, modules: Sequence[str] = ()) -> None:
 def choose_device(name: str) -> torch.device:
     """``auto`` is CUDA where there is some, else the CPU.
 
-    Raises
-    ------
-    OptionError
-        A name that torch does not know, or a CUDA device that is not there.
+    Raises:
+        OptionError: A name that torch does not know, or a CUDA device that is not there.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -79,12 +72,9 @@ def choose_device(name: str) -> torch.device:
 def load_model(folder: Path, device: torch.device) -> nn.Module:
     """The causal LM of ``folder`` with float32 weights on ``device``, every one of them finite.
 
-    Raises
-    ------
-    CheckpointError
-        transformers cannot load it, or weights are missing from it.
-    TensorError
-        A weight holds NaN or infinity; the message names it.
+    Raises:
+        CheckpointError: transformers cannot load it, or weights are missing from it.
+        TensorError: A weight holds NaN or infinity; the message names it.
     """
     import transformers
 
@@ -109,10 +99,8 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of ``folder``.
 
-    Raises
-    ------
-    CheckpointError
-        There is none, or transformers cannot load it.
+    Raises:
+        CheckpointError: There is none, or transformers cannot load it.
     """
     import transformers
 

@@ -22,14 +22,11 @@ def resolve_settings(
 ) -> TrackConfig:
     """The config of a run: ``flags`` win over ``from_file``, which wins over the defaults.
 
-    A resumed run takes its settings from its own config.yaml; flags and file may repeat them, not change them.
+    A resumed run takes its settings from its own config.yaml; flags and file may repeat, not change them.
 
-    Raises
-    ------
-    OptionError
-        An unknown or wrong setting, or ``resume`` without ``out``.
-    RunFolderError
-        There is no run to resume, or a setting differs from its config.yaml.
+    Raises:
+        OptionError: An unknown or wrong setting, or ``resume`` without ``out``.
+        RunFolderError: There is no run to resume, or a setting differs from its config.yaml.
     """
     file_config = TrackConfig.from_settings(_absolute(from_file), source=f"--config {config_file}")
     if not resume:
@@ -47,10 +44,9 @@ def resolve_settings(
 
 def refuse_other_settings(stored: TrackConfig, wanted: TrackConfig, folder: RunFolder) -> None:
     """Raise RunFolderError naming each setting of ``wanted`` that is not as in the folder's config.yaml."""
+    pairs = [(f.name, getattr(stored, f.name), getattr(wanted, f.name)) for f in fields(TrackConfig)]
     differences = [
-        f"{flag(field.name)} is {_shown(getattr(stored, field.name))}, not {_shown(getattr(wanted, field.name))}"
-        for field in fields(TrackConfig)
-        if getattr(stored, field.name) != getattr(wanted, field.name)
+        f"{flag(name)} is {_shown(old)}, not {_shown(new)}" for name, old, new in pairs if old != new
     ]
     if differences:
         raise RunFolderError(f"{folder.config_path} has other settings: {'; '.join(differences)}")

@@ -1,0 +1,230 @@
+"""The main job: train in stages, measure at each event, and leave a run folder that tells the story."""
+
+from __future__ import annotations
+
+import math
+import shlex
+import shutil
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import click
+import torch
+
+from rlspec.io.projections import parse_modules
+from rlspec.report.html import write_report
+from rlspec.run.config import EMBEDDED, TrackConfig
+from rlspec.run.folder import RunFolder
+from rlspec.run.loading import (
+    check_checkpoint,
+    choose_device,
+    evaluation_keys,
+    load_model,
+    load_tokenizer,
+    model_folder,
+)
+from rlspec.run.progress import Progress
+from rlspec.run.recorder import Clock, EventRecorder
+from rlspec.run.settings import refuse_other_settings
+from rlspec.run.summary import summarize, summary_lines
+from rlspec.run.tensorboard import TensorBoardLog
+from rlspec.spectra import Rank, SpectralBasis, SpectralTracker
+from rlspec.tasks import Task, check_shift, get_task
+from rlspec.train import PPOConfig, SFTConfig, TrainResult, read_resume_point, train_ppo, train_sft
+from rlspec.train.kl import KLProbe
+
+
+class Interrupted(Exception):
+    """Ctrl-C; ``command`` is what continues the run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.command = f"rlspec track --resume --out {shlex.quote(str(folder))}"
+        super().__init__(self.command)
+
+
+@dataclass
+class _Inputs:
+    """What a run reads, all checked."""
+
+    folder: Path
+    device: torch.device
+    model: Any
+    tokenizer: Any
+    task: Task
+    exclude: frozenset[Any]
+
+
+def run_track(config: TrackConfig, out: Path | str | None = None, *, resume: bool = False) -> Path:
+    """Run the stages of ``config`` and track the model's spectra; returns the run folder.
+
+    Args:
+        config: every setting of the run.
+        out: the run folder; ``runs/track-<date-time>`` by default. It must not exist unless ``resume``.
+        resume: continue the run in ``out``, whose settings must be ``config``. Weights, losses and rows
+            become those of a run that was never interrupted.
+
+    Raises:
+        RlspecError: bad input of any kind, before anything is written.
+        Interrupted: Ctrl-C, once the state is saved.
+    """
+    clock = Clock()
+    path = Path(out) if out is not None else Path("runs") / time.strftime("track-%Y%m%d-%H%M%S")
+    if resume:
+        stored = RunFolder(path).settings()
+        refuse_other_settings(TrackConfig.from_settings(stored, source=str(path)), config, RunFolder(path))
+    else:
+        RunFolder(path).refuse_existing()
+    progress = Progress()
+    inputs = _read_inputs(config)
+    folder = RunFolder.open(path) if resume else RunFolder.create(path, config.to_settings())
+    try:
+        _run(config, folder, inputs, clock, progress)
+    except KeyboardInterrupt:
+        raise Interrupted(path) from None
+    finally:
+        progress.stop()
+        folder.close()
+    return path
+
+
+def _read_inputs(config: TrackConfig) -> _Inputs:
+    """Load and check everything the run reads, cheap checks first."""
+    folder = model_folder(config.model)
+    device = choose_device(config.device)
+    Rank.parse(config.rank)
+    check_checkpoint(folder, parse_modules(config.modules))
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    tokenizer = load_tokenizer(folder)
+    task = get_task(config.task, tokenizer=tokenizer, turns=config.turns)
+    for shift in config.shifts:
+        check_shift(task, shift)
+    exclude = evaluation_keys(task, config.shifts, config.deals, config.seed)
+    return _Inputs(folder, device, load_model(folder, device), tokenizer, task, exclude)
+
+
+def _run(config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress) -> None:
+    finished = _finished_stages(config, folder)
+    folder.rewind([*finished, *_interrupted_stage(config, folder, len(finished))])
+    metrics = folder.metrics()
+    if metrics:
+        clock.restore(metrics[-1])
+    if len(finished) < len(config.stages):
+        _run_stages(config, folder, inputs, clock, progress, len(finished))
+    progress.stop()
+    summary = summarize(config, folder)
+    folder.write_summary(summary)
+    for line in summary_lines(summary):
+        click.echo(line)
+    click.echo(f"report  {write_report(folder.path)}")
+
+
+def _finished_stages(config: TrackConfig, folder: RunFolder) -> list[tuple[str, int]]:
+    """(stage, last step) of the stages whose last event is complete, and with it their last checkpoint."""
+    complete = {(row["stage"], row["step"]) for row in folder.metrics()}
+    ends = [(stage, config.steps(stage)) for stage in config.stages]
+    return [end for end in ends if end in complete]
+
+
+def _interrupted_stage(config: TrackConfig, folder: RunFolder, finished: int) -> list[tuple[str, int]]:
+    """(stage, step) that the trainer's resume state stands at, if a stage was begun and not finished."""
+    for stage in config.stages[finished:]:
+        point = read_resume_point(folder.resume_dir(stage))
+        if point is not None:
+            return [(stage, point.step)]
+    return []
+
+
+def _run_stages(
+    config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress, finished: int
+) -> None:
+    """Run the stages after the first ``finished`` ones."""
+    ppo = ppo_config(config)
+    # The reference of every measurement is the model that the run started from, in a continued run as well.
+    with clock.timed("tracking"):
+        basis = SpectralBasis.from_model(inputs.model, modules=config.modules, rank=config.rank)
+        tracker = SpectralTracker(basis, engine=config.engine)
+    with clock.timed("kl"):
+        probe = KLProbe(inputs.model, inputs.tokenizer, inputs.task, seed=config.seed)
+    tensorboard = TensorBoardLog(folder.tensorboard_dir, folder.metrics(), folder.spectra())
+    recorder = EventRecorder(
+        config,
+        folder,
+        inputs.task,
+        tracker,
+        probe,
+        clock,
+        tensorboard,
+        progress,
+        ppo.epochs * math.ceil(ppo.turns_per_update / ppo.mini_batch_size),
+    )
+    try:
+        for stage in config.stages[finished:]:
+            origin = None
+            before = 0.0
+            if stage == "ppo" and "sft" in config.stages:
+                start = config.sft_steps if config.ppo_from is None else config.ppo_from
+                origin = ("sft", start)
+                before = folder.metrics()[-1]["seconds_training"]
+                inputs.model = None  # two models in memory would be one too many
+                inputs.model = load_model(folder.checkpoint_dir("sft", start), inputs.device)
+            recorder.begin(seconds_training=before, origin=origin)
+            point = read_resume_point(folder.resume_dir(stage))
+            progress.start(stage, 0 if point is None else point.step, config.steps(stage))
+            result = _train(stage, config, ppo, inputs, recorder, folder)
+            if result.stopped:
+                raise KeyboardInterrupt
+            # The stage's last checkpoint holds its weights; the optimizer's state is of no more use.
+            shutil.rmtree(folder.resume_dir(stage), ignore_errors=True)
+    finally:
+        tensorboard.close()
+
+
+def _train(
+    stage: str,
+    config: TrackConfig,
+    ppo: PPOConfig,
+    inputs: _Inputs,
+    recorder: EventRecorder,
+    folder: RunFolder,
+) -> TrainResult:
+    shared: dict[str, Any] = {
+        "exclude": inputs.exclude,
+        "callbacks": [recorder],
+        "resume_dir": folder.resume_dir(stage),
+    }
+    if stage == "sft":
+        return train_sft(inputs.model, inputs.tokenizer, inputs.task, sft_config(config), **shared)
+    return train_ppo(inputs.model, inputs.tokenizer, inputs.task, ppo, **shared)
+
+
+def sft_config(config: TrackConfig) -> SFTConfig:
+    """The trainer's settings for the SFT stage: the embedded model's, or the paper's for any other model."""
+    preset = SFTConfig() if config.model == EMBEDDED else SFTConfig.paper()
+    return replace(
+        preset,
+        steps=config.sft_steps,
+        batch_size=config.batch_size,
+        micro_batch_size=config.micro_batch_size or preset.micro_batch_size,
+        learning_rate=config.learning_rate,
+        dtype=config.dtype,
+        checkpoint_every=config.every,
+        seed=config.seed,
+    )
+
+
+def ppo_config(config: TrackConfig) -> PPOConfig:
+    """The trainer's settings for the PPO stage: the embedded model's, or the paper's for any other model."""
+    preset = PPOConfig() if config.model == EMBEDDED else PPOConfig.paper()
+    return replace(
+        preset,
+        updates=config.ppo_updates,
+        turns_per_update=config.turns_per_update,
+        micro_batch_size=config.micro_batch_size or preset.micro_batch_size,
+        learning_rate=config.ppo_learning_rate,
+        dtype=config.dtype,
+        checkpoint_every=config.ppo_every,
+        seed=config.seed,
+    )

@@ -1,0 +1,208 @@
+"""What happens at each event: spectra, evaluations and KL are measured and become the run folder's rows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from safetensors.torch import save_file
+
+from rlspec.run.config import TrackConfig
+from rlspec.run.evaluation import eval_row, metrics_columns
+from rlspec.run.folder import RunFolder
+from rlspec.run.jsonl import Row
+from rlspec.run.progress import Progress
+from rlspec.run.tensorboard import TensorBoardLog
+from rlspec.spectra import SpectralTracker
+from rlspec.tasks import Task
+from rlspec.train import Callback, StepState, evaluate, save_checkpoint
+from rlspec.train.kl import KLProbe
+
+
+@dataclass
+class Clock:
+    """Cumulative seconds by kind of work, and wall time, over all attempts of a run (see :meth:`restore`)."""
+
+    seconds: dict[str, float] = field(
+        default_factory=lambda: {"tracking": 0.0, "evaluating": 0.0, "kl": 0.0, "saving": 0.0}
+    )
+    wall_before: float = 0.0
+    began: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def timed(self, kind: str) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self.seconds[kind] += time.perf_counter() - began
+
+    def wall(self) -> float:
+        return self.wall_before + time.perf_counter() - self.began
+
+    def columns(self) -> Row:
+        """The `seconds_*` columns of a metrics row, training excepted."""
+        return {
+            **{f"seconds_{kind}": value for kind, value in self.seconds.items()},
+            "seconds_wall": self.wall(),
+        }
+
+    def restore(self, row: Row) -> None:
+        """Add what an earlier attempt had spent at its last complete event."""
+        for kind in self.seconds:
+            self.seconds[kind] += row[f"seconds_{kind}"]
+        self.wall_before = row["seconds_wall"]
+
+
+@dataclass
+class EventRecorder(Callback):
+    """Measures the model at each event of a stage and commits the event to the run folder.
+
+    Events that the folder already holds are skipped, so a continued run writes none twice. `global_step`, the
+    axis both stages share, counts optimizer steps; a PPO update counts as `ppo_steps_per_update` of them.
+    """
+
+    config: TrackConfig
+    folder: RunFolder
+    task: Task
+    tracker: SpectralTracker
+    probe: KLProbe
+    clock: Clock
+    tensorboard: TensorBoardLog
+    progress: Progress
+    ppo_steps_per_update: int
+
+    def __post_init__(self) -> None:
+        self._done = {(row["stage"], row["step"]) for row in self.folder.metrics()}
+        self._origin: tuple[str, int] | None = None
+        self._seconds_before = 0.0
+
+    def begin(self, *, seconds_training: float, origin: tuple[str, int] | None = None) -> None:
+        """Prepare for a stage.
+
+        Args:
+            seconds_training: spent on the stages before it.
+            origin: (stage, step) whose weights this stage starts from; its step 0 then repeats those figures.
+        """
+        self._seconds_before = seconds_training
+        self._origin = origin
+
+    def on_start(self, state: StepState) -> None:
+        if (state.stage, 0) in self._done:
+            return
+        if self._origin is not None:
+            self._repeat(state, *self._origin)
+        else:
+            self._record(state)
+
+    def on_step(self, state: StepState) -> None:
+        logs = {name: state.logs[name] for name in ("loss", "mean_reward") if name in state.logs}
+        self.progress.step(state.step, **logs)
+        if self.config.is_event(state.stage, state.step) and (state.stage, state.step) not in self._done:
+            self._record(state)
+
+    def _record(self, state: StepState) -> None:
+        config, clock = self.config, self.clock
+        with clock.timed("tracking"):
+            record = self.tracker.measure(state.model, stage=state.stage, step=state.step)
+        place = self._place(state)
+        evals: list[Row] = []
+        with clock.timed("evaluating"):
+            for shift in config.shifts:
+                result = evaluate(
+                    state.model,
+                    state.tokenizer,
+                    self.task,
+                    shift=shift,
+                    deals=config.deals,
+                    turns=config.turns,
+                    seed=config.seed,
+                    dtype=config.dtype,
+                )
+                evals.append({**place, **eval_row(result, turns=config.turns, seed=config.seed)})
+        with clock.timed("kl"):
+            kl = self.probe.measure(state.model)
+        with clock.timed("saving"):
+            save_arrays(record.arrays, self.folder.arrays_path(state.stage, state.step))
+            if config.keeps_checkpoint(state.stage, state.step):
+                checkpoint = self.folder.checkpoint_dir(state.stage, state.step)
+                save_checkpoint(state.model, state.tokenizer, checkpoint)
+        self._commit(state, self._figures(state, evals, kl), record.rows, evals)
+
+    def _repeat(self, state: StepState, stage: str, step: int) -> None:
+        """Commit the stage's step 0 with the figures of the event whose weights it starts from."""
+        here, there = self._place(state), (stage, step)
+
+        def moved(rows: Sequence[Row]) -> list[Row]:
+            return [{**row, **here} for row in rows if (row["stage"], row["step"]) == there]
+
+        spectra = [{**row, "stage": state.stage, "step": 0} for row in moved(self.folder.spectra())]
+        shutil.copyfile(self.folder.arrays_path(stage, step), self.folder.arrays_path(state.stage, 0))
+        (source,) = moved(self.folder.metrics())
+        evals = moved(self.folder.evals())
+        figures = self._figures(state, evals, source["kl_base_nats_per_token"])
+        self._commit(state, figures, spectra, evals)
+
+    def _figures(self, state: StepState, evals: list[Row], kl: float) -> Row:
+        # The row's seconds are cumulative; those of a single step would not fit among them.
+        logs = {name: value for name, value in state.logs.items() if not name.startswith("seconds")}
+        accuracies = metrics_columns(evals, self.config.ood_shift)
+        return {**self._place(state), **logs, **accuracies, "kl_base_nats_per_token": kl}
+
+    def _place(self, state: StepState) -> Row:
+        global_step = state.step
+        if state.stage == "ppo":
+            before = self.config.sft_steps if "sft" in self.config.stages else 0
+            global_step = before + self.ppo_steps_per_update * state.step
+        return {"stage": state.stage, "step": state.step, "global_step": global_step}
+
+    def _commit(self, state: StepState, figures: Row, spectra: list[Row], evals: list[Row]) -> None:
+        training = self._seconds_before + state.seconds_training
+        metrics = {**figures, "seconds_training": training, **self.clock.columns()}
+        self.folder.commit(metrics, spectra=spectra, evals=evals)
+        self._done.add((state.stage, state.step))
+        self.tensorboard.add(metrics, spectra)
+        line = event_line(metrics, spectra, state.total, self.config.ood_shift)
+        self.progress.say(f"{line}  {self.progress.eta(state.step)}".rstrip())
+
+
+def save_arrays(arrays: dict[str, torch.Tensor], path: Path) -> None:
+    """Write the arrays of a record as one safetensors file, there whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    save_file(arrays, temporary)
+    os.replace(temporary, path)
+
+
+def mean_rotation_rad(spectra: Sequence[Row]) -> float | None:
+    """Mean over matrices of the mean principal angle (left side, or right where left is not defined)."""
+    angles = []
+    for row in spectra:
+        left, right = row.get("angle_left_mean_rad"), row.get("angle_right_mean_rad")
+        angle = left if left is not None else right
+        if angle is not None:
+            angles.append(angle)
+    return fmean(angles) if angles else None
+
+
+def event_line(metrics: Row, spectra: Sequence[Row], total: int, ood_shift: str | None) -> str:
+    """An event's main figures in one line."""
+    parts = [f"{metrics['stage']} {metrics['step']:>{len(str(total))}}/{total}"]
+    for label, key, form in (
+        ("loss", "loss", "{:.3f}"),
+        ("reward", "mean_reward", "{:+.2f}"),
+        ("ID", "id_accuracy", "{:.1%}"),
+        (f"OOD ({ood_shift})", "ood_accuracy", "{:.1%}"),
+        ("KL", "kl_base_nats_per_token", "{:.3f}"),
+    ):
+        if metrics.get(key) is not None:
+            parts.append(f"{label} {form.format(metrics[key])}")
+    rotation = mean_rotation_rad(spectra)
+    if rotation is not None:
+        parts.append(f"rotation {rotation:.4f} rad")
+    return "  ".join(parts)
