@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from rlspec.train.modes import kept_modes
+
 
 @dataclass(frozen=True)
 class StepState:
@@ -42,15 +44,13 @@ class Callback:
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Context after which the random state of torch, numpy and Python and the model's modes are as before."""
-    modes = [(module, module.training) for module in model.modules()]
     python_state, numpy_state = random.getstate(), np.random.get_state()
     torch_state = torch.get_rng_state()
     cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
-        yield
+        with kept_modes(model):
+            yield
     finally:
-        for module, training in modes:
-            module.training = training
         random.setstate(python_state)
         np.random.set_state(numpy_state)
         torch.set_rng_state(torch_state)

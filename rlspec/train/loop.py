@@ -6,7 +6,8 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
@@ -31,29 +32,34 @@ class TrainResult:
 
 
 class StopRequest:
+    """Whether Ctrl-C was pressed since :func:`stoppable` was entered."""
+
+    def __init__(self) -> None:
+        self.made = False
+
+
+@contextmanager
+def stoppable() -> Iterator[StopRequest]:
     """Context that turns the first Ctrl-C into a request to stop at the next step boundary.
 
     A second Ctrl-C interrupts at once. Outside the main thread, where Python allows no signal handlers, it
     does nothing.
     """
+    request = StopRequest()
 
-    def __init__(self) -> None:
-        self.requested = False
-        self._main = threading.current_thread() is threading.main_thread()
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.requested:
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request.made:
             raise KeyboardInterrupt
-        self.requested = True
+        request.made = True
 
-    def __enter__(self) -> StopRequest:
-        if self._main:
-            self._previous = signal.signal(signal.SIGINT, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._previous)
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield request
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def run_steps(
@@ -100,10 +106,10 @@ def run_steps(
             write_resume_point(resume_dir, ResumePoint(stage, done, total, losses, seconds, settings, states))
 
     saved = done
-    with StopRequest() as stop:
+    with stoppable() as stop:
         if point is None:
             notify(callbacks, state({}))
-        while done < total and not stop.requested:
+        while done < total and not stop.made:
             began = time.perf_counter()
             # Dropout is the only user of the global generators; seeding them by step makes it resumable.
             torch.manual_seed(derived_seed(config.seed, stage, done + 1))

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlspec.train.batch import accepts, autocast, left_pad, position_ids
 from rlspec.train.encode import Message, decode_answer, encode_prompt, pad_id, stop_ids
+from rlspec.train.modes import evaluation_mode
 from rlspec.train.sampling import choose, sampling_logprobs
 
 if TYPE_CHECKING:
@@ -136,21 +137,6 @@ def _cut(tokens: list[list[int]], logprobs: list[list[float]], stops: set[int], 
         [row[:length] for row, length in zip(tokens, lengths)],
         [row[:length] for row, length in zip(logprobs, lengths)],
     )
-
-
-class evaluation_mode:
-    """Context in which a model is in eval mode; every module's own mode comes back afterwards."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.modes = [(module, module.training) for module in self.model.modules()]
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self.modes:
-            module.training = training
 
 
 def play(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +31,7 @@ def train_sft(
     task: Task,
     config: SFTConfig,
     *,
-    exclude: Set[Any] = frozenset(),
+    exclude: frozenset[Any] = frozenset(),
     callbacks: Sequence[Callback] = (),
     resume_dir: Path | None = None,
 ) -> TrainResult:
@@ -55,7 +55,7 @@ def train_sft(
             step, config.steps, peak=1.0, warmup_ratio=config.warmup_ratio, schedule=config.schedule
         )
         set_share(optimizer, share)
-        pairs = sft_batch(tokenizer, task, config, step, frozenset(exclude))
+        pairs = sft_batch(tokenizer, task, config, step, exclude)
         answer_tokens = sum(len(answer) for _, answer in pairs)
         loss = 0.0
         for first in range(0, len(pairs), config.micro_batch_size):

@@ -1,0 +1,171 @@
+"""Proximal policy optimisation on verified answers, at the level of turns (the paper) or of tokens.
+
+Where this departs from the textbook: the value head starts at the first rollouts' mean return; the model stays
+in eval mode throughout, for dropout would make the first ratio differ from 1.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from rlspec.errors import OptionError
+from rlspec.train.callbacks import Callback
+from rlspec.train.config import PPOConfig
+from rlspec.train.encode import pad_id
+from rlspec.train.experience import Experience, collect, prepare, score_actions, turn_rewards
+from rlspec.train.loop import TrainResult, run_steps
+from rlspec.train.losses import kl_estimates, policy_losses, value_losses
+from rlspec.train.on_policy import check_on_policy
+from rlspec.train.optimizer import make_adamw, set_share
+from rlspec.train.schedule import derived_seed, learning_rate_at
+from rlspec.train.value_head import ValueHead
+
+if TYPE_CHECKING:
+    from rlspec.tasks.base import Task
+
+
+def train_ppo(
+    model: Any,
+    tokenizer: Any,
+    task: Task,
+    config: PPOConfig,
+    *,
+    reference: Any | None = None,
+    exclude: frozenset[Any] = frozenset(),
+    callbacks: Sequence[Callback] = (),
+    resume_dir: Path | None = None,
+) -> TrainResult:
+    """Train every parameter of a model in place, on in-distribution problems. One step is one update.
+
+    Args:
+        reference: model that ``kl_coef`` pulls towards; needed when that is not 0.
+        exclude: keys of the problems never to train on (those of the evaluation).
+        resume_dir: folder of the resume state; one that holds a state is continued, the model's weights
+            included.
+
+    Raises:
+        OptionError: ``kl_coef`` without a reference.
+        OnPolicyError: the sampler and the loss disagree about the sampled answers' probabilities.
+        TensorError: the loss is not finite.
+        RunFolderError: ``resume_dir`` holds a state of other settings.
+    """
+    if config.kl_coef > 0 and reference is None:
+        raise OptionError(
+            f"kl_coef is {config.kl_coef}, and no reference model was given to measure it against"
+        )
+    head = ValueHead.for_model(model)
+    groups = [(model, config.learning_rate), (head, config.value_learning_rate)]
+    optimizer = make_adamw(groups, config.weight_decay)
+    anchor = reference if config.kl_coef > 0 else None
+
+    def take_step(step: int) -> dict[str, float]:
+        model.eval()
+        share = learning_rate_at(step, config.updates, peak=1.0, floor=config.final_learning_rate_ratio)
+        set_share(optimizer, share)
+        began = time.perf_counter()
+        episodes = collect(model, tokenizer, task, config, step, exclude)
+        seconds_sampling = time.perf_counter() - began
+        experience = prepare(
+            model, head, anchor, tokenizer, episodes, task.turn_limit_reward, config, first=step == 1
+        )
+        logs = improve(model, head, optimizer, experience, pad_id(tokenizer), config, step)
+        rewards = turn_rewards(episodes, task.turn_limit_reward)
+        logs.update(
+            learning_rate=share * config.learning_rate,
+            mean_reward=sum(rewards) / len(rewards),
+            mean_return=sum(rewards) / len(episodes),
+            success_rate=sum(episode.solved for episode in episodes) / len(episodes),
+            turns=float(len(rewards)),
+            answer_tokens=sum(len(answer) for _, answer in experience.pairs) / len(rewards),
+            seconds_sampling=seconds_sampling,
+        )
+        return logs
+
+    return run_steps(
+        "ppo",
+        config.updates,
+        take_step,
+        config=config,
+        model=model,
+        tokenizer=tokenizer,
+        parts={"value_head": head, "optimizer": optimizer},
+        callbacks=callbacks,
+        resume_dir=resume_dir,
+    )
+
+
+def improve(
+    model: Any,
+    head: ValueHead,
+    optimizer: torch.optim.Optimizer,
+    experience: Experience,
+    pad: int,
+    config: PPOConfig,
+    step: int,
+) -> dict[str, float]:
+    """Several epochs of clipped updates on one update's experience; logs are means over its optimizer steps."""
+    turns = len(experience.pairs)
+    mini_batches = max(1, round(turns / config.mini_batch_size))
+    generator = torch.Generator().manual_seed(derived_seed(config.seed, "ppo", "shuffle", step))
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    sums: dict[str, float] = {}
+    deviation = math.nan
+    for epoch in range(config.epochs):
+        # Split evenly: a small rest would take a full step on a noisy gradient.
+        order = torch.randperm(turns, generator=generator)
+        for index, rows in enumerate(torch.tensor_split(order, mini_batches)):
+            fresh = epoch == 0 and index == 0
+            logs, log_ratio = _accumulate(model, head, experience, rows, pad, config)
+            if fresh:
+                mask = experience.mask[rows]
+                deviation = check_on_policy(log_ratio, experience.tokens[rows][mask], config)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            logs["grad_norm"] = norm.item()
+            for name, value in logs.items():
+                sums[name] = sums.get(name, 0.0) + value
+    means = {name: value / (config.epochs * mini_batches) for name, value in sums.items()}
+    return {**means, "ratio_first_epoch_max_dev": deviation}
+
+
+def _accumulate(
+    model: Any, head: ValueHead, experience: Experience, rows: Tensor, pad: int, config: PPOConfig
+) -> tuple[dict[str, float], Tensor]:
+    """Gradients of one mini-batch, micro-batch by micro-batch; its mean losses and its actions' log-ratios."""
+    actions = experience.mask[rows].sum().item()
+    totals = dict.fromkeys(("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction"), 0.0)
+    log_ratios: list[Tensor] = []
+    for part in rows.split(config.micro_batch_size):
+        pairs = [experience.pairs[row] for row in part.tolist()]
+        logprobs, values, mask, _ = score_actions(model, head, pairs, pad, config)
+        assert values is not None
+        # The columns past this part's longest answer are empty.
+        old, old_values, advantages, returns = (
+            tensor[part, : mask.shape[1]][mask]
+            for tensor in (experience.logprobs, experience.values, experience.advantages, experience.returns)
+        )
+        log_ratio = logprobs[mask] - old
+        policy = policy_losses(log_ratio, advantages, config.clip).sum() / actions
+        value = value_losses(values[mask], old_values, returns, config.value_clip).sum() / actions
+        loss = policy + config.value_coef * value
+        loss.backward()
+        log_ratio = log_ratio.detach()
+        log_ratios.append(log_ratio)
+        clipped = (log_ratio.exp() - 1).abs() > config.clip
+        for name, amount in (
+            ("loss", loss),
+            ("policy_loss", policy),
+            ("value_loss", value),
+            ("approx_kl", kl_estimates(log_ratio).sum() / actions),
+            ("clip_fraction", clipped.sum() / actions),
+        ):
+            totals[name] += amount.item()
+    return totals, torch.cat(log_ratios)
