@@ -1,7 +1,7 @@
 """What PPO learns from: the turns of an update, with rewards, values and advantages per action.
 
-An action is a whole answer (level "turn") or one token (level "token"). Both are rows of (N, A) tensors with a
-mask: A = 1 for turns, A = the longest answer for tokens. N counts turns, in the order they were played.
+An action is a whole answer (level "turn") or one token (level "token"). Both are rows of (N, A) tensors with
+a mask: A = 1 for turns, A = the longest answer for tokens. N counts turns, in the order they were played.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class Experience:
 
 
 def collect(
-    model: Any, tokenizer: Any, task: Task, config: PPOConfig, step: int, exclude: Any
+    model: Any, tokenizer: Any, task: Task, config: PPOConfig, step: int, exclude: frozenset[Any]
 ) -> list[Episode]:
     """Whole episodes on in-distribution problems until there are ``config.turns_per_update`` turns.
 
@@ -163,9 +163,12 @@ def _score_all(
     def join(tensors: list[Tensor]) -> Tensor:
         return torch.cat([F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
 
-    logprobs, values, mask, tokens = zip(*parts)
-    values = [torch.zeros_like(logprobs[i]) if value is None else value for i, value in enumerate(values)]
-    return join(list(logprobs)), join(values), join(list(mask)), join(list(tokens))
+    return (
+        join([logprobs for logprobs, *_ in parts]),
+        join([torch.zeros_like(logprobs) if values is None else values for logprobs, values, *_ in parts]),
+        join([mask for _, _, mask, _ in parts]),
+        join([tokens for *_, tokens in parts]),
+    )
 
 
 def _per_action(logprobs: Sequence[Sequence[float]], config: PPOConfig) -> Tensor:

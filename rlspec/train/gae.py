@@ -14,8 +14,8 @@ def gae(rewards: Tensor, values: Tensor, discounts: Tensor, lam: float) -> Tenso
 
     Args:
         rewards, values: (S,).
-        discounts: (S,), what a step's future counts for: gamma within an episode, 0 in an episode's last step,
-            which is what keeps episodes apart.
+        discounts: (S,), what a step's future counts for: gamma within an episode, 0 in an episode's last
+            step, which is what keeps episodes apart.
         lam: 0 trusts the values, 1 the rewards.
 
     Returns:

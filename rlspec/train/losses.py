@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def policy_losses(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:
-    """Clipped surrogate, negated: -min(r A, clamp(r, 1-clip, 1+clip) A) with r = exp(log_ratio). Any shape."""
+    """Clipped surrogate, negated: -min(r A, clamp(r, 1-clip, 1+clip) A), r = exp(log_ratio). Any shape."""
     ratio = log_ratio.exp()
     return -torch.minimum(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
 

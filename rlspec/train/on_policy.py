@@ -1,8 +1,8 @@
 """The check that the sampler and the loss speak of the same distribution.
 
-Before the first optimizer step of an update the policy is the one that was sampled from, so every ratio is 1 but
-for rounding. Log-probabilities stored under another temperature, a skipped token or a shifted mask all break
-that, and would otherwise bias the training without a word.
+Before the first optimizer step of an update the policy is the one that was sampled from, so every ratio is 1
+but for rounding. Log-probabilities stored under another temperature, a skipped token or a shifted mask all
+break that, and would otherwise bias the training without a word.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_on_policy(log_ratio: Tensor, tokens: Tensor, config: PPOConfig) -> flo
     deviation = (log_ratio.exp() - 1).abs().max().item()
     if not worst <= 1.0:
         raise OnPolicyError(
-            f"the importance ratio before the first update is off 1 by {deviation:.3g}, {worst:.3g} times what"
-            " rounding explains: answers were not sampled from the distribution the loss assumes"
+            f"the importance ratio before the first update is off 1 by {deviation:.3g}, {worst:.3g} times"
+            " what rounding explains: answers were not sampled from the distribution the loss assumes"
         )
     return deviation

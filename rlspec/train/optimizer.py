@@ -19,8 +19,8 @@ def make_adamw(groups: list[tuple[nn.Module, float]], weight_decay: float) -> to
     coarse = {p.dtype for p in every} - {torch.float32, torch.float64}
     if coarse:
         warnings.warn(
-            f"training {sorted(map(str, coarse))} weights directly: updates under their rounding step are lost;"
-            " load the model in float32 and let autocast save the time",
+            f"training {sorted(map(str, coarse))} weights directly: updates below their rounding step are"
+            " lost; load the model in float32 and let autocast save the time",
             stacklevel=3,
         )
     fused = all(p.device.type in ("cpu", "cuda") for p in every)

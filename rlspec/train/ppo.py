@@ -1,7 +1,7 @@
 """Proximal policy optimisation on verified answers, at the level of turns (the paper) or of tokens.
 
-Where this departs from the textbook: the value head starts at the first rollouts' mean return; the model stays
-in eval mode throughout, for dropout would make the first ratio differ from 1.
+Where this departs from the textbook: the value head starts at the first rollouts' mean return; the model
+stays in eval mode throughout, for dropout would make the first ratio differ from 1.
 """
 
 from __future__ import annotations
@@ -57,9 +57,7 @@ def train_ppo(
         RunFolderError: ``resume_dir`` holds a state of other settings.
     """
     if config.kl_coef > 0 and reference is None:
-        raise OptionError(
-            f"kl_coef is {config.kl_coef}, and no reference model was given to measure it against"
-        )
+        raise OptionError(f"kl_coef is {config.kl_coef}, and there is no reference model to measure it by")
     head = ValueHead.for_model(model)
     groups = [(model, config.learning_rate), (head, config.value_learning_rate)]
     optimizer = make_adamw(groups, config.weight_decay)
@@ -110,7 +108,7 @@ def improve(
     config: PPOConfig,
     step: int,
 ) -> dict[str, float]:
-    """Several epochs of clipped updates on one update's experience; logs are means over its optimizer steps."""
+    """Several epochs of clipped updates on one update's experience; logs are means over its steps."""
     turns = len(experience.pairs)
     mini_batches = max(1, round(turns / config.mini_batch_size))
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "ppo", "shuffle", step))
@@ -139,7 +137,7 @@ def improve(
 def _accumulate(
     model: Any, head: ValueHead, experience: Experience, rows: Tensor, pad: int, config: PPOConfig
 ) -> tuple[dict[str, float], Tensor]:
-    """Gradients of one mini-batch, micro-batch by micro-batch; its mean losses and its actions' log-ratios."""
+    """Gradients of one mini-batch, one micro-batch at a time; its mean losses, its actions' log-ratios."""
     actions = experience.mask[rows].sum().item()
     totals = dict.fromkeys(("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction"), 0.0)
     log_ratios: list[Tensor] = []

@@ -15,7 +15,7 @@ from rlspec.train.modes import evaluation_mode
 from rlspec.train.sampling import choose, sampling_logprobs
 
 if TYPE_CHECKING:
-    from rlspec.tasks.base import Problem, Task, Verdict
+    from rlspec.tasks.base import Task, Verdict
 
 # Finished rows leave the batch once they are this share of it: dropping them copies the cache.
 FINISHED_SHARE = 0.25
@@ -44,7 +44,7 @@ class Turn:
 class Episode:
     """Attempts at one problem, until it is solved or the turns are used up."""
 
-    problem: Problem
+    problem: Any
     turns: list[Turn] = field(default_factory=list)
 
     @property
@@ -143,7 +143,7 @@ def play(
     model: Any,
     tokenizer: Any,
     task: Task,
-    problems: Sequence[Problem],
+    problems: Sequence[Any],
     *,
     turns: int,
     temperature: float = 1.0,

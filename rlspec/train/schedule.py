@@ -20,8 +20,8 @@ def learning_rate_at(
 ) -> float:
     """Learning rate of step 1 … total.
 
-    Linear warm-up over the first ``warmup_ratio`` of the steps (the first step is never at 0), then constant or
-    half a cosine from ``peak`` to ``floor``, which the last step just misses.
+    Linear warm-up over the first ``warmup_ratio`` of the steps (the first step is never at 0), then constant
+    or half a cosine from ``peak`` to ``floor``, which the last step just misses.
     """
     warmup = math.ceil(warmup_ratio * total)
     if step <= warmup:
