@@ -1,6 +1,6 @@
-"""rlspec: how fine-tuning and reinforcement learning rotate a model's singular vectors, and how to put them back.
+"""How fine-tuning and reinforcement learning rotate a model's singular vectors, and how to put them back.
 
-The public names below are imported on first use, so that ``import rlspec`` and ``rlspec --help`` load no torch.
+The public names are imported on first use, so that ``import rlspec`` and ``rlspec --help`` load no torch.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ _TOWERS = re.compile(
 
 
 def parse_modules(modules: str | Iterable[str]) -> tuple[str, ...]:
-    """Module names in `MODULES` order, from ``"q,k,v"``, ``"attn"`` (q,k,v,o), ``"all"`` or an iterable of those.
+    """Names in `MODULES` order, from ``"q,k,v"``, ``"attn"`` (q,k,v,o), ``"all"`` or an iterable of those.
 
     Raises:
         OptionError: none given, or one that is not known; the message lists the valid ones.

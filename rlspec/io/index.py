@@ -1,0 +1,157 @@
+"""The index of a checkpoint: which tensor lies in which file, at which bytes. Nothing but headers is read.
+
+A checkpoint is a ``.safetensors`` file, or a folder with ``model.safetensors`` or with shards that
+``model.safetensors.index.json`` lists. The files may come from anyone: headers are checked in C++
+(`rlspec._C`), and an index may name files of its own folder only.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath, PureWindowsPath
+
+from rlspec import _C
+from rlspec.errors import CheckpointError
+
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+_MAX_INDEX_BYTES = 100_000_000
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor on disk."""
+
+    name: str
+    shard: Path  #: the file that holds it
+    dtype: str  #: as safetensors spells it, e.g. "BF16"
+    shape: tuple[int, ...]
+    start: int  #: first byte in the file
+    end: int  #: one past the last byte
+
+
+@dataclass(frozen=True)
+class CheckpointIndex:
+    """Every tensor of a checkpoint by name."""
+
+    path: Path  #: the folder or file that was opened
+    tensors: dict[str, TensorEntry]
+
+    @classmethod
+    def open(cls, path: str | Path) -> CheckpointIndex:
+        """Read the headers of all the files of a checkpoint.
+
+        Args:
+            path: a ``.safetensors`` file, or a folder in the layout of Hugging Face.
+
+        Raises:
+            CheckpointError: nothing there, no safetensors in it, or a file that is missing, truncated or
+                malformed; the message names the file.
+        """
+        path = Path(path)
+        if path.is_file():
+            return cls(path, _by_name(read_header(path)))
+        if not path.is_dir():
+            raise CheckpointError(f"{path}: no such checkpoint file or folder")
+        if (path / INDEX_FILE).is_file():
+            return cls(path, _read_shards(path))
+        if (path / SINGLE_FILE).is_file():
+            return cls(path, _by_name(read_header(path / SINGLE_FILE)))
+        raise CheckpointError(_nothing_to_read(path))
+
+
+def read_header(path: str | Path) -> list[TensorEntry]:
+    """The tensors of one safetensors file, in the order of their bytes.
+
+    Raises:
+        CheckpointError: the file is unreadable, truncated or malformed.
+    """
+    path = Path(path)
+    try:
+        tensors, _metadata = _C.read_header(os.fsencode(path))
+    except _C.HeaderError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    return [TensorEntry(name, path, dtype, shape, start, end) for name, dtype, shape, start, end in tensors]
+
+
+def _by_name(entries: Iterable[TensorEntry]) -> dict[str, TensorEntry]:
+    return {entry.name: entry for entry in entries}
+
+
+def _read_shards(folder: Path) -> dict[str, TensorEntry]:
+    """The tensors of a sharded checkpoint; index and shards must name the same ones."""
+    weight_map = _read_weight_map(folder / INDEX_FILE)
+    shards = {
+        name: _shard_path(folder, name) for name in dict.fromkeys(weight_map.values())
+    }  # a name is refused before any shard is opened
+    tensors: dict[str, TensorEntry] = {}
+    for file_name, shard in shards.items():
+        if not shard.is_file():
+            raise CheckpointError(f"{shard}: missing; {INDEX_FILE} names it")
+        for entry in read_header(shard):
+            if weight_map.get(entry.name) != file_name:
+                raise CheckpointError(f"{shard}: holds {entry.name!r}, not placed there by {INDEX_FILE}")
+            tensors[entry.name] = entry
+    for name, file_name in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{folder / file_name}: lacks {name!r}, which {INDEX_FILE} places there")
+    return {name: tensors[name] for name in weight_map}
+
+
+def _read_weight_map(path: Path) -> dict[str, str]:
+    size = path.stat().st_size
+    if size > _MAX_INDEX_BYTES:
+        raise CheckpointError(f"{path}: {size} bytes, at most {_MAX_INDEX_BYTES} are read")
+    try:
+        content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise CheckpointError(f"{path}: expected a weight_map from tensor names to file names")
+    return weight_map
+
+
+def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a key is given twice")
+    return members
+
+
+def _shard_path(folder: Path, name: str) -> Path:
+    """The shard that an index names, refused where it is not a file below the checkpoint's folder.
+
+    Hugging Face's download cache links every file of a snapshot to ``blobs`` two folders up; a link is
+    therefore followed as far as the folder that holds both.
+    """
+    parts = PurePosixPath(name)
+    if not name or parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
+        raise CheckpointError(f"{folder / INDEX_FILE}: names {name!r}, which is not a file below its folder")
+    if "\0" in name:
+        raise CheckpointError(f"{folder / INDEX_FILE}: names a file with a NUL byte")
+    path = folder / name
+    root = _cache_root(folder.resolve())
+    if not path.resolve().is_relative_to(root):
+        raise CheckpointError(f"{path}: a symbolic link that leaves the checkpoint's folder")
+    return path
+
+
+def _cache_root(folder: Path) -> Path:
+    """The folder itself; for a snapshot in Hugging Face's cache, its ``models--…``, which holds the blobs too."""
+    repository = folder.parent.parent
+    in_cache = folder.parent.name == "snapshots" and repository.name.startswith("models--")
+    return repository if in_cache else folder
+
+
+def _nothing_to_read(folder: Path) -> str:
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    if pickles:
+        return (
+            f"{folder}: holds {pickles[0]} but no {SINGLE_FILE}; pickled weights are not read, "
+            "convert them with model.save_pretrained(folder) of transformers"
+        )
+    return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} in it"
