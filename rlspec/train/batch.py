@@ -54,6 +54,24 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, devi
     )
 
 
+def split_by_length(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], most: int) -> list[list[int]]:
+    """Row numbers of the forward passes that a batch is best split into, at most ``most`` rows each.
+
+    Rows are sorted by prompt length, and a pass ends early when the next prompt is half as long again as its
+    shortest: short first turns would otherwise be padded to the length of long conversations, and on
+    a small model padding is what the time goes to.
+    """
+    passes: list[list[int]] = []
+    shortest = 0
+    for row in sorted(range(len(pairs)), key=lambda row: len(pairs[row][0])):
+        length = len(pairs[row][0])
+        if not passes or len(passes[-1]) == most or length > 1.5 * shortest:
+            passes.append([])
+            shortest = length
+        passes[-1].append(row)
+    return passes
+
+
 def position_ids(attention_mask: Tensor) -> Tensor:
     """Positions, int64 (B, L), that count real tokens only, so left padding shifts nothing."""
     return (attention_mask.cumsum(-1) - 1).clamp(min=0)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlspec.tasks.base import training_problem
-from rlspec.train.batch import answer_forward, autocast, collate
+from rlspec.train.batch import answer_forward, autocast, collate, split_by_length
 from rlspec.train.config import PPOConfig
 from rlspec.train.encode import pad_id
 from rlspec.train.gae import gae
@@ -39,7 +39,6 @@ class Experience:
 
     pairs: list[Pair]
     mask: Tensor  # bool, True on actions
-    tokens: Tensor  # tokens of each action
     logprobs: Tensor  # as sampled
     values: Tensor
     advantages: Tensor  # normalised over the update
@@ -127,7 +126,7 @@ def prepare(
     turns = [turn for episode in episodes for turn in episode.turns]
     pairs = [(turn.prompt_ids, turn.answer_ids) for turn in turns]
     pad = pad_id(tokenizer)
-    values, mask, tokens = _score_all(model, head, pairs, pad, config)[1:]
+    _, values, mask = _score_all(model, head, pairs, pad, config)
     logprobs = _per_action([turn.logprobs for turn in turns], config).to(values)
     rewards, discounts = _rewards_and_discounts(episodes, turn_limit_reward, mask, config)
     if reference is not None:
@@ -143,31 +142,29 @@ def prepare(
     returns, advantages = torch.zeros_like(values), torch.zeros_like(values)
     returns[mask] = flat + values[mask]
     advantages[mask] = (flat - flat.mean()) / (flat.std(correction=0) + 1e-8)
-    return Experience(pairs, mask, tokens, logprobs, values, advantages, returns)
+    return Experience(pairs, mask, logprobs, values, advantages, returns)
 
 
 @torch.no_grad()
 def _score_all(
     model: Any, head: ValueHead | None, pairs: Sequence[Pair], pad: int, config: PPOConfig
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """:func:`score_actions` for any number of turns: log-probabilities, values (0 without a head), mask and
-    tokens, all (N, A).
+) -> tuple[Tensor, Tensor, Tensor]:
+    """:func:`score_actions` for any number of turns: log-probabilities, values (0 without a head) and mask,
+    all (N, A).
     """
-    size = config.micro_batch_size
+    passes = split_by_length(pairs, config.micro_batch_size)
     with evaluation_mode(model):
-        parts = [
-            score_actions(model, head, pairs[i : i + size], pad, config) for i in range(0, len(pairs), size)
-        ]
+        parts = [score_actions(model, head, [pairs[row] for row in rows], pad, config) for rows in passes]
     width = max(part[0].shape[1] for part in parts)
+    order = torch.tensor([row for rows in passes for row in rows]).argsort()
 
     def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])
+        return torch.cat([F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])[order]
 
     return (
         join([logprobs for logprobs, *_ in parts]),
         join([torch.zeros_like(logprobs) if values is None else values for logprobs, values, *_ in parts]),
         join([mask for _, _, mask, _ in parts]),
-        join([tokens for *_, tokens in parts]),
     )
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError
+from rlspec.train.batch import split_by_length
 from rlspec.train.callbacks import Callback
 from rlspec.train.config import PPOConfig
 from rlspec.train.encode import pad_id
@@ -120,10 +121,9 @@ def improve(
         order = torch.randperm(turns, generator=generator)
         for index, rows in enumerate(torch.tensor_split(order, mini_batches)):
             fresh = epoch == 0 and index == 0
-            logs, log_ratio = _accumulate(model, head, experience, rows, pad, config)
+            logs, log_ratio, tokens = _accumulate(model, head, experience, rows, pad, config)
             if fresh:
-                mask = experience.mask[rows]
-                deviation = check_on_policy(log_ratio, experience.tokens[rows][mask], config)
+                deviation = check_on_policy(log_ratio, tokens, config)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -136,14 +136,18 @@ def improve(
 
 def _accumulate(
     model: Any, head: ValueHead, experience: Experience, rows: Tensor, pad: int, config: PPOConfig
-) -> tuple[dict[str, float], Tensor]:
-    """Gradients of one mini-batch, one micro-batch at a time; its mean losses, its actions' log-ratios."""
+) -> tuple[dict[str, float], Tensor, Tensor]:
+    """Gradients of one mini-batch, one forward pass at a time; its mean losses, and the log-ratio and the
+    tokens of each action.
+    """
     actions = experience.mask[rows].sum().item()
     totals = dict.fromkeys(("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction"), 0.0)
     log_ratios: list[Tensor] = []
-    for part in rows.split(config.micro_batch_size):
-        pairs = [experience.pairs[row] for row in part.tolist()]
-        logprobs, values, mask, _ = score_actions(model, head, pairs, pad, config)
+    lengths: list[Tensor] = []
+    chosen = [experience.pairs[row] for row in rows.tolist()]
+    for split in split_by_length(chosen, config.micro_batch_size):
+        part = rows[split]
+        logprobs, values, mask, tokens = score_actions(model, head, [chosen[i] for i in split], pad, config)
         assert values is not None
         # The columns past this part's longest answer are empty.
         old, old_values, advantages, returns = (
@@ -157,6 +161,7 @@ def _accumulate(
         loss.backward()
         log_ratio = log_ratio.detach()
         log_ratios.append(log_ratio)
+        lengths.append(tokens[mask])
         clipped = (log_ratio.exp() - 1).abs() > config.clip
         for name, amount in (
             ("loss", loss),
@@ -166,4 +171,4 @@ def _accumulate(
             ("clip_fraction", clipped.sum() / actions),
         ):
             totals[name] += amount.item()
-    return totals, torch.cat(log_ratios)
+    return totals, torch.cat(log_ratios), torch.cat(lengths)

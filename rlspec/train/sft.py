@@ -11,7 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from rlspec.tasks.base import training_problem
-from rlspec.train.batch import answer_forward, autocast, collate
+from rlspec.train.batch import answer_forward, autocast, collate, split_by_length
 from rlspec.train.callbacks import Callback
 from rlspec.train.config import SFTConfig
 from rlspec.train.encode import encode_example, pad_id
@@ -58,8 +58,8 @@ def train_sft(
         pairs = sft_batch(tokenizer, task, config, step, exclude)
         answer_tokens = sum(len(answer) for _, answer in pairs)
         loss = 0.0
-        for first in range(0, len(pairs), config.micro_batch_size):
-            batch = collate(pairs[first : first + config.micro_batch_size], pad_id(tokenizer), device)
+        for rows in split_by_length(pairs, config.micro_batch_size):
+            batch = collate([pairs[row] for row in rows], pad_id(tokenizer), device)
             with autocast(device, config.dtype):
                 logits, _ = answer_forward(model, batch)
             total = F.cross_entropy(
