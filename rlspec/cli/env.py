@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 
 import click
 
@@ -20,6 +21,7 @@ def environment() -> dict[str, str]:
     """Name -> what was found, as text; "no" for a package that is not installed."""
     import torch
 
+    from rlspec.backend import backend_for, cpu_capabilities
     from rlspec.cli.main import installed_version
 
     facts = {
@@ -29,10 +31,13 @@ def environment() -> dict[str, str]:
     }
     for package in ("torch", "transformers", "triton", "safetensors", "numpy"):
         facts[package] = _version(package)
-    facts["CPU"] = f"{torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores"
-    facts["threads"] = str(torch.get_num_threads())
+    capabilities = ", ".join(f"{name} {value}" for name, value in cpu_capabilities().items())
+    facts["CPU"] = f"{os.cpu_count()} cores, {capabilities}"
     facts["device"] = _devices()
+    backends = {kind: backend_for(kind) for kind in (["cuda"] if torch.cuda.is_available() else []) + ["cpu"]}
+    facts["backends"] = ", ".join(f"{kind}: {backend}" for kind, backend in backends.items())
     facts["extension"] = _extension()
+    facts["cache"] = os.environ.get("RLSPEC_CACHE", str(Path.home() / ".cache" / "rlspec"))
     return facts
 
 

@@ -202,6 +202,7 @@ def _train(
 
 def sft_config(config: TrackConfig) -> SFTConfig:
     """The trainer's settings for the SFT stage: the embedded model's, or the paper's for any other model."""
+    assert config.learning_rate is not None  # TrackConfig has put a number there
     preset = SFTConfig() if config.model == EMBEDDED else SFTConfig.paper()
     return replace(
         preset,
@@ -217,6 +218,7 @@ def sft_config(config: TrackConfig) -> SFTConfig:
 
 def ppo_config(config: TrackConfig) -> PPOConfig:
     """The trainer's settings for the PPO stage: the embedded model's, or the paper's for any other model."""
+    assert config.ppo_learning_rate is not None
     preset = PPOConfig() if config.model == EMBEDDED else PPOConfig.paper()
     return replace(
         preset,

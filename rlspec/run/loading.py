@@ -81,19 +81,24 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     try:
-        model, info = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {_one_line(error)}") from error
+    model, info = loaded
     # transformers fills missing weights with random numbers and goes on; a run on those would mean nothing.
     if missing := sorted(info["missing_keys"]):
         raise CheckpointError(
             f"{folder}: {len(missing)} weights are missing from it, the first is {missing[0]}"
         )
+    model = model.float().to(device)
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
-    return model.to(device)
+        # As loaded, weights lie in the mapped file at any address. Products of unaligned rows are slower and
+        # may round differently: a continued run would not repeat the first one's losses to the last bit.
+        parameter.data = parameter.data.clone()
+    return model
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -33,9 +33,6 @@ def summarize(config: TrackConfig, folder: RunFolder) -> Row:
         for before, after in (("sft_peak", "sft_end"), ("sft_end", "ppo_end"), ("ppo_start", "ppo_end"))
         if before in chosen and after in chosen
     ]
-    # PPO's start is SFT's end unless it began at an earlier checkpoint.
-    if config.ppo_from in (None, config.sft_steps) and ("sft_end", "ppo_end") in pairs:
-        pairs.remove(("ppo_start", "ppo_end"))
     tests = {f"{a}_to_{b}": _tests(evals, chosen[a], chosen[b]) for a, b in pairs}
     last = metrics[-1]
     return {
@@ -55,9 +52,9 @@ def _decisive_events(config: TrackConfig, metrics: Sequence[Row]) -> dict[str, E
     chosen: dict[str, Event] = {}
     for stage in config.stages:
         rows = [row for row in metrics if row["stage"] == stage]
-        if not rows:
-            continue
-        chosen[f"{stage}_start"] = (stage, rows[0]["step"])
+        # PPO's start is SFT's end unless it began at an earlier checkpoint or there was no SFT.
+        if stage == "sft" or "sft" not in config.stages or config.ppo_from not in (None, config.sft_steps):
+            chosen[f"{stage}_start"] = (stage, rows[0]["step"])
         if stage == "sft" and config.ood_shift is not None:
             peak = max(rows, key=lambda row: row["ood_accuracy"])
             chosen["sft_peak"] = (stage, peak["step"])
@@ -83,7 +80,7 @@ def _tests(evals: Sequence[Row], before: Event, after: Event) -> dict[str, Row]:
     """Shift -> McNemar test between two events."""
     at = {(row["stage"], row["step"], row["shift"]): row for row in evals}
     shifts = [shift for stage, step, shift in at if (stage, step) == before]
-    return {shift: paired_test(at[(*before, shift)], at[(*after, shift)]) for shift in shifts}
+    return {shift: paired_test(at[before + (shift,)], at[after + (shift,)]) for shift in shifts}
 
 
 _NAMES = {

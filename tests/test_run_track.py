@@ -1,0 +1,277 @@
+"""The main job on a tiny random model: rows, resumption after SIGKILL and Ctrl-C, and refusals on the way."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from click.testing import CliRunner, Result
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from rlspec.cli.main import main
+from rlspec.models.vocabulary import make_tokenizer
+from rlspec.run.folder import RunFolder
+from rlspec.run.progress import Progress
+from rlspec.tasks import mcnemar
+
+OPTIONS = {
+    "every": 5,
+    "ppo_every": 2,
+    "sft_steps": 22,
+    "ppo_updates": 6,
+    "turns_per_update": 8,
+    "batch_size": 4,
+    "learning_rate": 1e-3,
+    "ppo_learning_rate": 1e-4,
+    "deals": 6,
+    "turns": 2,
+    "threads": 1,
+    "device": "cpu",
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=256,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLSPEC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+def arguments(model: Path, out: Path, **changes: Any) -> list[str]:
+    options = {"model": model, "out": out, **OPTIONS, **changes}
+    flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
+    return ["track", *(part for pair in flags for part in pair)]
+
+
+def invoke(*arguments: str) -> Result:
+    result = CliRunner().invoke(main, list(arguments))
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Result]:
+    """A run from start to end in one go."""
+    out = tmp_path_factory.mktemp("runs") / "finished"
+    result = invoke(*arguments(model, out))
+    assert result.exit_code == 0, result.output
+    return RunFolder(out), result
+
+
+def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
+
+
+def assert_same_run(found: RunFolder, wanted: RunFolder) -> None:
+    assert without_seconds(found.metrics()) == without_seconds(wanted.metrics())
+    assert found.spectra() == wanted.spectra()
+    assert without_seconds(found.evals()) == without_seconds(wanted.evals())
+    for name in ("spectra", "checkpoints"):
+        files = {
+            path.relative_to(wanted.path): path for path in (wanted.path / name).rglob("*") if path.is_file()
+        }
+        assert files.keys() == {
+            path.relative_to(found.path) for path in (found.path / name).rglob("*") if path.is_file()
+        }
+        for relative, path in files.items():
+            assert (found.path / relative).read_bytes() == path.read_bytes(), relative
+
+
+def test_rows_of_a_run(finished: tuple[RunFolder, Result]) -> None:
+    folder, _ = finished
+    events = [("sft", 0), ("sft", 5), ("sft", 10), ("sft", 15), ("sft", 20), ("sft", 22)]
+    events += [("ppo", 0), ("ppo", 2), ("ppo", 4), ("ppo", 6)]
+    metrics = folder.metrics()
+    assert [(row["stage"], row["step"]) for row in metrics] == events
+    axis = [row["global_step"] for row in metrics]
+    assert axis[:7] == [0, 5, 10, 15, 20, 22, 22]
+    assert sorted(axis) == axis and len(set(axis)) == len(axis) - 1
+    matrices = 2 * 3  # layers, q k v
+    assert [(row["stage"], row["step"]) for row in folder.spectra()] == [
+        e for e in events for _ in range(matrices)
+    ]
+    assert [(row["stage"], row["step"], row["shift"]) for row in folder.evals()] == [
+        (*event, shift) for event in events for shift in ("none", "both")
+    ]
+    for row in metrics:
+        assert {"id_accuracy", "id_n", "id_low", "id_high", "ood_accuracy", "ood_shift"} <= row.keys()
+        assert {"seconds_training", "seconds_tracking", "seconds_evaluating", "seconds_kl"} <= row.keys()
+    assert metrics[0]["kl_base_nats_per_token"] == pytest.approx(0, abs=1e-9)
+    assert metrics[5]["kl_base_nats_per_token"] > 1e-4
+    for name in ("seconds_training", "seconds_tracking", "seconds_evaluating", "seconds_wall"):
+        column = [row[name] for row in metrics]
+        assert sorted(column) == column
+    assert all(len(row["outcomes"]) == row["n"] == 6 for row in folder.evals())
+
+
+def test_files_of_a_run(finished: tuple[RunFolder, Result], model: Path) -> None:
+    folder, result = finished
+    settings = yaml.safe_load(folder.config_path.read_text())
+    assert (
+        settings["model"] == str(model)
+        and settings["sft_steps"] == 22
+        and settings["modules"] == ["q", "k", "v"]
+    )
+    assert folder.report_path.stat().st_size > 0
+    assert next(path.name for path in folder.tensorboard_dir.iterdir()).startswith("events.out.tfevents")
+    assert not list((folder.path / "resume").rglob("*.pt"))
+    checkpoint = folder.checkpoint_dir("ppo", 6)
+    assert len(AutoTokenizer.from_pretrained(checkpoint)) == len(make_tokenizer())
+    base, tuned = (AutoModelForCausalLM.from_pretrained(path) for path in (model, checkpoint))
+    assert not torch.equal(base.lm_head.weight, tuned.lm_head.weight)
+    assert "of the wall time" in result.stdout and str(folder.report_path) in result.stdout
+    share = folder.summary()["tracking_share"]
+    assert share == folder.metrics()[-1]["seconds_tracking"] / folder.metrics()[-1]["seconds_wall"]
+
+
+def test_summary_pairs_the_outcomes(finished: tuple[RunFolder, Result]) -> None:
+    folder, _ = finished
+    outcomes = {
+        (row["stage"], row["step"]): [bit == "1" for bit in row["outcomes"]]
+        for row in folder.evals()
+        if row["shift"] == "both"
+    }
+    test = folder.summary()["tests"]["sft_end_to_ppo_end"]["both"]
+    wanted = mcnemar(outcomes["sft", 22], outcomes["ppo", 6])
+    assert (test["gained"], test["lost"], test["p_value"]) == (wanted.gained, wanted.lost, wanted.p_value)
+
+
+def start_and_kill(arguments: list[str], folder: RunFolder, stage: str, step: int) -> None:
+    """Run the command in a process of its own and SIGKILL it once the row of (stage, step) is there."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rlspec", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while not any((row["stage"], row["step"]) == (stage, step) for row in folder.metrics()):
+        assert process.poll() is None, process.communicate()[1].decode()
+        time.sleep(0.005)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+
+
+def test_resume_after_sigkill_in_each_stage(
+    finished: tuple[RunFolder, Result], model: Path, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    start_and_kill(arguments(model, folder.path), folder, "sft", 5)
+    assert folder.metrics()[-1]["stage"] == "sft" and not folder.summary_path.exists()
+    start_and_kill(["track", "--resume", "--out", str(folder.path)], folder, "ppo", 2)
+    assert folder.metrics()[-1]["step"] < 6 and not folder.summary_path.exists()
+    # What a kill in the middle of a write would leave.
+    with folder.metrics_path.open("ab") as file:
+        file.write(b'{"stage": "ppo", "st')
+    assert invoke("track", "--resume", "--out", str(folder.path)).exit_code == 0
+    assert_same_run(folder, finished[0])
+
+
+def test_ctrl_c_stops_at_a_step_and_can_be_resumed(
+    finished: tuple[RunFolder, Result], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Progress.step
+
+    def pressed(self: Progress, number: int, **figures: float) -> None:
+        step(self, number, **figures)
+        if number == 7:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    folder = RunFolder(tmp_path / "my run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", pressed)
+        result = invoke(*arguments(model, folder.path))
+    assert result.exit_code == 130
+    assert f"rlspec track --resume --out '{folder.path}'" in result.stderr
+    assert (folder.metrics()[-1]["stage"], folder.metrics()[-1]["step"]) == ("sft", 5)
+    assert invoke("track", "--resume", "--out", str(folder.path)).exit_code == 0
+    assert_same_run(folder, finished[0])
+
+
+def test_resuming_a_finished_run_trains_no_more(finished: tuple[RunFolder, Result]) -> None:
+    folder, first = finished
+    before = folder.metrics_path.read_bytes()
+    again = invoke("track", "--resume", "--out", str(folder.path))
+    assert again.exit_code == 0 and again.stdout == first.stdout
+    assert folder.metrics_path.read_bytes() == before
+
+
+def test_other_settings_and_existing_folders_are_refused(
+    finished: tuple[RunFolder, Result], model: Path
+) -> None:
+    folder, _ = finished
+    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
+    result = invoke(*arguments(model, folder.path))
+    assert result.exit_code == 2
+    assert result.stderr == (
+        f"Error: {folder.path} already holds a run; continue it with --resume, or choose another --out\n"
+    )
+    result = invoke("track", "--resume", "--out", str(folder.path), "--seed", "1")
+    assert result.exit_code == 2 and result.stderr.endswith("--seed is 0, not 1\n")
+    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
+
+
+def test_ppo_from_an_sft_checkpoint(finished: tuple[RunFolder, Result], model: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    changes = {"ppo_from": 5, "sft_steps": 10, "ppo_updates": 1, "checkpoint_every": 1000}
+    result = invoke(*arguments(model, folder.path, **changes))
+    assert result.exit_code == 0, result.output
+    rows = {(row["stage"], row["step"]): row for row in folder.metrics()}
+    start, origin = rows["ppo", 0], rows["sft", 5]
+    same = ("id_accuracy", "ood_accuracy", "kl_base_nats_per_token")
+    assert [start[name] for name in same] == [origin[name] for name in same]
+    assert start["global_step"] == 10
+    checkpoints = sorted(path.name for path in (folder.path / "checkpoints").iterdir())
+    assert checkpoints == ["ppo-1", "sft-0", "sft-10", "sft-5"]
+    spectra = {
+        (row["stage"], row["step"]): row["delta_frobenius"]
+        for row in folder.spectra()
+        if row["name"] == folder.spectra()[0]["name"]
+    }
+    assert spectra["ppo", 0] == spectra["sft", 5] != spectra["sft", 10]
+    assert set(folder.summary()["tests"]) == {
+        "sft_peak_to_sft_end",
+        "sft_end_to_ppo_end",
+        "ppo_start_to_ppo_end",
+    }
+
+
+def test_ppo_alone_and_further_shifts(model: Path, tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path / "run")
+    config = tmp_path / "settings.yaml"
+    config.write_text("stages: ppo\nshifts: [none, rule, both]\nppo-updates: 3\n")
+    flags = {"ppo_updates": 1, "config": config, "engine": "exact"}
+    assert invoke(*arguments(model, folder.path, **flags)).exit_code == 0
+    rows = folder.metrics()
+    assert [(row["stage"], row["step"]) for row in rows] == [("ppo", 0), ("ppo", 1)]
+    assert rows[0]["global_step"] == 0 and "rule_accuracy" in rows[1] and rows[1]["ood_shift"] == "both"
+    assert {row["engine"] for row in folder.spectra()} == {"exact"}
+    assert set(folder.summary()["tests"]) == {"ppo_start_to_ppo_end"}
