@@ -141,8 +141,9 @@ def test_fused_projection_is_measured_by_its_parts():
     name = "model.layers.0.self_attn.qkv_proj.weight"
     changed = fused.clone()
     changed[24:48] += 0.05 * torch.randn(24, 24, generator=g)  # the key rows only
-    basis = SpectralBasis.from_tensors({name: fused}, rank=4)
-    rows = SpectralTracker(basis).measure({name: changed}, step=1).rows
+    output = {"model.layers.0.self_attn.o_proj.weight": torch.randn(24, 24, generator=g)}
+    basis = SpectralBasis.from_tensors({name: fused, **output}, rank=4)
+    rows = SpectralTracker(basis).measure({name: changed, **output}, step=1).rows
     moved = {row["module"]: row["delta_frobenius"] for row in rows}
     assert moved["k"] > 0 and moved["q"] == 0 and moved["v"] == 0
 

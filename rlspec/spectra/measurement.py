@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from rlspec.spectra.matrix import MatrixBasis
@@ -37,6 +39,13 @@ class ReferenceStack:
             k=matrices[0].k,
         )
 
+    def select(self, index: Tensor) -> ReferenceStack:
+        """The matrices of the given positions; all of them without a copy."""
+        if index.numel() == self.S.shape[0]:
+            return self
+        names = tuple(self.names[i] for i in index.tolist())
+        return ReferenceStack(names, self.W[index], self.U[index], self.S[index], self.Vh[index], self.k)
+
     @property
     def shape(self) -> tuple[int, int]:
         return int(self.W.shape[-2]), int(self.W.shape[-1])
@@ -62,3 +71,33 @@ class Measurement:
     angle_error_bound_rad: Tensor  # (L,) on every principal angle of both sides
     engine: tuple[str, ...]  # per matrix: "exact" or "delta"
     notes: tuple[str | None, ...]  # per matrix
+
+    def select(self, index: Tensor) -> Measurement:
+        """The matrices of the given positions."""
+        chosen = {f.name: _take(getattr(self, f.name), index) for f in fields(self)}
+        return Measurement(**chosen)
+
+    def with_notes(self, note: str) -> Measurement:
+        return replace(self, notes=(note,) * len(self.notes))
+
+
+def combine(parts: list[tuple[Tensor, Measurement]]) -> Measurement:
+    """Join measurements of disjoint positions into one of all positions, in order."""
+    order = torch.argsort(torch.cat([index for index, _ in parts]))
+    joined = {f.name: _join([getattr(m, f.name) for _, m in parts]) for f in fields(Measurement)}
+    return Measurement(**joined).select(order)
+
+
+def _take(value: Any, index: Tensor) -> Any:
+    if isinstance(value, tuple):
+        return tuple(value[i] for i in index.tolist())
+    return value if value is None else value[index] if isinstance(value, Tensor) else value.select(index)
+
+
+def _join(values: list[Any]) -> Any:
+    first = values[0]
+    if isinstance(first, tuple):
+        return tuple(item for value in values for item in value)
+    if isinstance(first, Tensor):
+        return torch.cat(values)
+    return None if first is None else Update.joined(values)

@@ -6,7 +6,7 @@ the norm of an update or a weight, a zero divided by that zero norm is zero: an 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -25,6 +25,14 @@ class Update:
     weight_frobenius: Tensor  # (L,) of the current weight
     reference_frobenius: Tensor  # (L,)
     sparsity: Tensor  # (L,) share of entries unchanged
+
+    def select(self, index: Tensor) -> Update:
+        """The matrices of the given positions."""
+        return Update(*(getattr(self, f.name)[index] for f in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: list[Update]) -> Update:
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
 
 
 def update(weight: Tensor, reference: Tensor, *, eta: float = UNCHANGED_ETA) -> Update:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlspec.errors import OptionError
 
-RankLike = Union["Rank", float, int, str]  # noqa: UP007 (a forward reference needs Union)
+RankLike = Union["Rank", float, int, str]
 
 _SNAP = 0.05  # "gap:" looks for the largest gap within this share of k on either side
 

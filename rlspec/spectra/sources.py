@@ -11,7 +11,6 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlspec.errors import TensorError
-from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import Projection, check_finite
 
 WeightSource = nn.Module | Mapping[str, Tensor] | str | Path
@@ -83,6 +82,9 @@ class _TensorMapping:
 
 class _Checkpoint:
     def __init__(self, folder: Path) -> None:
+        # Imported here: the reader needs the compiled extension, tensors in memory do not.
+        from rlspec.io.index import CheckpointIndex
+
         self._index = CheckpointIndex.open(folder)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

@@ -12,14 +12,15 @@ from torch import Tensor
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import Projection
 from rlspec.spectra.basis import SpectralBasis
+from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.matrix import MatrixBasis
 from rlspec.spectra.measurement import Measurement, ReferenceStack
 from rlspec.spectra.sources import Weights, WeightSource, open_weights, read_matrix, stack
 from rlspec.spectra.table import Row, empty_row, measured_row
 
-Engine = Literal["exact"]
-ENGINES = ("exact",)
+Engine = Literal["delta", "exact"]
+_ENGINES = {"delta": measure_delta, "exact": measure_exact}
 
 # Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. It bounds working memory
 # (a few dozen bytes per entry) and keeps a stack of small matrices inside the last-level cache.
@@ -55,13 +56,14 @@ class SpectralTracker:
 
     Args:
         basis: the fixed reference.
-        engine: ``"exact"``, a full float64 SVD of every matrix.
+        engine: ``"delta"``, products with the update alone, with error bounds; or ``"exact"``, a full float64 SVD of
+            every matrix: far slower, and the oracle the other is tested against.
         arrays: keep singular values and sines in the record beside the scalar rows.
     """
 
-    def __init__(self, basis: SpectralBasis, *, engine: Engine = "exact", arrays: bool = True) -> None:
-        if engine not in ENGINES:
-            raise OptionError(f"unknown engine {engine!r}; valid: {', '.join(ENGINES)}")
+    def __init__(self, basis: SpectralBasis, *, engine: Engine = "delta", arrays: bool = True) -> None:
+        if engine not in _ENGINES:
+            raise OptionError(f"unknown engine {engine!r}; valid: {', '.join(_ENGINES)}")
         self.basis = basis
         self.engine = engine
         self.arrays = arrays
@@ -90,7 +92,7 @@ class SpectralTracker:
                 pairs = zip(group.projections, group.matrices, strict=True)
                 rows.update({p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs})
                 continue
-            measurement = measure_exact(group.reference, stacked)
+            measurement = _ENGINES[self.engine](group.reference, stacked)
             for i, (projection, matrix) in enumerate(zip(group.projections, group.matrices, strict=True)):
                 rows[projection.name] = measured_row(
                     measurement, i, matrix, projection, stage=stage, step=step

@@ -1,0 +1,181 @@
+"""The delta engine: measure W = W_ref + E from the reference decomposition and products with E alone.
+
+1. First order: the rotation of the leading l columns by an elementwise Sylvester solve, the l x l core to second
+   order, a small dense SVD (``sylvester``, ``subspace``).
+2. Residuals on a few columns tell how good that is (``bounds``).
+3. Where it is not good enough, sweeps of block refinement with the same solve as preconditioner (``refine``).
+4. Where that does not settle, the exact engine measures the matrix, and the note says so.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlspec.spectra.bounds import Bounds, probe_bounds
+from rlspec.spectra.exact import measure_exact
+from rlspec.spectra.measurement import Measurement, ReferenceStack, combine
+from rlspec.spectra.metrics import Update, effective_rank, effective_rank_bound, update
+from rlspec.spectra.refine import refine
+from rlspec.spectra.subspace import Pair, Side, diagonalise, sines
+from rlspec.spectra.sylvester import first_order
+
+# Good enough, by bounds that are some ten times the error: angles within this share of the rotation's own Frobenius norm, values within this share of σ_1.
+ANGLE_TOLERANCE = 5e-3
+SIGMA_TOLERANCE = 1e-6
+_SWEEPS = 4
+_PROGRESS = 0.3  # a sweep that leaves more than this share of the bound does not pay
+# Past this share of the reference's norm an update is no perturbation, and refinement costs more than it saves.
+_LARGEST_UPDATE = 0.5
+
+
+def measure_delta(reference: ReferenceStack, weight: Tensor) -> Measurement:
+    """Measure a stack of weights against its references.
+
+    Args:
+        reference: factors of L matrices (m, n) with rank k >= 1.
+        weight: (L, m, n), any floating dtype, finite.
+
+    Returns:
+        A :class:`Measurement` that agrees with ``measure_exact`` within the bounds it carries.
+    """
+    change = update(weight, reference.W)
+    large = change.delta_frobenius > _LARGEST_UPDATE * change.reference_frobenius
+    if not bool(large.any()):
+        return _perturbative(reference, weight, change)
+    if bool(large.all()):
+        return _exactly(reference, weight)
+    near, far = (~large).nonzero().flatten(), large.nonzero().flatten()
+    parts = [
+        (near, _perturbative(reference.select(near), weight[near], change.select(near))),
+        (far, _exactly(reference.select(far), weight[far])),
+    ]
+    return combine(parts)
+
+
+def leading_columns(reference: ReferenceStack) -> int:
+    """l: the k columns followed and a guard band past the cut, ended where every matrix of the stack has a gap."""
+    k, s = reference.k, reference.S
+    floor = s[..., :1] * max(reference.shape) * torch.finfo(torch.float32).eps
+    rank = int((s > floor).sum(-1).min())  # columns of zero singular values have no direction to follow
+    low, high = k + max(8, k // 4), k + max(12, k // 2)
+    if high >= min(rank, round(0.85 * s.shape[-1])):
+        return max(k, rank)
+    drop = ((s[..., low - 1 : high] - s[..., low : high + 1]) / s[..., low - 1 : high]).amin(0)
+    return low + int(drop.argmax())
+
+
+def _perturbative(reference: ReferenceStack, weight: Tensor, change: Update) -> Measurement:
+    delta = change.delta.to(reference.U.dtype)
+    left, right, core, grams, block = first_order(reference, delta, leading_columns(reference))
+    pair = diagonalise(left, right, core, grams)
+    bounds = probe_bounds(reference, delta, pair)
+    pending = _unsettled(reference, pair, bounds, change).nonzero().flatten()
+    given_up = pending[:0]
+    for _ in range(_SWEEPS):
+        if pending.numel() == 0:
+            break
+        part = reference.select(pending)
+        refined, better = refine(part, delta[pending], pair.select(pending))
+        stalled = better.angle > _PROGRESS * bounds.angle[pending]
+        pair, bounds = pair.replace(pending, refined), bounds.replace(pending, better)
+        unsettled = _unsettled(part, refined, better, change.select(pending))
+        given_up = torch.cat([given_up, pending[unsettled & stalled]])
+        pending = pending[unsettled & ~stalled]
+    pending = torch.cat([given_up, pending])
+    measured = _assemble(reference, change, pair, bounds, block)
+    if pending.numel() == 0:
+        return measured
+    kept = torch.ones_like(change.sparsity, dtype=torch.bool)
+    kept[pending] = False
+    settled = kept.nonzero().flatten()
+    exact = _exactly(reference.select(pending), weight[pending])
+    return combine([(settled, measured.select(settled)), (pending, exact)])
+
+
+def _unsettled(reference: ReferenceStack, pair: Pair, bounds: Bounds, change: Update) -> Tensor:
+    """(L,) bool: error bounds too large beside the rotation and the values they bound."""
+    k = reference.k
+    turned = torch.maximum(
+        _turned(pair, k), torch.full_like(bounds.angle, torch.finfo(reference.U.dtype).eps)
+    )
+    angle = bounds.angle > ANGLE_TOLERANCE * turned
+    sigma = bounds.sigma > SIGMA_TOLERANCE * pair.sigma[..., 0]
+    return (angle | sigma) & (change.delta_frobenius > 0)
+
+
+def _turned(pair: Pair, k: int) -> Tensor:
+    """(L,) Frobenius norm of the sines of the larger rotation of the two sides."""
+    norms = [side.rows(k, k).double().norm(dim=(-2, -1)) for side in (pair.left, pair.right)]
+    return torch.maximum(*norms)
+
+
+def _exactly(reference: ReferenceStack, weight: Tensor) -> Measurement:
+    note = "update too large for the delta form: measured by a full decomposition"
+    return measure_exact(reference, weight).with_notes(note)
+
+
+def _assemble(
+    reference: ReferenceStack, change: Update, pair: Pair, bounds: Bounds, block: Tensor
+) -> Measurement:
+    k = reference.k
+    m, n = reference.shape
+    same = change.delta_frobenius == 0
+    column = same.unsqueeze(-1)
+    sigma = torch.where(column, reference.S[..., :k], pair.sigma[..., :k])
+    best = _best_cosine(pair.left, k)
+    spectrum = _whole_spectrum(reference, change, sigma)
+    zero = torch.zeros_like(bounds.sigma)
+    return Measurement(
+        update=change,
+        sigma=sigma,
+        sines_left=sines(pair.left, k).masked_fill(column, 0.0) if k < m else None,
+        sines_right=sines(pair.right, k).masked_fill(column, 0.0) if k < n else None,
+        core=block[..., :k, :k],
+        best_cosine=torch.where(column, torch.ones_like(best), best),
+        delta_spectral=spectral_norm(change.delta),
+        effective_rank=effective_rank(spectrum),
+        effective_rank_error_bound=effective_rank_bound(spectrum, change.delta_frobenius),
+        sigma_error_bound=torch.where(same, zero, bounds.sigma),
+        angle_error_bound_rad=torch.where(same, zero, bounds.angle),
+        engine=("delta",) * reference.S.shape[0],
+        notes=(None,) * reference.S.shape[0],
+    )
+
+
+def _best_cosine(side: Side, k: int) -> Tensor:
+    """(L, k) float64: the largest |coordinate| of each of the first k columns along any reference vector."""
+    best = side.lead[..., :k].abs().amax(-2)
+    if side.tail.shape[-2] > 0:
+        best = torch.maximum(best, side.tail[..., :k].abs().amax(-2).double())
+    return best.clamp_max(1.0)
+
+
+def _whole_spectrum(reference: ReferenceStack, change: Update, sigma: Tensor) -> Tensor:
+    """(L, r) the measured leading values and the reference's trailing ones, scaled to the weight's exact energy."""
+    k = reference.k
+    tail = reference.S[..., k:]
+    left_over = (change.weight_frobenius.square() - sigma.square().sum(-1)).clamp_min(0.0)
+    energy = tail.square().sum(-1)
+    scale = torch.where(energy > 0, left_over / energy.clamp_min(1e-300), torch.ones_like(energy)).sqrt()
+    scale = torch.where(change.delta_frobenius == 0, torch.ones_like(scale), scale)
+    return torch.cat([sigma, tail * scale.unsqueeze(-1)], dim=-1)
+
+
+def spectral_norm(a: Tensor, *, columns: int = 8, passes: int = 6) -> Tensor:
+    """||A||_2 of (L, m, n) by a small block Krylov space, float64; from below, right to about 1 %.
+
+    Random matrices have the flattest spectra at the top and are the worst case.
+    """
+    work = a if a.dtype == torch.float64 else a.float()
+    n = work.shape[-1]
+    columns = min(columns, min(work.shape[-2:]))
+    start = torch.randn(n, columns, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
+    block = start.to(work).expand(work.shape[0], -1, -1)
+    basis = []
+    for _ in range(passes):
+        block = torch.linalg.qr(work.mT @ (work @ block)).Q
+        basis.append(block)
+    space = torch.linalg.qr(torch.cat(basis, dim=-1)).Q if columns * passes <= n else block
+    image = (work @ space).double()
+    return torch.linalg.eigvalsh(image.mT @ image)[..., -1].clamp_min(0.0).sqrt()

@@ -1,0 +1,178 @@
+"""A candidate for the leading singular subspaces of W = W_ref + E, held in coordinates of the reference.
+
+Axes: ``L`` matrices (m, n), r = min(m, n); ``l`` >= k columns (k followed, the rest a guard band).
+With the complete reference factors U (m, r) and V (n, r), a right basis is ``V c + o``: coordinates ``c`` (r, l)
+and, where n > r, a part ``o`` (n, l) outside the range of V; the left one likewise. Small rotations are then small
+coordinates, products with W become products with S and with E, and every rounding error is relative to E.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlspec.spectra.measurement import ReferenceStack
+
+
+@dataclass(frozen=True)
+class Side:
+    """One basis in reference coordinates.
+
+    ``lead`` (L, l, c) float64: along the leading l reference vectors. These entries are near the identity's, and
+    float32 would round the singular values with them. ``tail`` (L, r - l, c) and ``outside`` (L, dim, c; None where
+    the reference vectors span everything) are as small as the rotation, and stay in the dtype of the factors.
+    """
+
+    lead: Tensor
+    tail: Tensor
+    outside: Tensor | None
+
+    def __matmul__(self, right: Tensor) -> Side:
+        narrow = right.to(self.tail.dtype)
+        outside = None if self.outside is None else self.outside @ narrow
+        return Side(self.lead @ right.double(), self.tail @ narrow, outside)
+
+    def __sub__(self, other: Side) -> Side:
+        outside = None if self.outside is None or other.outside is None else self.outside - other.outside
+        return Side(self.lead - other.lead, self.tail - other.tail, outside)
+
+    def dot(self, other: Side) -> Tensor:
+        """Inner products of the columns, (L, c, c'), float64."""
+        products = self.lead.mT @ other.lead + (self.tail.mT @ other.tail).double()
+        if self.outside is not None and other.outside is not None:
+            products = products + (self.outside.mT @ other.outside).double()
+        return products
+
+    def select(self, index: Tensor) -> Side:
+        """The matrices of the given positions."""
+        return Side(self.lead[index], self.tail[index], None if self.outside is None else self.outside[index])
+
+    def replace(self, index: Tensor, other: Side) -> Side:
+        """A copy with the given positions taken from another side."""
+        outside = self.outside
+        if outside is not None and other.outside is not None:
+            outside = outside.index_copy(0, index, other.outside)
+        lead = self.lead.index_copy(0, index, other.lead)
+        return Side(lead, self.tail.index_copy(0, index, other.tail), outside)
+
+    def rows(self, start: int = 0, columns: int | None = None) -> Tensor:
+        """Coordinates from row ``start`` < l on, of the first ``columns``, stacked into one tensor, (L, ., c)."""
+        parts = [self.lead[..., start:, :columns].to(self.tail.dtype), self.tail[..., :columns]]
+        if self.outside is not None:
+            parts.append(self.outside[..., :columns])
+        return torch.cat(parts, dim=-2)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Orthonormal left and right bases with the core diagonal: leftᵀ W right = diag(sigma), sigma (L, l) float64."""
+
+    left: Side
+    right: Side
+    sigma: Tensor
+
+    def select(self, index: Tensor) -> Pair:
+        """The matrices of the given positions."""
+        return Pair(self.left.select(index), self.right.select(index), self.sigma[index])
+
+    def replace(self, index: Tensor, other: Pair) -> Pair:
+        """A copy with the given positions taken from another pair."""
+        sigma = self.sigma.index_copy(0, index, other.sigma)
+        return Pair(self.left.replace(index, other.left), self.right.replace(index, other.right), sigma)
+
+    def columns(self, mix_left: Tensor, mix_right: Tensor) -> tuple[Side, Side]:
+        return self.left @ mix_left, self.right @ mix_right
+
+
+def diagonalise(left: Side, right: Side, core: Tensor, grams: tuple[Tensor, Tensor] | None = None) -> Pair:
+    """Orthonormalise two bases and diagonalise the core between them.
+
+    Args:
+        left, right: bases of l columns, linearly independent, nearly orthonormal.
+        core: (L, l, l) leftᵀ W right, float64.
+        grams: Gram matrices of both, (L, l, l) float64, where they are known already.
+    """
+    gram_left, gram_right = grams if grams is not None else (left.dot(left), right.dot(right))
+    lower_left, lower_right = torch.linalg.cholesky(gram_left), torch.linalg.cholesky(gram_right)
+    solve = torch.linalg.solve_triangular
+    half = solve(lower_left, core, upper=False)
+    small = solve(lower_right, half.mT, upper=False).mT
+    u, sigma, z = core_svd(small)
+    turn_left = solve(lower_left.mT, u, upper=True)
+    turn_right = solve(lower_right.mT, z, upper=True)
+    return Pair(left @ turn_left, right @ turn_right, sigma)
+
+
+# Up to this size a float64 SVD of the core costs less than what is around it.
+_SMALL_CORE = 96
+
+
+def core_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """SVD ``a = u diag(s) zᵀ`` of (L, l, l) float64 cores; u, s, z float64.
+
+    Larger cores are decomposed in float32 and corrected by one first-order (Newton) step in float64, whose error is
+    the square of float32's: the singular values come out right to float64's rounding nearly, at half the price.
+    """
+    if a.shape[-1] <= _SMALL_CORE:
+        u, s, zh = torch.linalg.svd(a)
+        return u, s, zh.mT
+    u32, _, zh32 = torch.linalg.svd(a.float())
+    u, z = u32.double(), zh32.double().mT
+    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
+    u = u @ (1.5 * eye - 0.5 * (u.mT @ u))
+    z = z @ (1.5 * eye - 0.5 * (z.mT @ z))
+    t = u.mT @ a @ z
+    s = t.diagonal(dim1=-2, dim2=-1)
+    return u, s, z
+
+
+def apply(reference: ReferenceStack, delta: Tensor, side: Side, *, transpose: bool = False) -> Side:
+    """Coordinates of ``W x`` (left coordinates) for right columns x, or of ``Wᵀ x`` for left columns.
+
+    Args:
+        reference: factors of W_ref.
+        delta: E, (L, m, n), in the dtype the products are to be taken in.
+        side: c columns.
+    """
+    u, v = reference.U, reference.Vh.mT
+    if transpose:
+        u, v, delta = v, u, delta.mT
+    l, r = side.lead.shape[-2], u.shape[-1]
+    x = v[..., :l] @ side.lead.to(v.dtype) + v[..., l:] @ side.tail
+    if side.outside is not None:
+        x = x + side.outside
+    moved = delta @ x
+    inside = u.mT @ moved
+    outside = moved - u @ inside if u.shape[-2] > r else None
+    s = reference.S.unsqueeze(-1)
+    lead = s[..., :l, :] * side.lead + inside[..., :l, :].double()
+    tail = s[..., l:, :].to(v.dtype) * side.tail + inside[..., l:, :]
+    return Side(lead, tail, outside)
+
+
+def sines(side: Side, k: int) -> Tensor:
+    """Sines of the principal angles between the first k columns and the reference's first k, (L, k) descending.
+
+    They are the singular values of what lies outside the reference's leading coordinates: no cosine is taken. Where
+    that part has fewer rows than k, the rest are zero.
+    """
+    beyond = side.rows(k, k)
+    found = singular_values(beyond)
+    if found.shape[-1] < k:
+        found = torch.cat([found, found.new_zeros((*found.shape[:-1], k - found.shape[-1]))], dim=-1)
+    return found[..., :k].clamp(0.0, 1.0)
+
+
+# A Gram matrix squares the range of the values: below 1e-8 of the largest they are lost, in float64.
+_DIRECT = 128
+
+
+def singular_values(a: Tensor) -> Tensor:
+    """Singular values of (L, q, k), descending, float64: directly when small, through the float64 Gram matrix if not."""
+    a = a.double()
+    if min(a.shape[-2:]) <= _DIRECT:
+        return torch.linalg.svdvals(a)
+    gram = a.mT @ a if a.shape[-2] >= a.shape[-1] else a @ a.mT
+    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0.0).sqrt()

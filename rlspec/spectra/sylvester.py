@@ -1,0 +1,75 @@
+"""How leading singular subspaces turn under W_ref + E, to first order: an elementwise Sylvester solve.
+
+With the reference diagonal in its own coordinates, the rotation of column j towards coordinate i of the tail solves
+two scalar equations: no iteration, and no gap needed inside the leading block, which a small dense SVD takes care of.
+
+Axes as in ``subspace``; S1 = the l leading reference values, S2 = the p = r - l others.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlspec.spectra.measurement import ReferenceStack
+from rlspec.spectra.subspace import Side
+
+# Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would turn into
+# each other many times over, and a first-order formula has nothing to say about them.
+_FLOOR = 0.02
+
+
+def rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Solve ``s2 P - Q s1 = -left`` and ``s2 Q - P s1 = -right`` elementwise.
+
+    Args:
+        tail: s2, (L, p). leading: s1, (L, l), every entry above every entry of ``tail`` up to the damping.
+        left, right: (L, p, l) couplings: U2ᵀ E V1 and V2ᵀ Eᵀ U1, or residuals in those coordinates.
+
+    Returns:
+        P (right coordinates) and Q (left coordinates), each (L, p, l).
+    """
+    s2 = tail.to(left.dtype).unsqueeze(-1)
+    s1 = leading.to(left.dtype).unsqueeze(-2)
+    denominator = torch.maximum((s1 - s2) * (s1 + s2), _FLOOR * s1.square())
+    return (s2 * left + s1 * right) / denominator, (s1 * left + s2 * right) / denominator
+
+
+def first_order(
+    reference: ReferenceStack, delta: Tensor, l: int
+) -> tuple[Side, Side, Tensor, tuple[Tensor, Tensor], Tensor]:
+    """First-order bases and second-order core of W_ref + E.
+
+    Args:
+        delta: E, (L, m, n), in the dtype of the factors.
+        l: columns to follow, k and the guard band.
+
+    Returns:
+        left, right: bases ``[I; Q]``, ``[I; P]`` with their outside parts.
+        core: (L, l, l) float64, leftᵀ W right up to terms of third order in E.
+        grams: leftᵀ left and rightᵀ right, float64.
+        block: U1ᵀ E V1 (L, l, l) float64.
+    """
+    u1, u2 = reference.U[..., :l], reference.U[..., l:]
+    v1, v2 = reference.Vh[..., :l, :].mT, reference.Vh[..., l:, :].mT
+    s1, s2 = reference.S[..., :l], reference.S[..., l:]
+    m, n = reference.shape
+    r = reference.S.shape[-1]
+    a, b = delta @ v1, delta.mT @ u1
+    f11, f21, g21 = u1.mT @ a, u2.mT @ a, v2.mT @ b
+    p, q = rotation(s2, s1, f21, g21)
+    scale = s1.to(a.dtype).unsqueeze(-2)
+    left_out = (a - u1 @ f11 - u2 @ f21) / scale if m > r else None
+    right_out = (b - v1 @ f11.mT - v2 @ g21) / scale if n > r else None
+    gram_left, gram_right = (q.mT @ q).double(), (p.mT @ p).double()
+    core = torch.diag_embed(s1) + f11.double()
+    core = core + (q.mT @ (s2.to(p.dtype).unsqueeze(-1) * p + f21) + g21.mT @ p).double()
+    if left_out is not None:
+        outer = (left_out.mT @ left_out).double()
+        gram_left, core = gram_left + outer, core + outer * s1.unsqueeze(-2)
+    if right_out is not None:
+        outer = (right_out.mT @ right_out).double()
+        gram_right, core = gram_right + outer, core + s1.unsqueeze(-1) * outer
+    eye = torch.eye(l, dtype=torch.float64, device=p.device).expand(p.shape[0], l, l)
+    left, right = Side(eye, q, left_out), Side(eye, p, right_out)
+    return left, right, core, (eye + gram_left, eye + gram_right), f11.double()

@@ -1,0 +1,198 @@
+"""The delta engine against the exact engine: values, angles, and bounds that hold."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from rlspec.spectra.delta import measure_delta, spectral_norm
+from rlspec.spectra.exact import measure_exact
+from rlspec.spectra.factor import reference_factors
+from rlspec.spectra.matrix import matrix_basis
+from rlspec.spectra.measurement import ReferenceStack
+from rlspec.spectra.rank import Rank
+
+F64 = torch.float64
+
+
+def flat_at_the_cut(m: int, n: int, generator: torch.Generator) -> torch.Tensor:
+    """A matrix with a spectrum like an attention projection's: a few large values, then hardly any gaps."""
+    r = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, r, dtype=F64, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(n, r, dtype=F64, generator=generator)).Q
+    x = torch.arange(r, dtype=F64) / r
+    s = 3.0 * torch.exp(-4.0 * x.sqrt()) + 1.0 - 0.95 * x**1.2
+    s = (s * (1.0 + 0.01 * torch.rand(r, dtype=F64, generator=generator))).sort(descending=True).values
+    return (u * s) @ v.T
+
+
+def random_update(
+    weight: torch.Tensor, eps: float, rank: int | None, generator: torch.Generator
+) -> torch.Tensor:
+    m, n = weight.shape
+    if rank is None:
+        e = torch.randn(m, n, dtype=F64, generator=generator)
+    else:
+        a, b = (
+            torch.randn(m, rank, dtype=F64, generator=generator),
+            torch.randn(rank, n, dtype=F64, generator=generator),
+        )
+        e = a @ b
+    return e * (eps * weight.norm() / e.norm())
+
+
+def stacked(weights: list[torch.Tensor], rank=0.2, dtype=F64) -> ReferenceStack:
+    matrices = []
+    for i, weight in enumerate(weights):
+        u, s, vh = reference_factors(weight)
+        matrices.append(matrix_basis(str(i), weight, (u.to(dtype), s, vh.to(dtype)), Rank.parse(rank)))
+    return ReferenceStack.of(matrices)
+
+
+def errors(found, truth):
+    """(L,) worst error of a singular value, of an angle; and the relative Frobenius error of the sines."""
+    sigma = (found.sigma - truth.sigma).abs().amax(-1)
+    angle, frobenius = torch.zeros_like(sigma), 0.0
+    for mine, exact in ((found.sines_left, truth.sines_left), (found.sines_right, truth.sines_right)):
+        assert (mine is None) == (exact is None)
+        if mine is not None:
+            angle = torch.maximum(angle, (mine.asin() - exact.asin()).abs().amax(-1))
+            frobenius = max(frobenius, float(((mine - exact).norm(dim=-1) / exact.norm(dim=-1)).max()))
+    return sigma, angle, frobenius
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(96, 96), (48, 128), (128, 48)])
+@pytest.mark.parametrize("rank", [None, 4])
+def test_agrees_with_the_exact_engine(shape, rank, dtype):
+    g = torch.Generator().manual_seed(0)
+    weights = [flat_at_the_cut(*shape, g) for _ in range(3)]
+    reference, exact_reference = stacked(weights, dtype=dtype), stacked(weights)
+    for eps, sigma_tolerance in ((1e-4, 1e-6), (1e-3, 1e-6), (1e-2, 1e-6), (5e-2, 1e-5)):
+        tuned = torch.stack([w + random_update(w, eps, rank, g) for w in weights])
+        found, truth = measure_delta(reference, tuned), measure_exact(exact_reference, tuned)
+        sigma, angle, frobenius = errors(found, truth)
+        assert float((sigma / truth.sigma[:, -1]).max()) <= sigma_tolerance
+        assert frobenius <= 1e-3
+        assert bool((sigma <= found.sigma_error_bound).all())
+        assert bool((angle <= found.angle_error_bound_rad).all())
+        torch.testing.assert_close(
+            found.core, truth.core, rtol=1e-4, atol=1e-6 * float(truth.core.abs().max())
+        )
+        torch.testing.assert_close(found.best_cosine, truth.best_cosine, rtol=0, atol=2e-3)
+        assert bool(
+            ((found.effective_rank - truth.effective_rank).abs() <= found.effective_rank_error_bound).all()
+        )
+        torch.testing.assert_close(found.delta_spectral, truth.delta_spectral, rtol=0.02, atol=0)
+
+
+def test_small_updates_stay_in_the_delta_form_and_large_ones_leave_it():
+    g = torch.Generator().manual_seed(1)
+    weights = [flat_at_the_cut(64, 64, g) for _ in range(2)]
+    reference = stacked(weights)
+    tuned = torch.stack([weights[0] + random_update(weights[0], 1e-2, None, g), -weights[1]])
+    found = measure_delta(reference, tuned)
+    assert found.engine == ("delta", "exact")
+    assert found.notes[0] is None and "full decomposition" in found.notes[1]
+    truth = measure_exact(reference, tuned)
+    torch.testing.assert_close(found.sines_left[1], truth.sines_left[1])
+
+
+def test_bounds_hold_in_every_random_trial_and_are_not_idle():
+    g = torch.Generator().manual_seed(2)
+    sigma_slack, angle_slack = [], []
+    for trial in range(15):
+        shape = [(64, 64), (32, 80), (80, 32)][trial % 3]
+        weights = [flat_at_the_cut(*shape, g) for _ in range(20)]
+        reference = stacked(weights)
+        eps = 10.0 ** (-4.0 + 2.7 * float(torch.rand((), generator=g)))
+        rank = (None, 8, 2)[(trial // 3) % 3]
+        tuned = torch.stack([w + random_update(w, eps, rank, g) for w in weights])
+        found = measure_delta(reference, tuned)
+        sigma, angle, _ = errors(found, measure_exact(reference, tuned))
+        assert bool((sigma <= found.sigma_error_bound).all()), (shape, eps, rank)
+        assert bool((angle <= found.angle_error_bound_rad).all()), (shape, eps, rank)
+        delta = torch.tensor([engine == "delta" for engine in found.engine])
+        sigma_slack.append((found.sigma_error_bound / sigma.clamp_min(1e-300))[delta])
+        angle_slack.append((found.angle_error_bound_rad / angle.clamp_min(1e-300))[delta])
+    assert float(torch.cat(sigma_slack).median()) < 30
+    assert float(torch.cat(angle_slack).median()) < 40
+
+
+def test_a_bound_notices_a_wrong_answer():
+    """The broken twin: a pair whose rotation was dropped must get bounds that cover the error it makes."""
+    from rlspec.spectra.bounds import probe_bounds
+    from rlspec.spectra.delta import leading_columns
+    from rlspec.spectra.metrics import update
+    from rlspec.spectra.subspace import Side, diagonalise, sines
+    from rlspec.spectra.sylvester import first_order
+
+    g = torch.Generator().manual_seed(3)
+    weights = [flat_at_the_cut(64, 64, g)]
+    reference = stacked(weights)
+    tuned = torch.stack([weights[0] + random_update(weights[0], 1e-2, None, g)])
+    delta = update(tuned, reference.W).delta
+    left, right, core, grams, _ = first_order(reference, delta, leading_columns(reference))
+    good = diagonalise(left, right, core, grams)
+    still = (
+        Side(left.lead, torch.zeros_like(left.tail), None),
+        Side(right.lead, torch.zeros_like(right.tail), None),
+    )
+    eye = torch.eye(core.shape[-1], dtype=F64).unsqueeze(0)
+    bad = diagonalise(*still, core, (eye, eye))
+    truth = measure_exact(reference, tuned)
+    wrong = (sines(bad.left, reference.k).asin() - truth.sines_left.asin()).abs().max()
+    bound = probe_bounds(reference, delta, bad).angle
+    assert wrong > 3 * probe_bounds(reference, delta, good).angle
+    assert wrong <= bound
+
+
+def test_unchanged_matrix_among_changed_ones_is_exactly_zero():
+    g = torch.Generator().manual_seed(4)
+    weights = [flat_at_the_cut(40, 40, g) for _ in range(3)]
+    tuned = torch.stack([weights[0] + 0.01, weights[1], weights[2] - 0.01])
+    found = measure_delta(stacked(weights), tuned)
+    assert float(found.sines_left[1].abs().max()) == 0.0
+    assert float(found.sigma_error_bound[1]) == 0.0 == float(found.angle_error_bound_rad[1])
+    assert bool((found.sines_left[[0, 2], 0] > 0).all())
+
+
+@pytest.mark.parametrize("shape", [(1, 9), (9, 1), (3, 3), (12, 5)])
+@pytest.mark.parametrize("rank", [1, 0.5, 1.0])
+def test_tiny_matrices(shape, rank):
+    g = torch.Generator().manual_seed(5)
+    weights = [torch.randn(*shape, dtype=F64, generator=g) for _ in range(2)]
+    reference = stacked(weights, rank=rank)
+    tuned = torch.stack([w + random_update(w, 1e-3, None, g) for w in weights])
+    found, truth = measure_delta(reference, tuned), measure_exact(reference, tuned)
+    sigma, angle, _ = errors(found, truth)
+    assert bool((sigma <= found.sigma_error_bound).all())
+    assert bool((angle <= found.angle_error_bound_rad).all())
+
+
+def test_rank_deficient_reference_and_repeated_values():
+    g = torch.Generator().manual_seed(6)
+    low = torch.randn(40, 6, dtype=F64, generator=g) @ torch.randn(6, 30, dtype=F64, generator=g)
+    q = torch.linalg.qr(torch.randn(32, 32, dtype=F64, generator=g)).Q
+    for weight in (low, q):  # q: every singular value is 1, no gap anywhere
+        reference = stacked([weight], rank=0.25)
+        tuned = (weight + random_update(weight, 1e-3, None, g)).unsqueeze(0)
+        found = measure_delta(reference, tuned)
+        truth = measure_exact(reference, tuned)
+        sigma, angle, _ = errors(found, truth)
+        for field in dataclasses.fields(found):
+            value = getattr(found, field.name)
+            if isinstance(value, torch.Tensor):
+                assert bool(torch.isfinite(value).all()), field.name
+        assert bool((sigma <= found.sigma_error_bound).all())
+        both = found.angle_error_bound_rad + truth.angle_error_bound_rad
+        assert bool((angle <= both).all())
+
+
+def test_spectral_norm_of_flat_and_low_rank_matrices():
+    g = torch.Generator().manual_seed(7)
+    for a in (torch.randn(2, 90, 70, dtype=F64, generator=g), torch.randn(2, 5, 70, dtype=F64, generator=g)):
+        torch.testing.assert_close(spectral_norm(a), torch.linalg.matrix_norm(a, ord=2), rtol=0.02, atol=0)
+    assert float(spectral_norm(torch.zeros(1, 8, 8)).item()) == 0.0
