@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlspec.errors import OptionError
 from rlspec.io.projections import Projection, find_projections, parse_modules
-from rlspec.spectra.factor import reference_factors
+from rlspec.spectra.cache import cached_factors
 from rlspec.spectra.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.rank import Rank, RankLike
 from rlspec.spectra.sources import WeightSource, open_weights, read_matrix
@@ -101,7 +101,7 @@ class SpectralBasis:
         matrices = []
         for done, projection in enumerate(projections, start=1):
             weight = read_matrix(weights, projection).cpu().contiguous().clone()
-            matrices.append(matrix_basis(projection.name, weight, reference_factors(weight), rule))
+            matrices.append(matrix_basis(projection.name, weight, cached_factors(weight, cache_dir), rule))
             if progress is not None:
                 progress(done, len(projections))
         return cls(projections, matrices, rule)

@@ -66,12 +66,27 @@ def leading_columns(reference: ReferenceStack) -> int:
 
 
 def _perturbative(reference: ReferenceStack, weight: Tensor, change: Update) -> Measurement:
+    pair, bounds, block, settled = solve(reference, change)
+    measured = _assemble(reference, change, pair, bounds, block)
+    if bool(settled.all()):
+        return measured
+    kept, rest = settled.nonzero().flatten(), (~settled).nonzero().flatten()
+    exact = _exactly(reference.select(rest), weight[rest])
+    return combine([(kept, measured.select(kept)), (rest, exact)])
+
+
+def solve(reference: ReferenceStack, change: Update) -> tuple[Pair, Bounds, Tensor, Tensor]:
+    """The leading subspaces of W_ref + E: first order, then sweeps for the matrices that need them.
+
+    Returns:
+        The pair (l >= k columns), its bounds, U1ᵀ E V1 (L, l, l) float64, and which matrices settled, (L,) bool.
+    """
     delta = change.delta.to(reference.U.dtype)
     left, right, core, grams, block = first_order(reference, delta, leading_columns(reference))
     pair = diagonalise(left, right, core, grams)
     bounds = probe_bounds(reference, delta, pair)
     pending = _unsettled(reference, pair, bounds, change).nonzero().flatten()
-    given_up = pending[:0]
+    settled = torch.ones_like(change.sparsity, dtype=torch.bool)
     for _ in range(_SWEEPS):
         if pending.numel() == 0:
             break
@@ -80,17 +95,10 @@ def _perturbative(reference: ReferenceStack, weight: Tensor, change: Update) -> 
         stalled = better.angle > _PROGRESS * bounds.angle[pending]
         pair, bounds = pair.replace(pending, refined), bounds.replace(pending, better)
         unsettled = _unsettled(part, refined, better, change.select(pending))
-        given_up = torch.cat([given_up, pending[unsettled & stalled]])
+        settled[pending[unsettled & stalled]] = False
         pending = pending[unsettled & ~stalled]
-    pending = torch.cat([given_up, pending])
-    measured = _assemble(reference, change, pair, bounds, block)
-    if pending.numel() == 0:
-        return measured
-    kept = torch.ones_like(change.sparsity, dtype=torch.bool)
-    kept[pending] = False
-    settled = kept.nonzero().flatten()
-    exact = _exactly(reference.select(pending), weight[pending])
-    return combine([(settled, measured.select(settled)), (pending, exact)])
+    settled[pending] = False
+    return pair, bounds, block, settled
 
 
 def _unsettled(reference: ReferenceStack, pair: Pair, bounds: Bounds, change: Update) -> Tensor:

@@ -1,0 +1,104 @@
+"""Reference decompositions kept on disk, one file per matrix, found again by the content of the weight.
+
+The key is a hash of the weight's bytes, dtype and shape and of the format's version, so a file serves every run and
+every checkpoint that holds the same matrix, and nothing else. A file is written under a temporary name and renamed:
+building may be interrupted at any moment and goes on with the matrices that are missing. Tensors are memory-mapped.
+A file that is damaged (checksum) or belongs to another matrix (key) is rebuilt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import zlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rlspec.spectra.factor import reference_factors
+
+_VERSION = 1
+# Below this many entries a decomposition takes milliseconds, less than its file would.
+MIN_ENTRIES = 1 << 17
+
+Factors = tuple[Tensor, Tensor, Tensor]
+
+
+def default_cache_dir() -> Path:
+    """``$RLSPEC_CACHE``, or ``~/.cache/rlspec``."""
+    return Path(os.environ.get("RLSPEC_CACHE") or Path.home() / ".cache" / "rlspec")
+
+
+def cached_factors(weight: Tensor, cache_dir: str | Path | None = None) -> Factors:
+    """The thin SVD of a weight, from the cache where it is there and sound, else computed and put there.
+
+    Args:
+        weight: (m, n), any floating dtype, finite, contiguous, on the CPU.
+        cache_dir: folder of the cache; default :func:`default_cache_dir`.
+
+    Returns:
+        U, S, Vh as ``factor.reference_factors`` gives them. A cache that cannot be written costs time, not results.
+    """
+    if weight.numel() < MIN_ENTRIES:
+        return reference_factors(weight)
+    key = content_key(weight)
+    path = Path(cache_dir if cache_dir is not None else default_cache_dir()) / key[:2] / f"{key}.safetensors"
+    found = _load(path, key)
+    if found is not None:
+        return found
+    factors = reference_factors(weight)
+    with contextlib.suppress(OSError):
+        _store(path, key, factors)
+    return factors
+
+
+def content_key(weight: Tensor) -> str:
+    """Hexadecimal hash of the format version, the dtype, the shape and the bytes of a contiguous CPU tensor."""
+    digest = hashlib.blake2b(f"{_VERSION} {weight.dtype} {tuple(weight.shape)} ".encode(), digest_size=20)
+    digest.update(_bytes(weight))
+    return digest.hexdigest()
+
+
+def _load(path: Path, key: str) -> Factors | None:
+    """The factors in a file, or None where it is missing, foreign or damaged."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            described = file.metadata() or {}
+            if described.get("key") != key:
+                return None
+            u, s, vh = (file.get_tensor(name) for name in ("U", "S", "Vh"))
+    except (OSError, SafetensorError):
+        return None
+    return (u, s, vh) if described.get("checksum") == _checksum((u, s, vh)) else None
+
+
+def _store(path: Path, key: str, factors: Factors) -> None:
+    u, s, vh = (t.contiguous() for t in factors)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+    os.close(handle)
+    try:
+        metadata = {"key": key, "checksum": _checksum((u, s, vh))}
+        save_file({"U": u, "S": s, "Vh": vh}, temporary, metadata=metadata)
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def _checksum(tensors: Factors) -> str:
+    value = 0
+    for tensor in tensors:
+        value = zlib.crc32(_bytes(tensor), value)
+    return f"{value:08x}"
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())

@@ -1,0 +1,140 @@
+"""Restoration against the dense float64 formula, and what its report says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlspec
+from rlspec.errors import OptionError, TensorError
+
+F64 = torch.float64
+
+
+def pair(m: int, n: int, eps: float, *, seed: int = 0, dtype: torch.dtype = F64):
+    """A base whose spectrum is flat at the cut, and the base plus a random update of relative size eps."""
+    g = torch.Generator().manual_seed(seed)
+    r = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, r, dtype=F64, generator=g)).Q
+    v = torch.linalg.qr(torch.randn(n, r, dtype=F64, generator=g)).Q
+    x = torch.arange(r, dtype=F64) / r
+    s = 3.0 * torch.exp(-4.0 * x.sqrt()) + 1.0 - 0.95 * x**1.2
+    s = (s * (1.0 + 0.01 * torch.rand(r, dtype=F64, generator=g))).sort(descending=True).values
+    base = ((u * s) @ v.T).to(dtype)
+    e = torch.randn(m, n, dtype=F64, generator=g)
+    tuned = (base.double() + e * (eps * base.double().norm() / e.norm())).to(dtype)
+    return base, tuned
+
+
+def formula(base, tuned, start, stop, *, values="tuned"):
+    ub, sb, vb = torch.linalg.svd(base.double(), full_matrices=False)
+    ut, st, vt = torch.linalg.svd(tuned.double(), full_matrices=False)
+    i = slice(start, stop)
+    s = sb[i] if values == "base" else st[i]
+    return tuned.double() - (ut[:, i] * st[i]) @ vt[i] + (ub[:, i] * s) @ vb[i]
+
+
+@pytest.mark.parametrize(("eps", "target"), [(1e-3, 0.01), (1e-2, 0.01), (5e-2, 0.03), (0.2, 0.1)])
+@pytest.mark.parametrize("shape", [(96, 96), (48, 128), (128, 48)])
+def test_error_is_a_small_share_of_the_intended_change(shape, eps, target):
+    base, tuned = pair(*shape, eps)
+    found = rlspec.restore_matrix(base, tuned, 0.2)
+    truth = formula(base, tuned, 0, found.k)
+    error = (found.weight - truth).norm()
+    intended = (truth - tuned).norm()
+    assert float(error / intended) <= target
+    assert float(error) <= found.error_estimate + 1e-12
+    assert found.method == ("exact" if eps > 0.1 else "delta")
+    assert found.change_frobenius == pytest.approx(float(intended), rel=target)
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (24, 60)])
+def test_all_directions_keep_the_tuned_values(shape):
+    base, tuned = pair(*shape, 1e-2)
+    found = rlspec.restore_matrix(base, tuned, 1.0)
+    u, _, vh = torch.linalg.svd(base, full_matrices=False)
+    expected = (u * torch.linalg.svdvals(tuned)) @ vh
+    torch.testing.assert_close(found.weight, expected, rtol=0, atol=1e-6)
+    assert not torch.allclose(found.weight, base, atol=1e-6)
+
+
+def test_modes_against_the_formula():
+    base, tuned = pair(40, 50, 1e-2)
+    restore = rlspec.restore_matrix
+    cases = {
+        "tail": (restore(base, tuned, 8, mode="tail"), formula(base, tuned, 32, 40)),
+        "band": (restore(base, tuned, 8, mode="band", band=(5, 17)), formula(base, tuned, 5, 17)),
+        "values and directions": (
+            restore(base, tuned, 8, mode="directions_and_values"),
+            formula(base, tuned, 0, 8, values="base"),
+        ),
+        "copy": (restore(base, tuned, 8, mode="copy"), base),
+        "interpolate": (
+            restore(base, tuned, 8, mode="interpolate", strength=0.25),
+            tuned + 0.25 * (base - tuned),
+        ),
+    }
+    for name, (found, expected) in cases.items():
+        torch.testing.assert_close(found.weight, expected, rtol=0, atol=1e-5 * 0.1, msg=name)
+    values = restore(base, tuned, 40, mode="values").weight
+    torch.testing.assert_close(torch.linalg.svdvals(values), torch.linalg.svdvals(base), rtol=1e-8, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, F64])
+def test_strength_zero_is_the_tuned_weight_bit_for_bit(dtype):
+    base, tuned = pair(30, 30, 1e-2, dtype=dtype)
+    for rounding in ("nearest", "stochastic"):
+        found = rlspec.restore_matrix(base, tuned, 6, strength=0.0, rounding=rounding)
+        assert torch.equal(found.weight, tuned)
+        assert (found.change_frobenius, found.rounding_share, found.entries_changed) == (0.0, 0.0, 0)
+
+
+def test_entries_that_move_by_less_than_half_a_unit_stay():
+    base, tuned = pair(60, 60, 3e-3, dtype=torch.bfloat16)
+    found = rlspec.restore_matrix(base, tuned, 0.2)
+    exact = rlspec.restore_matrix(base, tuned, 0.2, dtype=F64).weight
+    up = (torch.nextafter(tuned, torch.full_like(tuned, torch.inf)) - tuned).double()
+    down = (tuned - torch.nextafter(tuned, torch.full_like(tuned, -torch.inf))).double()
+    small = (exact - tuned.double()).abs() < 0.499 * torch.minimum(up, down)
+    assert bool(small.any()) and bool((~small).any())
+    assert torch.equal(found.weight[small], tuned[small])
+    assert (
+        found.rounding_share > 0.1
+    )  # bfloat16 eats a large part of so small a change, and the report says so
+    lost = (found.weight.double() - exact).norm() / (exact - tuned.double()).norm()
+    assert found.rounding_share == pytest.approx(float(lost), rel=1e-6)
+
+
+def test_stochastic_rounding_is_unbiased_and_seeded():
+    base, tuned = pair(40, 40, 3e-3, dtype=torch.bfloat16)
+    exact = rlspec.restore_matrix(base, tuned, 0.2, dtype=F64).weight
+
+    def draw(seed):
+        g = torch.Generator().manual_seed(seed)
+        return rlspec.restore_matrix(base, tuned, 0.2, rounding="stochastic", generator=g).weight.double()
+
+    assert torch.equal(draw(1), draw(1))
+    mean = torch.stack([draw(seed) for seed in range(40)]).mean(0)
+    nearest = rlspec.restore_matrix(base, tuned, 0.2).weight.double()
+    assert (mean - exact).norm() < 0.5 * (nearest - exact).norm()
+
+
+def test_options_and_tensors_are_checked():
+    base, tuned = pair(10, 12, 1e-2)
+    restore = rlspec.restore_matrix
+    for options in ({"mode": "x"}, {"rounding": "x"}, {"strength": 1.5}, {"mode": "band"}, {"band": (0, 3)}):
+        with pytest.raises(OptionError):
+            restore(base, tuned, 2, **options)
+    with pytest.raises(OptionError, match=r"band \(3, 99\)"):
+        restore(base, tuned, 2, mode="band", band=(3, 99))
+    with pytest.raises(TensorError, match="one shape"):
+        restore(base, tuned.T, 2)
+    tuned[0, 0] = torch.nan
+    with pytest.raises(TensorError, match="W_tuned"):
+        restore(base, tuned, 2)
+
+
+def test_equal_matrices_restore_to_themselves():
+    base, _ = pair(20, 20, 1e-2)
+    found = rlspec.restore_matrix(base, base.clone(), 4)
+    torch.testing.assert_close(found.weight, base, rtol=0, atol=1e-13)
