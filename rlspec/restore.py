@@ -1,7 +1,8 @@
 """Put a reference's singular directions or values back into a tuned matrix.
 
-Axes: ``m`` by ``n`` matrices, r = min(m, n); base ``W_b = U_b S_b V_bᵀ``, tuned ``W_t = U_t S_t V_tᵀ``, both thin.
-Every mode is a change added to the tuned weight, so what is not touched stays as it is, bit for bit.
+Axes: ``m`` by ``n`` matrices, r = min(m, n); base ``W_b = U_b S_b V_bᵀ``, tuned ``W_t = U_t S_t V_tᵀ``,
+both thin. Every mode is a change added to the tuned weight, so what is not touched stays as it is, bit for
+bit.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ _DELTA_FORM = 0.1
 class RestoreResult:
     """A restored matrix and the report of what was done to it.
 
-    ``weight`` (m, n) in the dtype asked for. ``change_frobenius`` is the norm of the intended change W' - W_t before
-    rounding, ``change_relative`` the same over ||W_t||_F. ``rounding_share`` is the norm of what rounding to the
-    dtype added or lost, over ``change_frobenius``. ``error_estimate`` bounds the Frobenius error of the change before
-    rounding. ``k`` counts the directions replaced; ``method`` is "delta", "exact" or "none" (no decomposition needed).
+    ``weight`` (m, n) in the dtype asked for. ``change_frobenius`` is the norm of the intended change W' -
+    W_t before rounding, ``change_relative`` the same over ||W_t||_F. ``rounding_share`` is the norm of what
+    rounding to the dtype added or lost, over ``change_frobenius``. ``error_estimate`` bounds the Frobenius
+    error of the change before rounding. ``k`` counts the directions replaced; ``method`` is "delta",
+    "exact" or "none" (no decomposition needed).
     """
 
     weight: Tensor
@@ -68,12 +70,14 @@ def restore_matrix(
 
     With I the indices chosen (the leading k; the last k for ``tail``; [i, j) for ``band``):
 
-    * ``directions``, ``tail``, ``band``: W_t - U_t,I S_t,I V_t,Iᵀ + U_b,I S_t,I V_b,Iᵀ. The tuned singular values
-      stay, the base's directions take the tuned ones' place ("UV restoration", arXiv 2508.16546). With k = r that is
-      U_b S_t V_bᵀ.
+    * ``directions``, ``tail``, ``band``: W_t - U_t,I S_t,I V_t,Iᵀ + U_b,I S_t,I V_b,Iᵀ. The tuned singular
+    values
+      stay, the base's directions take the tuned ones' place ("UV restoration", arXiv 2508.16546). With k =
+      r that is U_b S_t V_bᵀ.
     * ``directions_and_values``: the same with S_b,I.
     * ``values``: the tuned directions with the base's values, W_t + U_t,I (S_b,I - S_t,I) V_t,Iᵀ.
-    * ``copy``, ``interpolate``: W_t + strength (W_b - W_t): the base itself, or WiSE-FT's straight line to it.
+    * ``copy``, ``interpolate``: W_t + strength (W_b - W_t): the base itself, or WiSE-FT's straight line to
+    it.
 
     Args:
         W_base, W_tuned: (m, n), floating dtypes, finite.
@@ -195,7 +199,8 @@ def _change(
 def _round(
     original: Tensor, exact: Tensor, dtype: torch.dtype, rounding: str, generator: torch.Generator | None
 ) -> Tensor:
-    """``exact`` (float64) in ``dtype``; an entry whose change is under half a unit in the last place stays as it is."""
+    """``exact`` (float64) in ``dtype``; an entry whose change is under half a unit in the last place stays
+    as it is."""
     nearest = exact.to(dtype)
     if rounding == "nearest":
         kept = original.to(dtype)

@@ -22,7 +22,8 @@ def orthonormal(n: int, r: int, generator: torch.Generator) -> torch.Tensor:
 
 
 def rotate(basis: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
-    """Turn column i towards column r-1-i by angles[i]: those are then the principal angles of the leading columns."""
+    """Turn column i towards column r-1-i by angles[i]: those are then the principal angles of the leading
+    columns."""
     turned = basis.clone()
     for i, angle in enumerate(angles.tolist()):
         j = basis.shape[1] - 1 - i
@@ -32,7 +33,8 @@ def rotate(basis: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
 
 
 def planted(m: int, n: int, k: int, *, largest: float, seed: int = 0):
-    """(W_ref, W, left angles, right angles, s_ref, s) with known rotations of both sides; angles descending."""
+    """(W_ref, W, left angles, right angles, s_ref, s) with known rotations of both sides; angles
+    descending."""
     g = torch.Generator().manual_seed(seed)
     r = min(m, n)
     u, v = orthonormal(m, r, g), orthonormal(n, r, g)

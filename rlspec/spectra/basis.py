@@ -20,8 +20,8 @@ Progress = Callable[[int, int], None]  # called with (matrices done, matrices in
 class SpectralBasis:
     """Reference weights with their complete thin SVDs, against which checkpoints are measured.
 
-    Build one with :meth:`from_model`, :meth:`from_checkpoint` or :meth:`from_tensors`. The reference weights are
-    copied, so a model that goes on training does not move its own reference.
+    Build one with :meth:`from_model`, :meth:`from_checkpoint` or :meth:`from_tensors`. The reference
+    weights are copied, so a model that goes on training does not move its own reference.
     """
 
     def __init__(
@@ -47,8 +47,8 @@ class SpectralBasis:
             model: any module with Hugging Face parameter names.
             modules: which projections: names, or a text such as ``"q,k,v"``, ``"attn"``, ``"all"``.
             rank: leading directions to follow in each matrix, see :class:`Rank`.
-            cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
-            progress: called with (done, total) after every matrix.
+            cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or
+            ``~/.cache/rlspec``. progress: called with (done, total) after every matrix.
 
         Raises:
             ProjectionError: the model has none of one of the modules.
@@ -83,7 +83,8 @@ class SpectralBasis:
         cache_dir: str | Path | None = None,
         progress: Progress | None = None,
     ) -> SpectralBasis:
-        """Decompose named tensors (names as in a Hugging Face checkpoint). Arguments as :meth:`from_model`."""
+        """Decompose named tensors (names as in a Hugging Face checkpoint). Arguments as
+        :meth:`from_model`."""
         return cls._build(tensors, modules, rank, cache_dir, progress)
 
     @classmethod

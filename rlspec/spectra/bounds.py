@@ -1,13 +1,13 @@
 """How wrong a candidate subspace can be, from its residuals on a few columns.
 
-For an orthonormal pair with core diag(σ), the residuals ``W x_j - σ_j y_j`` and ``Wᵀ y_j - σ_j x_j`` hold everything
-that is missing. Their part inside the candidate's own span is the error of the core, their part outside is what would
-still turn the subspace. Both are measured, not modelled: the products that give them are taken afresh, in the
-accuracy of the factors, so the rounding of the fast products shows up in them too.
+For an orthonormal pair with core diag(σ), the residuals ``W x_j - σ_j y_j`` and ``Wᵀ y_j - σ_j x_j`` hold
+everything that is missing. Their part inside the candidate's own span is the error of the core, their part
+outside is what would still turn the subspace. Both are measured, not modelled: the products that give them
+are taken afresh, in the accuracy of the factors, so the rounding of the fast products shows up in them too.
 
-A few columns suffice: random signs over all followed columns (the norm of the whole from a sample of its range), and,
-one by one, the columns where trouble sits: next to the cut, where the gap is smallest, and at the top, where the
-values are largest.
+A few columns suffice: random signs over all followed columns (the norm of the whole from a sample of its
+range), and, one by one, the columns where trouble sits: next to the cut, where the gap is smallest, and at
+the top, where the values are largest.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ from rlspec.spectra.subspace import Pair, Side, apply
 
 _PROBES = 16  # random sign combinations
 _EDGE = 4  # columns taken one by one at the cut and at the top
-# Factors on the estimates below: a sampled norm against the true one, and an extreme entry against the typical one
-# (entries of a residual are near normal; the largest of a few hundred lies near 3.5 standard deviations).
+# Factors on the estimates below: a sampled norm against the true one, and an extreme entry against the
+# typical one (entries of a residual are near normal; the largest of a few hundred lies near 3.5 standard
+# deviations).
 _NORM = 2.0
 _EXTREME = 4.0
 _ANGLE_FLOOR = 1e-14  # float64 sines of small angles
@@ -50,10 +51,10 @@ def probe_bounds(reference: ReferenceStack, delta: Tensor, pair: Pair) -> Bounds
 
     Args:
         delta: E, (L, m, n), in the dtype of the factors.
-        pair: l >= k columns with their core diagonal.
+        pair: w >= k columns with their core diagonal.
     """
-    k, l = reference.k, pair.sigma.shape[-1]
-    sample = _sample(k, l, pair.sigma)
+    k, w = reference.k, pair.sigma.shape[-1]
+    sample = _sample(k, w, pair.sigma)
     scaled = pair.sigma.unsqueeze(-1) * sample
     left, right = pair.columns(sample, sample)
     left_scaled, right_scaled = pair.columns(scaled, scaled)
@@ -73,10 +74,10 @@ def residual_bounds(
     """Bounds from residuals ``W X ω - Y σ ω`` (left coordinates) and ``Wᵀ Y ω - X σ ω`` on combinations ω.
 
     Args:
-        sample: ω, (L, l, c): edge columns first, then sign combinations, as :func:`_sample` makes them.
+        sample: ω, (L, w, c): edge columns first, then sign combinations, as :func:`_sample` makes them.
         scale: ||E||_F, (L,).
     """
-    k, l = reference.k, pair.sigma.shape[-1]
+    k, w = reference.k, pair.sigma.shape[-1]
     edges = _edge_columns(k)
     # Inside the span: the error of the core, seen from both sides.
     core_left, core_right = pair.left.dot(residual_left), pair.right.dot(residual_right)
@@ -88,12 +89,12 @@ def residual_bounds(
     signs = sample.shape[-1] - len(edges)
     core = torch.cat([core_left, core_right], dim=-2)
     core_norm = _sampled_frobenius(core[..., len(edges) :]) / math.sqrt(2.0)
-    entry = core_norm / math.sqrt(k * l)
+    entry = core_norm / math.sqrt(k * w)
     if edges:
         largest = torch.maximum(core_left[..., : len(edges)].abs(), core_right[..., : len(edges)].abs())
         entry = torch.maximum(entry, largest.amax((-2, -1)) / _EXTREME)
 
-    beyond = _beyond(reference, pair, l)
+    beyond = _beyond(reference, pair, w)
     gaps = (pair.sigma[..., :k] - beyond.unsqueeze(-1)).clamp_min(torch.finfo(torch.float64).tiny)
     # Columns divided by their gap give the missing rotation; sampled columns share the smallest gap.
     edge_gaps = gaps[..., edges].unsqueeze(-2)
@@ -125,12 +126,13 @@ def _edge_columns(k: int) -> list[int]:
     return sorted({*range(max(0, k - _EDGE), k), *range(min(_EDGE, k))})
 
 
-def _sample(k: int, l: int, sigma: Tensor) -> Tensor:
-    """(L, l, c): unit columns for the edges, then random signs over the first k. The signs are fixed by k alone."""
+def _sample(k: int, w: int, sigma: Tensor) -> Tensor:
+    """(L, w, c): unit columns for the edges, then random signs over the first k. The signs are fixed by k
+    alone."""
     edges = _edge_columns(k)
     generator = torch.Generator().manual_seed(k)
     signs = torch.randint(0, 2, (k, _PROBES), generator=generator).double() * 2.0 - 1.0
-    sample = torch.zeros(l, len(edges) + _PROBES, dtype=torch.float64)
+    sample = torch.zeros(w, len(edges) + _PROBES, dtype=torch.float64)
     for column, index in enumerate(edges):
         sample[index, column] = 1.0
     sample[:k, len(edges) :] = signs
@@ -142,20 +144,21 @@ def _sampled_frobenius(products: Tensor) -> Tensor:
     return (products.square().sum((-2, -1)) / products.shape[-1]).sqrt()
 
 
-def _beyond(reference: ReferenceStack, pair: Pair, l: int) -> Tensor:
+def _beyond(reference: ReferenceStack, pair: Pair, w: int) -> Tensor:
     """(L,) what the largest singular value outside the candidate span is at most expected to be."""
     r = reference.S.shape[-1]
-    if l >= r:
+    if w >= r:
         return torch.zeros_like(pair.sigma[..., 0])
-    shift = (pair.sigma - reference.S[..., :l]).abs().amax(-1)
-    return torch.minimum(reference.S[..., l] + shift, pair.sigma[..., l - 1])
+    shift = (pair.sigma - reference.S[..., :w]).abs().amax(-1)
+    return torch.minimum(reference.S[..., w] + shift, pair.sigma[..., w - 1])
 
 
 def _mixing(sigma: Tensor, k: int) -> Tensor:
     """(L,) norm of the rotation across the cut that core errors of unit typical entry cause.
 
-    Entry (i, j) of the error turns column j <= k towards column i > k by its size over σ_j - σ_i. The norm of such a
-    matrix is that of its largest entry where one near-degenerate pair dominates, that of its bulk otherwise.
+    Entry (i, j) of the error turns column j <= k towards column i > k by its size over σ_j - σ_i. The norm
+    of such a matrix is that of its largest entry where one near-degenerate pair dominates, that of its bulk
+    otherwise.
     """
     if k >= sigma.shape[-1]:
         return torch.zeros_like(sigma[..., 0])

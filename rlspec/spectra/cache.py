@@ -1,9 +1,9 @@
 """Reference decompositions kept on disk, one file per matrix, found again by the content of the weight.
 
-The key is a hash of the weight's bytes, dtype and shape and of the format's version, so a file serves every run and
-every checkpoint that holds the same matrix, and nothing else. A file is written under a temporary name and renamed:
-building may be interrupted at any moment and goes on with the matrices that are missing. Tensors are memory-mapped.
-A file that is damaged (checksum) or belongs to another matrix (key) is rebuilt.
+The key is a hash of the weight's bytes, dtype and shape and of the format's version, so a file serves every
+run and every checkpoint that holds the same matrix, and nothing else. A file is written under a temporary
+name and renamed: building may be interrupted at any moment and goes on with the matrices that are missing.
+Tensors are memory-mapped. A file that is damaged (checksum) or belongs to another matrix (key) is rebuilt.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import tempfile
 import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,7 +43,8 @@ def cached_factors(weight: Tensor, cache_dir: str | Path | None = None) -> Facto
         cache_dir: folder of the cache; default :func:`default_cache_dir`.
 
     Returns:
-        U, S, Vh as ``factor.reference_factors`` gives them. A cache that cannot be written costs time, not results.
+        U, S, Vh as ``factor.reference_factors`` gives them. A cache that cannot be written costs time, not
+        results.
     """
     if weight.numel() < MIN_ENTRIES:
         return reference_factors(weight)
@@ -58,7 +60,8 @@ def cached_factors(weight: Tensor, cache_dir: str | Path | None = None) -> Facto
 
 
 def content_key(weight: Tensor) -> str:
-    """Hexadecimal hash of the format version, the dtype, the shape and the bytes of a contiguous CPU tensor."""
+    """Hexadecimal hash of the format version, the dtype, the shape and the bytes of a contiguous CPU
+    tensor."""
     digest = hashlib.blake2b(f"{_VERSION} {weight.dtype} {tuple(weight.shape)} ".encode(), digest_size=20)
     digest.update(_bytes(weight))
     return digest.hexdigest()
@@ -100,5 +103,5 @@ def _checksum(tensors: Factors) -> str:
     return f"{value:08x}"
 
 
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+def _bytes(tensor: Tensor) -> Any:  # a buffer, which Python 3.10 cannot name
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy()

@@ -1,6 +1,7 @@
 """The delta engine: measure W = W_ref + E from the reference decomposition and products with E alone.
 
-1. First order: the rotation of the leading l columns by an elementwise Sylvester solve, the l x l core to second
+1. First order: the rotation of the leading w columns by an elementwise Sylvester solve, the w x w core to
+second
    order, a small dense SVD (``sylvester``, ``subspace``).
 2. Residuals on a few columns tell how good that is (``bounds``).
 3. Where it is not good enough, sweeps of block refinement with the same solve as preconditioner (``refine``).
@@ -20,12 +21,14 @@ from rlspec.spectra.refine import refine
 from rlspec.spectra.subspace import Pair, Side, diagonalise, sines
 from rlspec.spectra.sylvester import first_order
 
-# Good enough, by bounds that are some ten times the error: angles within this share of the rotation's own Frobenius norm, values within this share of σ_1.
+# Good enough, by bounds that are some ten times the error: angles within this share of the rotation's own
+# Frobenius norm, values within this share of σ_1.
 ANGLE_TOLERANCE = 5e-3
 SIGMA_TOLERANCE = 1e-6
 _SWEEPS = 4
 _PROGRESS = 0.3  # a sweep that leaves more than this share of the bound does not pay
-# Past this share of the reference's norm an update is no perturbation, and refinement costs more than it saves.
+# Past this share of the reference's norm an update is no perturbation, and refinement costs more than it
+# saves.
 _LARGEST_UPDATE = 0.5
 
 
@@ -54,7 +57,8 @@ def measure_delta(reference: ReferenceStack, weight: Tensor) -> Measurement:
 
 
 def leading_columns(reference: ReferenceStack) -> int:
-    """l: the k columns followed and a guard band past the cut, ended where every matrix of the stack has a gap."""
+    """w: the k columns followed and a guard band past the cut, ended where every matrix of the stack has a
+    gap."""
     k, s = reference.k, reference.S
     floor = s[..., :1] * max(reference.shape) * torch.finfo(torch.float32).eps
     rank = int((s > floor).sum(-1).min())  # columns of zero singular values have no direction to follow
@@ -79,7 +83,8 @@ def solve(reference: ReferenceStack, change: Update) -> tuple[Pair, Bounds, Tens
     """The leading subspaces of W_ref + E: first order, then sweeps for the matrices that need them.
 
     Returns:
-        The pair (l >= k columns), its bounds, U1ᵀ E V1 (L, l, l) float64, and which matrices settled, (L,) bool.
+        The pair (w >= k columns), its bounds, U1ᵀ E V1 (L, w, w) float64, and which matrices settled, (L,)
+        bool.
     """
     delta = change.delta.to(reference.U.dtype)
     left, right, core, grams, block = first_order(reference, delta, leading_columns(reference))
@@ -160,7 +165,8 @@ def _best_cosine(side: Side, k: int) -> Tensor:
 
 
 def _whole_spectrum(reference: ReferenceStack, change: Update, sigma: Tensor) -> Tensor:
-    """(L, r) the measured leading values and the reference's trailing ones, scaled to the weight's exact energy."""
+    """(L, r) the measured leading values and the reference's trailing ones, scaled to the weight's exact
+    energy."""
     k = reference.k
     tail = reference.S[..., k:]
     left_over = (change.weight_frobenius.square() - sigma.square().sum(-1)).clamp_min(0.0)

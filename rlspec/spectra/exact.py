@@ -1,4 +1,5 @@
-"""The exact engine: a full float64 SVD of every current weight. Slow, simple, and the oracle of the fast one."""
+"""The exact engine: a full float64 SVD of every current weight. Slow, simple, and the oracle of the fast
+one."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
         weight: (L, m, n), any floating dtype, finite.
 
     Returns:
-        A :class:`Measurement`. A weight equal to its reference has exactly the reference's values and zero angles.
+        A :class:`Measurement`. A weight equal to its reference has exactly the reference's values and zero
+        angles.
     """
     k = reference.k
     m, n = reference.shape
@@ -57,10 +59,11 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
 
 
 def _backward_error(reference: ReferenceStack, s: Tensor) -> Tensor:
-    """(L,) norm of the perturbation that both decompositions may contain: rounding of the arithmetic and the factors.
+    """(L,) norm of the perturbation that both decompositions may contain: rounding of the arithmetic and
+    the factors.
 
-    LAPACK's SVD is the exact one of a matrix within a small multiple of sqrt(max(m, n)) u of the given one; reference
-    factors kept in float32 carry that rounding too.
+    LAPACK's SVD is the exact one of a matrix within a small multiple of sqrt(max(m, n)) u of the given one;
+    reference factors kept in float32 carry that rounding too.
     """
     m, n = reference.shape
     u = torch.finfo(torch.float64).eps

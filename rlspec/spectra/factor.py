@@ -16,15 +16,17 @@ _TOLERANCE = 1e-9
 def reference_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD of one matrix, computed in float64.
 
-    Small matrices go to LAPACK. Larger ones are decomposed through the eigenvectors of the smaller Gram matrix in
-    float64 (several times faster): its errors are those of float64 times (sigma_1/sigma_i)², far below float32's as
-    long as the matrix is well conditioned. That is checked afterwards, and LAPACK does it again where it is not.
+    Small matrices go to LAPACK. Larger ones are decomposed through the eigenvectors of the smaller Gram
+    matrix in float64 (several times faster): its errors are those of float64 times (sigma_1/sigma_i)², far
+    below float32's as long as the matrix is well conditioned. That is checked afterwards, and LAPACK does
+    it again where it is not.
 
     Args:
         weight: (m, n), any floating dtype, finite.
 
     Returns:
-        U (m, r), S (r,) float64 descending, Vh (r, n). U and Vh are float64 up to r = ``SMALL``, else float32.
+        U (m, r), S (r,) float64 descending, Vh (r, n). U and Vh are float64 up to r = ``SMALL``, else
+        float32.
     """
     wide = weight.double()
     if min(wide.shape) <= SMALL:
@@ -37,7 +39,8 @@ def reference_factors(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _by_gram(a: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
-    """SVD of float64 ``a`` from eigh of the smaller Gram matrix, or None where the conditioning forbids it."""
+    """SVD of float64 ``a`` from eigh of the smaller Gram matrix, or None where the conditioning forbids
+    it."""
     if a.shape[0] < a.shape[1]:
         turned = _by_gram(a.mT)
         return None if turned is None else (turned[2].mT, turned[1], turned[0].mT)

@@ -14,9 +14,9 @@ from rlspec.spectra.rank import Rank
 class MatrixBasis:
     """Full thin SVD of a reference weight ``W = U diag(S) Vh``, shape (m, n), r = min(m, n).
 
-    ``W`` keeps the dtype of the checkpoint. ``U`` (m, r) and ``Vh`` (r, n) are float64 or float32, ``S`` (r,) is
-    float64. ``k`` is the tracked rank: what the rank rule asked for, or the numerical rank where that is smaller
-    (directions of zero singular values are arbitrary), which ``note`` then says.
+    ``W`` keeps the dtype of the checkpoint. ``U`` (m, r) and ``Vh`` (r, n) are float64 or float32, ``S``
+    (r,) is float64. ``k`` is the tracked rank: what the rank rule asked for, or the numerical rank where
+    that is smaller (directions of zero singular values are arbitrary), which ``note`` then says.
     """
 
     name: str
@@ -51,12 +51,15 @@ def matrix_basis(
     u, s, vh = factors
     s = s.double()
     wanted = rank.resolve(s)
-    # Rounding noise of the factorisation: below this a singular value is zero as far as the stored dtype can tell.
+    # Rounding noise of the factorisation: below this a value is zero as far as the stored dtype can tell.
     eps = torch.finfo(
         u.dtype if u.dtype == torch.float64 and weight.dtype == torch.float64 else torch.float32
     ).eps
     numerical = int((s > s[0] * max(weight.shape) * eps).sum()) if float(s[0]) > 0.0 else 0
     note = None
     if numerical < wanted:
-        note = f"numerical rank {numerical} is below the requested {wanted}; the leading {numerical} are followed"
+        note = (
+            f"numerical rank {numerical} is below the requested {wanted}; "
+            f"the leading {numerical} are followed"
+        )
     return MatrixBasis(name, weight, u, s, vh, min(wanted, numerical), note)

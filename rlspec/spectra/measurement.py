@@ -17,8 +17,8 @@ from rlspec.spectra.sources import stack
 class ReferenceStack:
     """Reference factors of L matrices of one shape, dtype and rank k, stacked for batched products.
 
-    ``W`` (L, m, n) in the checkpoint's dtype; ``U`` (L, m, r), ``Vh`` (L, r, n) float64 or float32; ``S`` (L, r)
-    float64. A stack of one shares the memory of its :class:`MatrixBasis`.
+    ``W`` (L, m, n) in the checkpoint's dtype; ``U`` (L, m, r), ``Vh`` (L, r, n) float64 or float32; ``S``
+    (L, r) float64. A stack of one shares the memory of its :class:`MatrixBasis`.
     """
 
     names: tuple[str, ...]

@@ -1,7 +1,8 @@
 """Closed-form spectral metrics, batched over matrices of one shape.
 
-Axes: ``L`` matrices, ``m`` by ``n`` each, ``r = min(m, n)``, ``k`` leading directions. Where a definition divides by
-the norm of an update or a weight, a zero divided by that zero norm is zero: an unchanged matrix has measured zeros.
+Axes: ``L`` matrices, ``m`` by ``n`` each, ``r = min(m, n)``, ``k`` leading directions. Where a definition
+divides by the norm of an update or a weight, a zero divided by that zero norm is zero: an unchanged matrix
+has measured zeros.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ class Update:
 def update(weight: Tensor, reference: Tensor, *, eta: float = UNCHANGED_ETA) -> Update:
     """Subtract and count. ``weight``, ``reference``: (L, m, n), any floating dtype.
 
-    The difference of two bfloat16 or float16 tensors is taken in float32, where it is exact, and otherwise in the
-    wider of the two dtypes, where its error is relative to the difference and not to the weight.
+    The difference of two bfloat16 or float16 tensors is taken in float32, where it is exact, and otherwise
+    in the wider of the two dtypes, where its error is relative to the difference and not to the weight.
     """
     dtype = torch.float64 if torch.float64 in (weight.dtype, reference.dtype) else torch.float32
     w, ref = weight.to(dtype), reference.to(dtype)
@@ -81,14 +82,16 @@ def stable_rank(frobenius_norm: Tensor, spectral_norm: Tensor) -> Tensor:
 
 
 def effective_rank(sigma: Tensor) -> Tensor:
-    """exp of the Shannon entropy of p = σ/Σσ over the last axis (Roy and Vetterli, 2007). (..., r) -> (...)."""
+    """exp of the Shannon entropy of p = σ/Σσ over the last axis (Roy and Vetterli, 2007). (..., r) ->
+    (...)."""
     p = ratio(sigma, sigma.sum(-1, keepdim=True).expand_as(sigma))
     total = torch.special.entr(p).sum(-1).exp()
     return torch.where(sigma.sum(-1) > 0, total, torch.zeros_like(total))
 
 
 def effective_rank_bound(sigma: Tensor, error: Tensor) -> Tensor:
-    """How far the effective rank can be off, to first order, when ||σ - σ_true||_2 <= ``error`` (shape (...)).
+    """How far the effective rank can be off, to first order, when ||σ - σ_true||_2 <= ``error`` (shape
+    (...)).
 
     With H the entropy and T = Σσ, dH/dσ_i = -(log p_i + H)/T, so the rank moves by at most
     exp(H) * ||log p + H||_2 / T * error.
@@ -108,13 +111,13 @@ def projected_energy(core: Tensor, delta_frobenius: Tensor) -> tuple[Tensor, Ten
         delta_frobenius: (L,) ||ΔW||_F.
 
     Returns:
-        ρ_k = ||core||_F / ||ΔW||_F (arXiv 2510.13003), then Σ_i core_ii² / ||ΔW||²_F (changes singular values) and
-        the rest of ||core||²_F / ||ΔW||²_F (rotates); each (L,) float64.
+        ρ_k = ||core||_F / ||ΔW||_F (arXiv 2510.13003), then Σ_i core_ii² / ||ΔW||²_F (changes singular
+        values) and the rest of ||core||²_F / ||ΔW||²_F (rotates); each (L,) float64.
     """
     core = core.double()
     squares = core.square()
     diagonal = squares.diagonal(dim1=-2, dim2=-1).sum(-1)
-    # Summed on its own: a difference of two totals would leave rounding noise, or a negative number, for a small rest.
+    # Summed on its own: the difference of two totals would leave rounding noise for a small rest.
     off = (squares - torch.diag_embed(squares.diagonal(dim1=-2, dim2=-1))).sum((-2, -1))
     total = delta_frobenius.square()
     return ratio((diagonal + off).sqrt(), delta_frobenius), ratio(diagonal, total), ratio(off, total)
@@ -126,8 +129,8 @@ def intruders(
     """Intruder dimensions (arXiv 2410.21228): leading left vectors unlike every reference vector.
 
     Args:
-        best_cosine: (L, k) largest |cosine| of each current leading left vector with all reference left vectors.
-        sigma: (L, k) current singular values.
+        best_cosine: (L, k) largest |cosine| of each current leading left vector with all reference left
+        vectors. sigma: (L, k) current singular values.
         weight_frobenius: (L,).
 
     Returns:

@@ -1,4 +1,5 @@
-"""How many leading directions to follow in a matrix: a share of its rank, a count, or a snap to a spectral gap."""
+"""How many leading directions to follow in a matrix: a share of its rank, a count, or a snap to a spectral
+gap."""
 
 from __future__ import annotations
 
@@ -19,8 +20,9 @@ _SNAP = 0.05  # "gap:" looks for the largest gap within this share of k on eithe
 class Rank:
     """A rule that turns a spectrum into k, the number of leading directions.
 
-    ``share``: k = share * min(m, n), at least 1. ``count``: k = value, at most min(m, n). ``gap``: like ``share``,
-    then moved to the place within +-5 % of it where the relative drop between neighbouring singular values is largest.
+    ``share``: k = share * min(m, n), at least 1. ``count``: k = value, at most min(m, n). ``gap``: like
+    ``share``, then moved to the place within +-5 % of it where the relative drop between neighbouring
+    singular values is largest.
     """
 
     kind: Literal["share", "count", "gap"]
@@ -55,7 +57,8 @@ class Rank:
         """The rank k for one matrix.
 
         Args:
-            spectrum: its singular values, shape (r,), descending; or just r = min(m, n) unless the rule is ``gap``.
+            spectrum: its singular values, shape (r,), descending; or just r = min(m, n) unless the rule is
+            ``gap``.
 
         Raises:
             OptionError: a ``gap`` rule without the singular values.

@@ -14,21 +14,21 @@ from rlspec.spectra.sylvester import rotation
 def refine(reference: ReferenceStack, delta: Tensor, pair: Pair) -> tuple[Pair, Bounds]:
     """Improve a pair by one Davidson-like sweep.
 
-    The residual of every column, taken in reference coordinates, passes through the same elementwise solve that gave
-    the first-order rotation (a preconditioner that is exact up to E), and the core is formed anew between the
-    corrected bases.
+    The residual of every column, taken in reference coordinates, passes through the same elementwise solve
+    that gave the first-order rotation (a preconditioner that is exact up to E), and the core is formed anew
+    between the corrected bases.
 
     Args:
         delta: E, (L, m, n), in the dtype of the factors.
-        pair: l columns with their core diagonal.
+        pair: w columns with their core diagonal.
     """
-    l = pair.sigma.shape[-1]
-    eye = torch.eye(l, dtype=torch.float64, device=delta.device)
+    w = pair.sigma.shape[-1]
+    eye = torch.eye(w, dtype=torch.float64, device=delta.device)
     scaled = eye * pair.sigma.unsqueeze(-2)
     residual_left = apply(reference, delta, pair.right) - pair.left @ scaled
     residual_right = apply(reference, delta, pair.left, transpose=True) - pair.right @ scaled
     turn_right, turn_left = rotation(
-        reference.S[..., l:], pair.sigma, residual_left.tail, residual_right.tail
+        reference.S[..., w:], pair.sigma, residual_left.tail, residual_right.tail
     )
     inverse = (1.0 / pair.sigma).unsqueeze(-2)
     left = _corrected(pair.left, turn_left, residual_left.outside, inverse)
@@ -39,7 +39,8 @@ def refine(reference: ReferenceStack, delta: Tensor, pair: Pair) -> tuple[Pair, 
 
 
 def _corrected(side: Side, turn: Tensor, residual_outside: Tensor | None, inverse: Tensor) -> Side:
-    """Add the correction in the tail coordinates and outside; the leading coordinates follow by orthonormality."""
+    """Add the correction in the tail coordinates and outside; the leading coordinates follow by
+    orthonormality."""
     if side.outside is None or residual_outside is None:
         return Side(side.lead, side.tail + turn, side.outside)
     return Side(side.lead, side.tail + turn, side.outside + residual_outside * inverse.to(turn.dtype))

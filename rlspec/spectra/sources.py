@@ -57,7 +57,8 @@ def read_matrix(weights: Weights, projection: Projection) -> Tensor:
         tensor = tensor.full_tensor()
     if tensor.ndim != 2 or not tensor.is_floating_point():
         raise TensorError(
-            f"{projection.tensor}: expected a floating-point matrix, found {tensor.dtype} {tuple(tensor.shape)}"
+            f"{projection.tensor}: expected a floating-point matrix, "
+            f"found {tensor.dtype} {tuple(tensor.shape)}"
         )
     if projection.transposed:
         tensor = tensor.T

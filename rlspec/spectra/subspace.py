@@ -1,9 +1,10 @@
 """A candidate for the leading singular subspaces of W = W_ref + E, held in coordinates of the reference.
 
-Axes: ``L`` matrices (m, n), r = min(m, n); ``l`` >= k columns (k followed, the rest a guard band).
-With the complete reference factors U (m, r) and V (n, r), a right basis is ``V c + o``: coordinates ``c`` (r, l)
-and, where n > r, a part ``o`` (n, l) outside the range of V; the left one likewise. Small rotations are then small
-coordinates, products with W become products with S and with E, and every rounding error is relative to E.
+Axes: ``L`` matrices (m, n), r = min(m, n); ``w`` >= k columns (k followed, the rest a guard band).
+With the complete reference factors U (m, r) and V (n, r), a right basis is ``V c + o``: coordinates ``c``
+(r, w) and, where n > r, a part ``o`` (n, w) outside the range of V; the left one likewise. Small rotations
+are then small coordinates, products with W become products with S and with E, and every rounding error is
+relative to E.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ from rlspec.spectra.measurement import ReferenceStack
 class Side:
     """One basis in reference coordinates.
 
-    ``lead`` (L, l, c) float64: along the leading l reference vectors. These entries are near the identity's, and
-    float32 would round the singular values with them. ``tail`` (L, r - l, c) and ``outside`` (L, dim, c; None where
-    the reference vectors span everything) are as small as the rotation, and stay in the dtype of the factors.
+    ``lead`` (L, w, c) float64: along the leading w reference vectors. These entries are near the
+    identity's, and float32 would round the singular values with them. ``tail`` (L, r - w, c) and
+    ``outside`` (L, dim, c; None where the reference vectors span everything) are as small as the rotation,
+    and stay in the dtype of the factors.
     """
 
     lead: Tensor
@@ -58,7 +60,8 @@ class Side:
         return Side(lead, self.tail.index_copy(0, index, other.tail), outside)
 
     def rows(self, start: int = 0, columns: int | None = None) -> Tensor:
-        """Coordinates from row ``start`` < l on, of the first ``columns``, stacked into one tensor, (L, ., c)."""
+        """Coordinates from row ``start`` < w on, of the first ``columns``, stacked into one tensor, (L, .,
+        c)."""
         parts = [self.lead[..., start:, :columns].to(self.tail.dtype), self.tail[..., :columns]]
         if self.outside is not None:
             parts.append(self.outside[..., :columns])
@@ -67,7 +70,8 @@ class Side:
 
 @dataclass(frozen=True)
 class Pair:
-    """Orthonormal left and right bases with the core diagonal: leftᵀ W right = diag(sigma), sigma (L, l) float64."""
+    """Orthonormal left and right bases with the core diagonal: leftᵀ W right = diag(sigma), sigma (L, w)
+    float64."""
 
     left: Side
     right: Side
@@ -90,9 +94,9 @@ def diagonalise(left: Side, right: Side, core: Tensor, grams: tuple[Tensor, Tens
     """Orthonormalise two bases and diagonalise the core between them.
 
     Args:
-        left, right: bases of l columns, linearly independent, nearly orthonormal.
-        core: (L, l, l) leftᵀ W right, float64.
-        grams: Gram matrices of both, (L, l, l) float64, where they are known already.
+        left, right: bases of w columns, linearly independent, nearly orthonormal.
+        core: (L, w, w) leftᵀ W right, float64.
+        grams: Gram matrices of both, (L, w, w) float64, where they are known already.
     """
     gram_left, gram_right = grams if grams is not None else (left.dot(left), right.dot(right))
     lower_left, lower_right = torch.linalg.cholesky(gram_left), torch.linalg.cholesky(gram_right)
@@ -110,10 +114,11 @@ _SMALL_CORE = 96
 
 
 def core_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD ``a = u diag(s) zᵀ`` of (L, l, l) float64 cores; u, s, z float64.
+    """SVD ``a = u diag(s) zᵀ`` of (L, w, w) float64 cores; u, s, z float64.
 
-    Larger cores are decomposed in float32 and corrected by one first-order (Newton) step in float64, whose error is
-    the square of float32's: the singular values come out right to float64's rounding nearly, at half the price.
+    Larger cores are decomposed in float32 and corrected by one first-order (Newton) step in float64, whose
+    error is the square of float32's: the singular values come out right to float64's rounding nearly, at
+    half the price.
     """
     if a.shape[-1] <= _SMALL_CORE:
         u, s, zh = torch.linalg.svd(a)
@@ -139,24 +144,25 @@ def apply(reference: ReferenceStack, delta: Tensor, side: Side, *, transpose: bo
     u, v = reference.U, reference.Vh.mT
     if transpose:
         u, v, delta = v, u, delta.mT
-    l, r = side.lead.shape[-2], u.shape[-1]
-    x = v[..., :l] @ side.lead.to(v.dtype) + v[..., l:] @ side.tail
+    w, r = side.lead.shape[-2], u.shape[-1]
+    x = v[..., :w] @ side.lead.to(v.dtype) + v[..., w:] @ side.tail
     if side.outside is not None:
         x = x + side.outside
     moved = delta @ x
     inside = u.mT @ moved
     outside = moved - u @ inside if u.shape[-2] > r else None
     s = reference.S.unsqueeze(-1)
-    lead = s[..., :l, :] * side.lead + inside[..., :l, :].double()
-    tail = s[..., l:, :].to(v.dtype) * side.tail + inside[..., l:, :]
+    lead = s[..., :w, :] * side.lead + inside[..., :w, :].double()
+    tail = s[..., w:, :].to(v.dtype) * side.tail + inside[..., w:, :]
     return Side(lead, tail, outside)
 
 
 def sines(side: Side, k: int) -> Tensor:
-    """Sines of the principal angles between the first k columns and the reference's first k, (L, k) descending.
+    """Sines of the principal angles between the first k columns and the reference's first k, (L, k)
+    descending.
 
-    They are the singular values of what lies outside the reference's leading coordinates: no cosine is taken. Where
-    that part has fewer rows than k, the rest are zero.
+    They are the singular values of what lies outside the reference's leading coordinates: no cosine is
+    taken. Where that part has fewer rows than k, the rest are zero.
     """
     beyond = side.rows(k, k)
     found = singular_values(beyond)
@@ -170,7 +176,8 @@ _DIRECT = 128
 
 
 def singular_values(a: Tensor) -> Tensor:
-    """Singular values of (L, q, k), descending, float64: directly when small, through the float64 Gram matrix if not."""
+    """Singular values of (L, q, k), descending, float64: directly when small, through the float64 Gram
+    matrix if not."""
     a = a.double()
     if min(a.shape[-2:]) <= _DIRECT:
         return torch.linalg.svdvals(a)

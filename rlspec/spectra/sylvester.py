@@ -1,9 +1,10 @@
 """How leading singular subspaces turn under W_ref + E, to first order: an elementwise Sylvester solve.
 
-With the reference diagonal in its own coordinates, the rotation of column j towards coordinate i of the tail solves
-two scalar equations: no iteration, and no gap needed inside the leading block, which a small dense SVD takes care of.
+With the reference diagonal in its own coordinates, the rotation of column j towards coordinate i of the
+tail solves two scalar equations: no iteration, and no gap needed inside the leading block, which a small
+dense SVD takes care of.
 
-Axes as in ``subspace``; S1 = the l leading reference values, S2 = the p = r - l others.
+Axes as in ``subspace``; S1 = the w leading reference values, S2 = the p = r - w others.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from torch import Tensor
 from rlspec.spectra.measurement import ReferenceStack
 from rlspec.spectra.subspace import Side
 
-# Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would turn into
-# each other many times over, and a first-order formula has nothing to say about them.
+# Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would
+# turn into each other many times over, and a first-order formula has nothing to say about them.
 _FLOOR = 0.02
 
 
@@ -23,11 +24,11 @@ def rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tupl
     """Solve ``s2 P - Q s1 = -left`` and ``s2 Q - P s1 = -right`` elementwise.
 
     Args:
-        tail: s2, (L, p). leading: s1, (L, l), every entry above every entry of ``tail`` up to the damping.
-        left, right: (L, p, l) couplings: U2ᵀ E V1 and V2ᵀ Eᵀ U1, or residuals in those coordinates.
+        tail: s2, (L, p). leading: s1, (L, w), every entry above every entry of ``tail`` up to the damping.
+        left, right: (L, p, w) couplings: U2ᵀ E V1 and V2ᵀ Eᵀ U1, or residuals in those coordinates.
 
     Returns:
-        P (right coordinates) and Q (left coordinates), each (L, p, l).
+        P (right coordinates) and Q (left coordinates), each (L, p, w).
     """
     s2 = tail.to(left.dtype).unsqueeze(-1)
     s1 = leading.to(left.dtype).unsqueeze(-2)
@@ -36,23 +37,23 @@ def rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tupl
 
 
 def first_order(
-    reference: ReferenceStack, delta: Tensor, l: int
+    reference: ReferenceStack, delta: Tensor, w: int
 ) -> tuple[Side, Side, Tensor, tuple[Tensor, Tensor], Tensor]:
     """First-order bases and second-order core of W_ref + E.
 
     Args:
         delta: E, (L, m, n), in the dtype of the factors.
-        l: columns to follow, k and the guard band.
+        w: columns to follow, k and the guard band.
 
     Returns:
         left, right: bases ``[I; Q]``, ``[I; P]`` with their outside parts.
-        core: (L, l, l) float64, leftᵀ W right up to terms of third order in E.
+        core: (L, w, w) float64, leftᵀ W right up to terms of third order in E.
         grams: leftᵀ left and rightᵀ right, float64.
-        block: U1ᵀ E V1 (L, l, l) float64.
+        block: U1ᵀ E V1 (L, w, w) float64.
     """
-    u1, u2 = reference.U[..., :l], reference.U[..., l:]
-    v1, v2 = reference.Vh[..., :l, :].mT, reference.Vh[..., l:, :].mT
-    s1, s2 = reference.S[..., :l], reference.S[..., l:]
+    u1, u2 = reference.U[..., :w], reference.U[..., w:]
+    v1, v2 = reference.Vh[..., :w, :].mT, reference.Vh[..., w:, :].mT
+    s1, s2 = reference.S[..., :w], reference.S[..., w:]
     m, n = reference.shape
     r = reference.S.shape[-1]
     a, b = delta @ v1, delta.mT @ u1
@@ -70,6 +71,6 @@ def first_order(
     if right_out is not None:
         outer = (right_out.mT @ right_out).double()
         gram_right, core = gram_right + outer, core + s1.unsqueeze(-1) * outer
-    eye = torch.eye(l, dtype=torch.float64, device=p.device).expand(p.shape[0], l, l)
+    eye = torch.eye(w, dtype=torch.float64, device=p.device).expand(p.shape[0], w, w)
     left, right = Side(eye, q, left_out), Side(eye, p, right_out)
     return left, right, core, (eye + gram_left, eye + gram_right), f11.double()

@@ -74,7 +74,8 @@ def measured_row(
     stage: str,
     step: int,
 ) -> Row:
-    """The row of matrix ``index`` of a measured stack. Undefined values are ``None`` and the note says why."""
+    """The row of matrix ``index`` of a measured stack. Undefined values are ``None`` and the note says
+    why."""
     i = index
     row = _header(matrix, projection, stage, step)
     sigma, sigma_ref = measurement.sigma[i], matrix.S[: matrix.k]
@@ -109,7 +110,8 @@ def measured_row(
     for side, sines in sides.items():
         if sines is None:
             notes.append(
-                f"{side} angles skipped: k = {matrix.k} is the whole {side} space, they are zero by construction"
+                f"{side} angles skipped: k = {matrix.k} is the whole {side} space, "
+                "they are zero by construction"
             )
         else:
             _put_angles(row, side, sines[i])
@@ -128,17 +130,18 @@ def empty_row(matrix: MatrixBasis, projection: Projection, *, stage: str, step: 
 
 def _header(matrix: MatrixBasis, projection: Projection, stage: str, step: int) -> Row:
     row: Row = dict.fromkeys(COLUMNS)
-    row.update(
-        stage=stage,
-        step=step,
-        name=projection.name,
-        module=projection.module,
-        layer=projection.layer,
-        rows=matrix.shape[0],
-        cols=matrix.shape[1],
-        rank=matrix.k,
-        gap_at_cut_rel=matrix.gap_at_cut_rel,
-    )
+    labels: Row = {
+        "stage": stage,
+        "step": step,
+        "name": projection.name,
+        "module": projection.module,
+        "layer": projection.layer,
+        "rows": matrix.shape[0],
+        "cols": matrix.shape[1],
+        "rank": matrix.k,
+        "gap_at_cut_rel": matrix.gap_at_cut_rel,
+    }
+    row.update(labels)
     return row
 
 

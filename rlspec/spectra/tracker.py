@@ -22,8 +22,8 @@ from rlspec.spectra.table import Row, empty_row, measured_row
 Engine = Literal["delta", "exact"]
 _ENGINES = {"delta": measure_delta, "exact": measure_exact}
 
-# Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. It bounds working memory
-# (a few dozen bytes per entry) and keeps a stack of small matrices inside the last-level cache.
+# Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. It bounds working
+# memory (a few dozen bytes per entry) and keeps a stack of small matrices inside the last-level cache.
 _STACK_ENTRIES = 4_000_000
 
 
@@ -31,8 +31,9 @@ _STACK_ENTRIES = 4_000_000
 class SpectralRecord:
     """The spectra of one checkpoint: one row per matrix (see ``table.COLUMNS``) and the arrays behind them.
 
-    ``arrays`` maps ``"<name>/sigma"``, ``"<name>/sigma_ref"``, ``"<name>/sines_left"`` and ``"<name>/sines_right"``
-    to (k,) float64 tensors; sines are descending, and missing for a side that is skipped.
+    ``arrays`` maps ``"<name>/sigma"``, ``"<name>/sigma_ref"``, ``"<name>/sines_left"`` and
+    ``"<name>/sines_right"`` to (k,) float64 tensors; sines are descending, and missing for a side that is
+    skipped.
     """
 
     stage: str
@@ -56,7 +57,8 @@ class SpectralTracker:
 
     Args:
         basis: the fixed reference.
-        engine: ``"delta"``, products with the update alone, with error bounds; or ``"exact"``, a full float64 SVD of
+        engine: ``"delta"``, products with the update alone, with error bounds; or ``"exact"``, a full
+        float64 SVD of
             every matrix: far slower, and the oracle the other is tested against.
         arrays: keep singular values and sines in the record beside the scalar rows.
     """
