@@ -1,3 +1,3 @@
-"""Triton kernels and their launchers; imported as ``rlspec.kernels``. Importing this package imports no Triton."""
+"""Triton kernels and their launchers, imported as ``rlspec.kernels``; this file imports no Triton."""
 
 from __future__ import annotations

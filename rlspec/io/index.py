@@ -141,7 +141,7 @@ def _shard_path(folder: Path, name: str) -> Path:
 
 
 def _cache_root(folder: Path) -> Path:
-    """The folder itself; for a snapshot in Hugging Face's cache, its ``models--…``, which holds the blobs too."""
+    """The folder itself; of a snapshot in Hugging Face's cache, the ``models--…`` that holds its blobs too."""
     repository = folder.parent.parent
     in_cache = folder.parent.name == "snapshots" and repository.name.startswith("models--")
     return repository if in_cache else folder

@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlspec.linalg.orth import gram
+
 
 def exact_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Thin SVD ``a = U diag(S) Vh`` of every matrix of a batch, in the precision of its dtype.
@@ -51,3 +53,28 @@ def svd_by_gram(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     u = torch.take_along_dim(u * sign.unsqueeze(-2), order.unsqueeze(-2), dim=-1)
     v = torch.take_along_dim(v, order.unsqueeze(-2), dim=-1)
     return u.to(a.dtype), (s * scale.squeeze(-1)).to(a.dtype), v.mT.to(a.dtype)
+
+
+def leading_by_gram(a: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Leading k triplets of float32 data from the float64 eigenvectors of the smaller Gram matrix.
+
+    Squaring costs nothing here: float64 has twice float32's digits. Wanted vectors come out more accurate than from
+    a float32 ``gesdd``, and faster, above all for matrices far from square.
+
+    Args:
+        a: (b, m, n) with m >= n, float32.
+        k: 1 <= k <= n.
+
+    Returns:
+        u (b, m, k), s (b, n) all singular values, v (b, n, k), float64, and whether each result may be used (b,):
+        False where sigma_k is too small beside sigma_1 for its square to be resolved.
+    """
+    wide = a.to(torch.float64)
+    values, vectors = torch.linalg.eigh(gram(wide))
+    s = values.flip(-1).clamp_min(0).sqrt()
+    v = vectors.flip(-1)[..., :k]
+    image = wide @ v
+    lengths = image.norm(dim=-2)
+    s[..., :k] = lengths
+    usable = lengths[..., k - 1] > 1e-4 * lengths[..., 0]
+    return image / lengths.clamp_min(torch.finfo(torch.float64).tiny).unsqueeze(-2), s, v, usable

@@ -16,7 +16,7 @@ EMBEDDED = "embedded"
 STAGES = ("sft", "ppo")
 
 # Learning rates where none is given: (SFT, PPO). The paper's are for models of 7 to 11 billion parameters.
-EMBEDDED_LEARNING_RATES = (3e-4, 3e-5)
+EMBEDDED_LEARNING_RATES = (4e-4, 3e-5)
 PAPER_LEARNING_RATES = (1e-6, 1e-6)
 
 # Settings that are counts: at least 1 where they are given.
@@ -53,12 +53,12 @@ class TrackConfig:
     every: int = 50
     ppo_every: int = 5
     checkpoint_every: int | None = None
-    sft_steps: int = 600
-    batch_size: int = 64
+    sft_steps: int = 400
+    batch_size: int = 32
     micro_batch_size: int | None = None
     learning_rate: float | None = None
-    ppo_updates: int = 40
-    turns_per_update: int = 256
+    ppo_updates: int = 15
+    turns_per_update: int = 128
     ppo_learning_rate: float | None = None
     ppo_from: int | None = None
     rank: str = "0.2"

@@ -81,9 +81,9 @@ class _Parser:
         while self.peek() in ("+", "-"):
             sign = self.take()
             right = self.product()
-            if value is None or right is None:
+            if right is None:
                 value = None
-            else:
+            elif value is not None:
                 value = value + right if sign == "+" else value - right
         return value
 

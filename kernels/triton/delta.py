@@ -1,0 +1,164 @@
+"""delta_prep: E = W - W_ref of many matrices in one launch, with the sums that metrics of ΔW start from.
+
+Memory bound: each weight is read once, each entry of E written once. The matrices stay where they are (in the
+model, in the copy of the reference): the kernel finds them through a table of pointers, so matrices of any
+shapes go in one launch. Each program reduces one tile to five partial sums, which the host adds up in float64:
+no atomics, so the result does not depend on the order in which programs run.
+
+    L: matrices   T: tiles of all the matrices   BLOCK: entries of a tile
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+import triton
+import triton.language as tl
+from triton.runtime.interpreter import InterpretedFunction
+
+_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+_COLUMNS = 5  # of the partial sums: E², W², W_ref², changed, non-finite
+
+
+class DeltaPrep(NamedTuple):
+    """Result of `delta_prep_triton`; L matrices."""
+
+    delta: list[Tensor]  #: E, each (m, n) in ``out_dtype``
+    delta_sq: Tensor  #: (L,) float64, ‖W - W_ref‖²_F before E is rounded to ``out_dtype``
+    tuned_sq: Tensor  #: (L,) float64, ‖W‖²_F
+    base_sq: Tensor  #: (L,) float64, ‖W_ref‖²_F
+    changed: Tensor  #: (L,) int64, entries with |w - w_ref| > eta * max(|w|, |w_ref|)
+    nonfinite: Tensor  #: (L,) int64, entries where w or w_ref is NaN or infinite; the sums are not finite then
+
+
+@triton.jit
+def _to_bfloat16(x, INTERP: tl.constexpr):
+    """float32 to bfloat16, round to nearest even; the interpreter's own cast truncates."""
+    if INTERP:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+        rounded = tl.where(x != x, 0x7FC0, rounded)  # the carry must not turn NaN into infinity or zero
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        return x.to(tl.bfloat16)
+
+
+@triton.jit
+def _delta_prep_kernel(
+    table,  # int64 (L, 4): addresses of W, W_ref, E, and the number of entries
+    tiles,  # int32 (T, 2): matrix, tile within the matrix
+    partials,  # float32 (T, 5)
+    eta,
+    TUNED: tl.constexpr,
+    BASE: tl.constexpr,
+    OUT: tl.constexpr,
+    ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes, every number of entries of 16
+    INTERP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    matrix = tl.load(tiles + 2 * program)
+    tile = tl.load(tiles + 2 * program + 1)
+    row = table + 4 * matrix
+    tuned = tl.load(row).to(tl.pointer_type(TUNED))
+    base = tl.load(row + 1).to(tl.pointer_type(BASE))
+    out = tl.load(row + 2).to(tl.pointer_type(OUT))
+    entries = tl.load(row + 3)
+    if ALIGNED:  # what loads of 16 bytes need to know, the last being about the mask
+        tuned = tl.multiple_of(tuned, 16)
+        base = tl.multiple_of(base, 16)
+        out = tl.multiple_of(out, 16)
+        entries = tl.multiple_of(entries, 16)
+    # 64 bits: the entries of a vocabulary's embedding times its width pass 2^31.
+    at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = at < entries
+    w = tl.load(tuned + at, mask=inside, other=0.0).to(tl.float32)
+    w_ref = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
+    e = w - w_ref
+    if tl.bfloat16 == OUT:
+        tl.store(out + at, _to_bfloat16(e, INTERP), mask=inside)
+    else:
+        tl.store(out + at, e.to(OUT), mask=inside)
+    larger = tl.maximum(tl.abs(w), tl.abs(w_ref))
+    changed = (tl.abs(e) > eta * larger) & inside
+    infinity = float("inf")
+    finite = (tl.abs(w) < infinity) & (tl.abs(w_ref) < infinity)  # false for NaN
+    partial = partials + 5 * program
+    tl.store(partial, tl.sum(e * e))
+    tl.store(partial + 1, tl.sum(w * w))
+    tl.store(partial + 2, tl.sum(w_ref * w_ref))
+    tl.store(partial + 3, tl.sum(changed.to(tl.float32)))
+    tl.store(partial + 4, tl.sum((~finite).to(tl.float32)))
+
+
+def delta_prep_triton(
+    tuned: Sequence[Tensor],
+    base: Sequence[Tensor],
+    *,
+    eta: float = 1e-3,
+    out_dtype: torch.dtype | None = None,
+    block: int = 4096,
+    num_warps: int = 4,
+) -> DeltaPrep:
+    """E = W - W_ref for L matrices at once, with their norms and counts (see `DeltaPrep`).
+
+    Args:
+        tuned: the L matrices W, contiguous, all of one dtype (float32, bfloat16 or float16), on one GPU (or on the
+            CPU under Triton's interpreter).
+        base: the L matrices W_ref, of the same shapes, all of one dtype.
+        eta: an entry counts as changed where |w - w_ref| > eta * max(|w|, |w_ref|).
+        out_dtype: of E; default bfloat16, or float32 where a float32 matrix is among the inputs.
+        block: entries a program works on, a power of two, at most 2^24 so that counts stay exact in float32.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other.
+    """
+    _check(tuned, base)
+    device = tuned[0].device
+    if out_dtype is None:
+        out_dtype = torch.float32 if torch.float32 in (tuned[0].dtype, base[0].dtype) else torch.bfloat16
+    delta = [torch.empty_like(w, dtype=out_dtype) for w in tuned]
+    rows = [[*(x.data_ptr() for x in triple), triple[0].numel()] for triple in zip(tuned, base, delta)]
+    table = torch.tensor(rows, dtype=torch.int64, device=device)
+    counts = torch.tensor([triton.cdiv(w.numel(), block) for w in tuned])
+    owner = torch.repeat_interleave(torch.arange(len(tuned)), counts)
+    first = torch.cumsum(counts, 0) - counts
+    tiles = torch.stack([owner, torch.arange(len(owner)) - first[owner]], dim=1).to(torch.int32).to(device)
+    partials = torch.empty(len(owner), _COLUMNS, dtype=torch.float32, device=device)
+    with torch.cuda.device(device if device.type == "cuda" else -1):
+        _delta_prep_kernel[(len(owner),)](
+            table,
+            tiles,
+            partials,
+            eta,
+            TUNED=_DTYPES[tuned[0].dtype],
+            BASE=_DTYPES[base[0].dtype],
+            OUT=_DTYPES[out_dtype],
+            ALIGNED=all(value % 16 == 0 for row in rows for value in row),
+            INTERP=isinstance(_delta_prep_kernel, InterpretedFunction),
+            BLOCK=block,
+            num_warps=num_warps,
+        )
+    sums = torch.zeros(len(tuned), _COLUMNS, dtype=torch.float64, device=device)
+    sums.index_add_(0, owner.to(device), partials.double())
+    return DeltaPrep(delta, sums[:, 0], sums[:, 1], sums[:, 2], sums[:, 3].long(), sums[:, 4].long())
+
+
+def _check(tuned: Sequence[Tensor], base: Sequence[Tensor]) -> None:
+    if not tuned or len(tuned) != len(base):
+        raise ValueError(f"expected as many tuned as base matrices, found {len(tuned)} and {len(base)}")
+    for w, w_ref in zip(tuned, base):
+        if w.shape != w_ref.shape or w.numel() == 0:
+            raise ValueError(f"expected two equal, non-empty shapes, found {w.shape} and {w_ref.shape}")
+        if w.dtype != tuned[0].dtype or w_ref.dtype != base[0].dtype:
+            raise ValueError("expected one dtype for all tuned and one for all base matrices")
+        if w.dtype not in _DTYPES or w_ref.dtype not in _DTYPES:
+            raise ValueError(f"expected float32, bfloat16 or float16, found {w.dtype} and {w_ref.dtype}")
+        if w.device != tuned[0].device or w_ref.device != tuned[0].device:
+            raise ValueError("expected all matrices on one device")
+        if not (w.is_contiguous() and w_ref.is_contiguous()):
+            raise ValueError("expected contiguous matrices")

@@ -1,0 +1,81 @@
+"""Which backend computes on a device, decided once per device; and what this CPU can do.
+
+``RLSPEC_BACKEND`` overrides the choice: ``torch`` runs plain PyTorch everywhere, ``triton`` insists on the
+kernels and fails where they cannot run, ``auto`` (the default) takes Triton on a GPU that has it and PyTorch
+elsewhere.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from typing import Literal, cast
+
+import torch
+
+from rlspec.errors import BackendError, OptionError
+
+Backend = Literal["torch", "triton"]
+CHOICES = ("auto", "torch", "triton")
+VARIABLE = "RLSPEC_BACKEND"
+
+
+def triton_problem(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on a device, or None if they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    if device.type == "cpu":
+        return None if interpreting() else "the CPU runs Triton kernels only with TRITON_INTERPRET=1"
+    if device.type != "cuda":
+        return f"the kernels are for CUDA and ROCm devices, not {device.type}"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    major, minor = torch.cuda.get_device_capability(device)
+    if torch.version.hip is None and major < 8:
+        return f"the kernels want compute capability 8.0 or later, {device} has {major}.{minor}"
+    return None
+
+
+def interpreting() -> bool:
+    """Triton runs kernels in its interpreter, on the CPU and slowly: for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")
+
+
+def backend_for(device: torch.device | str) -> Backend:
+    """The backend for tensors on a device.
+
+    Raises:
+        OptionError: ``RLSPEC_BACKEND`` holds an unknown name.
+        BackendError: it asks for Triton where Triton cannot run.
+    """
+    return _decide(torch.device(device), os.environ.get(VARIABLE, "auto"))
+
+
+@functools.cache
+def _decide(device: torch.device, choice: str) -> Backend:
+    if choice not in CHOICES:
+        raise OptionError(f"{VARIABLE}={choice}: unknown backend; valid: {', '.join(CHOICES)}")
+    if choice == "torch" or (choice == "auto" and device.type == "cpu"):
+        return "torch"
+    problem = triton_problem(device)
+    if problem is None:
+        return "triton"
+    if choice == "triton":
+        raise BackendError(f"{VARIABLE}=triton, but {problem}")
+    return "torch"
+
+
+def cpu_capabilities() -> dict[str, str | bool | int]:
+    """What torch can use of this CPU: vector instructions, hardware bfloat16, threads."""
+    return {
+        "vector": cast(str, torch.backends.cpu.get_cpu_capability()),
+        "bfloat16": _cpu_has("_is_avx512_bf16_supported"),
+        "amx": _cpu_has("_is_amx_tile_supported"),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _cpu_has(probe: str) -> bool:
+    function = getattr(torch.cpu, probe, None)  # private, and not in every release of torch
+    return bool(function is not None and function())

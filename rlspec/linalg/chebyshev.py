@@ -1,0 +1,85 @@
+"""The Chebyshev filter of subspace iteration, acting on corrections.
+
+A polynomial that is small on [0, edge] and large above it, applied to ``C = AᵀA``, suppresses the unwanted part of a
+basis by ``T_d(x)`` with ``x = 2 theta/edge - 1``: the best that any polynomial of degree d can do. Filtering the
+*correction* ``T_d(C) z / T_d(x) - z``, which starts from the residual, keeps errors of the products relative to the
+residual (Kodali and others, arXiv 2503.22652), so that ``C`` may be formed once and in working precision.
+
+Axes: ``b`` batch, ``n`` dimension, ``l`` columns, ``d`` degree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Operator = Callable[[Tensor], Tensor]
+
+
+def growth(x: Tensor, degree: int) -> Tensor:
+    """``log T_degree(x)`` for x >= 1, elementwise; 0 below."""
+    angle = torch.arccosh(x.clamp_min(1.0))
+    # log cosh(t) = t - log 2 + log(1 + exp(-2t)), which does not overflow.
+    return degree * angle - math.log(2.0) + torch.log1p(torch.exp(-2.0 * degree * angle))
+
+
+def degree_for(suppression: Tensor, x: Tensor, limit: int) -> int:
+    """Smallest degree up to ``limit`` with ``T_degree(x) >= suppression`` for every element."""
+    need = torch.arccosh(suppression.clamp_min(1.0)) / torch.arccosh(x.clamp_min(1.0 + 1e-6))
+    return int(need.max().ceil().clamp(1, limit))
+
+
+def filter_sketch(apply: Operator, y: Tensor, edge: Tensor, degree: int) -> Tensor:
+    """``T_degree(2C/edge - I) y`` with columns scaled to length one.
+
+    Args:
+        apply: ``C``, (b, n, l) to (b, n, l).
+        y: (b, n, l).
+        edge: upper end of the part to suppress, (b, 1, 1), positive.
+    """
+    previous, current = y, apply(y) * (2 / edge) - y
+    for _ in range(degree - 1):
+        step = apply(current)
+        step.mul_(4 / edge).sub_(current, alpha=2).sub_(previous)
+        previous, current = current, step
+    return current / current.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
+
+
+def filter_correction(apply: Operator, z: Tensor, residual: Tensor, theta: Tensor, edge: Tensor, degree: int) -> Tensor:
+    """``T_degree(2C/edge - I) z / T_degree(x)``, column by column, from the residual ``C z - z theta``.
+
+    Columns whose Ritz value lies inside [0, edge] have nothing to gain and are returned as they are.
+
+    Args:
+        apply: ``C``, (b, n, l) to (b, n, l).
+        z: Ritz vectors, (b, n, l), sorted by descending Ritz value.
+        residual: (b, n, l).
+        theta: Ritz values (b, l).
+        edge: (b, 1, 1), positive.
+
+    Returns:
+        (b, n, l); columns are close to unit length, not orthogonal.
+    """
+    x = 2 * theta.to(z.dtype).unsqueeze(-2) / edge - 1
+    active = x > 1
+    count = int(active.sum(-1).max())
+    if count == 0:
+        return z
+    x = x[..., :count].clamp_min(1.0)
+    residual = residual[..., :count]
+    # With g_i = T_i(x) and correction D_i = T_i(C) z - g_i z, the scaled D_i/g_i needs only the ratios g_{i-1}/g_i.
+    ratio = 1 / x
+    previous = torch.zeros_like(residual)
+    current = residual * (2 / edge * ratio)
+    for _ in range(degree - 1):
+        following = 1 / (2 * x - ratio)
+        step = apply(current)
+        step.mul_(4 / edge).sub_(current, alpha=2).mul_(following)
+        step.addcmul_(residual, 4 / edge * following).addcmul_(previous, ratio * following, value=-1)
+        previous, current, ratio = current, step, following
+    out = z.clone()
+    out[..., :count] += torch.where(active[..., :count], current, torch.zeros_like(current))
+    return out

@@ -1,0 +1,198 @@
+"""Leading singular triplets by Chebyshev-filtered subspace iteration, cold or from a given start.
+
+The textbook randomized SVD (Halko, Martinsson and Tropp, SIAM Review 53, 2011) multiplies a sketch by ``AᵀA`` a few
+times. At a share of 20 % of an attention weight's singular values the spectrum is flat at the cut, and that converges
+hopelessly slowly. Here the sketch is half as wide again as the wanted space, each product counts as a degree of a
+Chebyshev polynomial, and every round after the first filters the correction only (see :mod:`.chebyshev`).
+
+Axes: ``b`` batch, ``m >= n`` rows and columns, ``k`` wanted, ``l`` sketch columns, ``p`` columns with known residual.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlspec.linalg.chebyshev import Operator, degree_for, filter_correction, filter_sketch, growth
+from rlspec.linalg.estimates import ritz_bound
+from rlspec.linalg.lanczos import norm_bound, random_start, spectrum_quantiles
+from rlspec.linalg.orth import gram, orthonormal, well_conditioned
+
+_MAX_SKETCH_DEGREE = 6
+_MAX_DEGREE = 12
+# The filter is asked for this much more than the estimate says is needed: directions near the edge are neither fully
+# captured by the sketch nor fully suppressed, and the bound counts every column.
+_SAFETY = 20.0
+
+
+@dataclass(frozen=True)
+class Leading:
+    """Leading triplets of a batch: u (b, m, k), s (b, k), v (b, n, k), bound (b,), accepted (b,) bool, rounds."""
+
+    u: Tensor
+    s: Tensor
+    v: Tensor
+    bound: Tensor
+    accepted: Tensor
+    rounds: int
+
+
+def sketch_width(k: int, n: int) -> int:
+    """Columns of the sketch for k wanted ones: half as many again, rounded up to 64, at most n."""
+    return min(n, 64 * math.ceil(1.5 * k / 64))
+
+
+def leading_svd(
+    a: Tensor, k: int, *, tol: float, generator: torch.Generator, start: Tensor | None = None, max_rounds: int = 4
+) -> Leading:
+    """Leading k singular triplets of each matrix to a subspace error of ``tol``.
+
+    Args:
+        a: (b, m, n) with m >= n, float32 or float64, entries of moderate size, finite.
+        k: wanted triplets, with ``sketch_width(k, n) < n``.
+        tol: largest principal angle's sine wanted, left and right.
+        generator: CPU generator of the sketch and of the probes.
+        start: right vectors (b, n, k') believed to be near the wanted ones, k' <= sketch width.
+        max_rounds: filters at most.
+
+    Returns:
+        Triplets with a bound; ``accepted`` is False where neither the bound nor the residuals reached ``tol`` (or
+        where ``A`` is too close to rank-deficient for its Gram matrix), and those results are not to be used.
+    """
+    b, _, n = a.shape
+    width = sketch_width(k, n)
+    apply = _operator(a, width)
+    quantiles, top = spectrum_quantiles(apply, random_start(b, n, generator, a), [k / n, width / n])
+    eps = torch.finfo(a.dtype).eps
+    edge = torch.maximum(quantiles[:, 1], 4 * eps * top).clamp_min(torch.finfo(a.dtype).tiny)
+    edge = edge.to(a.dtype)[:, None, None]
+
+    signs = torch.randint(0, 2, (b, n, width), generator=generator).to(a).mul_(2).sub_(1)
+    if start is not None:
+        y = torch.cat([start.to(a), filter_sketch(apply, signs[..., start.shape[-1] :], edge, 2)], dim=-1)
+    else:
+        y = filter_sketch(apply, signs, edge, _sketch_degree(quantiles[:, 0], top, edge, eps))
+    y = well_conditioned(y)
+    y, image, theta, q = _rayleigh_ritz(y, apply, lambda y, image: y.mT @ image, a.dtype)
+    z = y @ q
+    residual = image @ q - z * theta.to(z.dtype).unsqueeze(-2)
+
+    resolution = 100 * eps * theta[:, 0]
+    for rounds in range(1, max_rounds + 1):
+        z = filter_correction(apply, z, residual, theta, edge, _degree(theta, residual, edge, k, tol))
+        u, z, theta, bound, alone = _measure(a, apply, z, k, generator)
+        resolved = theta[:, k - 1] > resolution
+        # Rounding alone can turn vectors across a small gap by this much. Where it exceeds tol, or the cut splits a
+        # cluster, what can be had is that the wanted vectors lie in the searched space to tol.
+        gap = (theta[:, k - 1] - theta[:, k]).clamp_min(1e-300)
+        floor = 16 * eps * (theta[:, 0] * theta[:, k - 1]).clamp_min(0).sqrt() / gap
+        certified = (bound <= tol) | (bound <= floor) | (rounds == max_rounds)
+        accepted = resolved & (alone <= tol) & certified
+        if bool((accepted | ~resolved).all()) or rounds == max_rounds:
+            break
+        residual = apply(z) - z * theta.to(z.dtype).unsqueeze(-2)
+    s = theta[:, :k].clamp_min(0).sqrt()
+    return Leading(u=u, s=s.to(a.dtype), v=z[..., :k], bound=bound, accepted=accepted, rounds=rounds)
+
+
+def _operator(a: Tensor, width: int) -> Operator:
+    """``z -> aᵀ(a z)``, through the Gram matrix where forming it costs less than it saves over some ten products."""
+    m, n = a.shape[-2:]
+    if m * n < 10 * width * (2 * m - n):
+        moments = gram(a)
+        return lambda z: moments @ z
+    return lambda z: a.mT @ (a @ z)
+
+
+def _sketch_degree(at_cut: Tensor, top: Tensor, edge: Tensor, eps: float) -> int:
+    """Largest degree that does not drown the directions at the cut in the largest one's growth."""
+    limit = math.log(1e5 if eps > 1e-10 else 1e9)
+    edge = edge.flatten().double()
+    x_top, x_cut = 2.2 * top.double() / edge - 1, 2 * torch.maximum(at_cut, edge) / edge - 1
+    degree = 1
+    while degree < _MAX_SKETCH_DEGREE:
+        if float((growth(x_top, degree + 1) - growth(x_cut, degree + 1)).max()) > limit:
+            break
+        degree += 1
+    return degree
+
+
+def _degree(theta: Tensor, residual: Tensor, edge: Tensor, k: int, tol: float) -> int:
+    """Degree after which each wanted column should be within ``tol`` of the searched invariant subspace."""
+    edge = edge.reshape(-1, 1).double()
+    wanted = theta[:, :k].double()
+    distance = (wanted - edge).clamp_min(1e-3 * edge)
+    error = (residual[..., :k].norm(dim=-2).double() / distance).clamp(max=1.0)
+    return degree_for(error * (_SAFETY / tol), 2 * wanted / edge - 1, _MAX_DEGREE)
+
+
+def _rayleigh_ritz(
+    y: Tensor, image_of: Operator, stiffness_of: Callable[[Tensor, Tensor], Tensor], eigen_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Rayleigh-Ritz on columns that need not be orthonormal.
+
+    Returns the (orthonormalised if need be) columns y and their image, Ritz values (b, l) descending in float64, and
+    the coefficients q (b, l, l) of the Ritz vectors ``y q``.
+    """
+    try:
+        image = image_of(y)
+        theta, q = _small_pencil(gram(y), stiffness_of(y, image), eigen_dtype)
+    except torch.linalg.LinAlgError:
+        y = orthonormal(y)
+        image = image_of(y)
+        theta, q = _small_pencil(gram(y), stiffness_of(y, image), eigen_dtype)
+    return y, image, theta, q.to(y.dtype)
+
+
+def _small_pencil(moments: Tensor, stiffness: Tensor, eigen_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Solve ``stiffness q = moments q theta`` (b, l, l), theta descending; the transformation runs in float64."""
+    moments, stiffness = moments.double(), stiffness.double()
+    lower, info = torch.linalg.cholesky_ex(moments)
+    if bool((info != 0).any()):
+        raise torch.linalg.LinAlgError("basis is singular to working precision")
+    half = torch.linalg.solve_triangular(lower, stiffness, upper=False)
+    core = torch.linalg.solve_triangular(lower, half.mT, upper=False)
+    theta, q = torch.linalg.eigh(((core + core.mT) / 2).to(eigen_dtype))
+    q = torch.linalg.solve_triangular(lower.mT, q.flip(-1).double(), upper=True)
+    return theta.flip(-1).double(), q
+
+
+def _measure(
+    a: Tensor, apply: Operator, y: Tensor, k: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Rayleigh-Ritz with A itself, and how good it is.
+
+    Returns u (b, m, k), all Ritz vectors z (b, n, l), theta (b, l) float64, the bound, and the bound on the distance
+    of the wanted vectors from the searched space alone, (b,) each.
+    """
+    y, image, theta, q = _rayleigh_ritz(y, lambda y: a @ y, lambda _, image: gram(image), torch.float64)
+    z = y @ q
+    p = k + (y.shape[-1] - k) // 2
+    image = image @ q[..., :p]
+    s = theta[:, :p].clamp_min(0).sqrt().unsqueeze(-2)
+    safe = s.clamp_min(torch.finfo(a.dtype).tiny).to(a.dtype)
+    # Aᵀ(A z)/s - z s, then times s: rounding stays relative to sigma_1 sigma_j rather than sigma_1 squared.
+    residual = ((a.mT @ (image / safe)) - z[..., :p] * safe) * safe
+    eps = torch.finfo(a.dtype).eps
+    noise = 4 * eps * theta[:, 0].clamp_min(0).sqrt() * s[:, 0, k - 1]
+    inner = z[..., :p]
+
+    def outside(w: Tensor) -> Tensor:
+        w = w - inner @ (inner.mT @ w)
+        w = apply(w)
+        return w - inner @ (inner.mT @ w)
+
+    beyond = norm_bound(outside, random_start(z.shape[0], z.shape[1], generator, a), z.shape[1] - p)
+    beyond = beyond + 4 * eps * theta[:, 0]
+    coupling = inner[..., k:].mT @ residual[..., :k]
+    bound = ritz_bound(theta[:, :p], residual, coupling, beyond, noise, k)
+    alone = ritz_bound(theta[:, :k], residual[..., :k], coupling[:, :0], beyond, noise, k)
+    # Left vectors: what of A z lies outside the true left space is at most sigma_{k+1} sin/s_k, plus rounding.
+    stray = residual.double().square().sum(dim=(-2, -1)).sqrt()
+    ratio = ((theta[:, k] + stray) / theta[:, k - 1].clamp_min(1e-300)).sqrt().clamp_min(1.0)
+    rounding = eps * (math.sqrt(k) + 4 * (theta[:, 0] / theta[:, k - 1].clamp_min(1e-300)).sqrt())
+    return image[..., :k] / safe[..., :k], z, theta, bound * ratio + rounding, alone

@@ -1,0 +1,169 @@
+"""delta_prep in Triton's interpreter, against float64.
+
+Run by tests/test_op_delta_prep.py in a process with TRITON_INTERPRET=1.
+
+The interpreter cannot show races, alignment or register use; the ahead-of-time test looks at the latter.
+"""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from rlspec.kernels.delta import DeltaPrep, delta_prep_triton
+
+# float32: a relative rounding of 2^-24 for the difference (twice, it is squared), the square, and each of the
+# at most 12 levels of a sum over 4096 positive terms; 4 more for the interpreter's blocked sums.
+SUM_BAR = (2 + 1 + 12 + 4) * 2.0**-24
+
+SHAPES = [(1, 1), (1, 17), (63, 65), (17, 129), (64, 64), (3, 1)]
+HALO = 32
+
+
+def reference(tuned: Tensor, base: Tensor, eta: float) -> tuple[Tensor, list[float]]:
+    """E in float64 and [‖E‖², ‖W‖², ‖W_ref‖², changed, non-finite]."""
+    w, w_ref = tuned.double(), base.double()
+    e = w - w_ref
+    changed = e.abs() > eta * torch.maximum(w.abs(), w_ref.abs())
+    finite = torch.isfinite(w) & torch.isfinite(w_ref)
+    sums = [(x * x).sum().item() for x in (e, w, w_ref)]
+    return e, [*sums, float(changed.sum()), float((~finite).sum())]
+
+
+def in_halo(matrix: Tensor) -> Tensor:
+    """The same matrix inside a buffer of NaN: a read past its ends poisons the sums."""
+    buffer = torch.full((matrix.numel() + 2 * HALO,), math.nan, dtype=matrix.dtype)
+    view = buffer[HALO : HALO + matrix.numel()].view(matrix.shape)
+    return view.copy_(matrix)
+
+
+def pairs(dtype: torch.dtype, base_dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    base = [torch.randn(shape).to(base_dtype) for shape in SHAPES]
+    tuned = []
+    for w_ref in base:
+        step = torch.randn(w_ref.shape) * 1e-2 * (torch.rand(w_ref.shape) < 0.5)  # half of the entries stay
+        tuned.append(in_halo((w_ref.float() + step).to(dtype)))
+    return tuned, [in_halo(w_ref) for w_ref in base]
+
+
+def check(result: DeltaPrep, tuned: list[Tensor], base: list[Tensor], eta: float) -> None:
+    for i, (w, w_ref) in enumerate(zip(tuned, base)):
+        e, (delta_sq, tuned_sq, base_sq, changed, nonfinite) = reference(w, w_ref, eta)
+        # The float32 difference of two numbers of at most 24 bits is rounded once, then once more to E's dtype.
+        assert torch.equal(result.delta[i], e.float().to(result.delta[i].dtype))
+        for got, expected in (
+            (result.delta_sq[i], delta_sq),
+            (result.tuned_sq[i], tuned_sq),
+            (result.base_sq[i], base_sq),
+        ):
+            assert got.dtype == torch.float64
+            assert abs(got.item() - expected) <= SUM_BAR * expected
+        assert (result.changed[i].item(), result.nonfinite[i].item()) == (changed, nonfinite)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("block", [128, 1024, 4096])
+@pytest.mark.parametrize(
+    ("dtype", "base_dtype"),
+    [
+        (torch.bfloat16, torch.bfloat16),
+        (torch.float32, torch.float32),
+        (torch.float32, torch.bfloat16),
+        (torch.float16, torch.bfloat16),
+    ],
+)
+def test_against_float64(dtype: torch.dtype, base_dtype: torch.dtype, block: int) -> None:
+    tuned, base = pairs(dtype, base_dtype)
+    result = delta_prep_triton(tuned, base, block=block)
+    expected = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    assert {e.dtype for e in result.delta} == {expected}
+    check(result, tuned, base, 1e-3)
+    assert 0 < result.changed.sum() < sum(w.numel() for w in tuned)
+
+
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("eta", [0.0, 0.5])
+def test_out_dtype_and_eta(out_dtype: torch.dtype, eta: float) -> None:
+    tuned, base = pairs(torch.bfloat16, torch.bfloat16)
+    check(delta_prep_triton(tuned, base, eta=eta, out_dtype=out_dtype), tuned, base, eta)
+
+
+def test_rounding_to_bfloat16_is_that_of_torch() -> None:
+    """Every kind of float32: ties to even both ways, the largest, subnormals, infinities, NaN."""
+    bits = torch.randint(-(2**31), 2**31 - 1, (64, 64), dtype=torch.int64)
+    bits[:32] = bits[:32] & ~0xFFFF | 0x8000  # exact ties
+    special = [0x7F7FFFFF, 0x7F800000, -0x800000, 0x7FC00000, 0x7F800001, -1, 1, 0x8000, 0x18000, -0x80000000]
+    bits.view(-1)[: len(special)] = torch.tensor(special)
+    w = bits.to(torch.int32).view(torch.float32)
+    result = delta_prep_triton([w], [torch.zeros_like(w)], out_dtype=torch.bfloat16)
+    torch.testing.assert_close(result.delta[0], w.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+
+
+def test_nan_and_infinity_are_counted_and_do_not_spread_to_other_matrices() -> None:
+    tuned, base = pairs(torch.bfloat16, torch.bfloat16)
+    tuned[2][5, 7] = math.nan
+    tuned[2][6, 7] = math.inf
+    base[2][5, 7] = math.inf
+    base[2][0, 0] = -math.inf
+    result = delta_prep_triton(tuned, base)
+    assert result.nonfinite.tolist() == [0, 0, 3, 0, 0, 0]
+    assert not torch.isfinite(result.tuned_sq[2]) and not torch.isfinite(result.delta_sq[2])
+    others = [i for i in range(len(SHAPES)) if i != 2]
+    check(
+        DeltaPrep([result.delta[i] for i in others], *(field[others] for field in result[1:])),
+        [tuned[i] for i in others],
+        [base[i] for i in others],
+        1e-3,
+    )
+
+
+def test_writes_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
+    buffers = []
+
+    def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        view = in_halo(torch.zeros(tensor.shape, dtype=dtype))
+        buffers.append(view)
+        return view
+
+    tuned, base = pairs(torch.bfloat16, torch.bfloat16)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    delta_prep_triton(tuned, base, block=128)
+    assert len(buffers) == len(SHAPES)
+    for view in buffers:
+        whole = torch.as_strided(view, (view.numel() + 2 * HALO,), (1,), 0)
+        assert whole.isnan().sum() == 2 * HALO
+
+
+def test_result_does_not_depend_on_the_neighbours() -> None:
+    tuned, base = pairs(torch.bfloat16, torch.bfloat16)
+    together = delta_prep_triton(tuned, base)
+    for i, pair in enumerate(zip(tuned, base)):
+        alone = delta_prep_triton([pair[0]], [pair[1]])
+        assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together))
+
+
+def test_the_bar_catches_sums_in_bfloat16() -> None:
+    """The broken twin: squares rounded to bfloat16 before they are summed exceed the bar by far."""
+    w = torch.randn(63, 65).to(torch.bfloat16)
+    exact = (w.double() ** 2).sum().item()
+    broken = (w * w).double().sum().item()
+    assert abs(broken - exact) > 10 * SUM_BAR * exact
+
+
+@pytest.mark.parametrize(
+    ("tuned", "base", "message"),
+    [
+        ([], [], "as many"),
+        ([torch.zeros(2, 2)], [torch.zeros(2, 3)], "shapes"),
+        ([torch.zeros(0, 2)], [torch.zeros(0, 2)], "non-empty"),
+        ([torch.zeros(2, 2), torch.zeros(2, 2).half()], [torch.zeros(2, 2)] * 2, "one dtype"),
+        ([torch.zeros(2, 2).double()], [torch.zeros(2, 2)], "float64"),
+        ([torch.zeros(2, 3).T], [torch.zeros(3, 2)], "contiguous"),
+    ],
+)
+def test_refusals(tuned: list[Tensor], base: list[Tensor], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        delta_prep_triton(tuned, base)

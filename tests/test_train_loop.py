@@ -1,0 +1,215 @@
+"""Invariants of a training run: accumulation, resume after a kill, Ctrl-C and watching change no loss."""
+
+from __future__ import annotations
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from train_toys import ToyTask, toy_model, toy_tokenizer
+
+from rlspec.errors import CheckpointError, OptionError, RunFolderError
+from rlspec.train import (
+    Callback,
+    PPOConfig,
+    SFTConfig,
+    StepState,
+    evaluate,
+    read_resume_point,
+    save_checkpoint,
+    train_ppo,
+    train_sft,
+)
+from rlspec.train.schedule import learning_rate_at
+
+TOKENIZER = toy_tokenizer()
+SFT = SFTConfig(steps=8, batch_size=12, learning_rate=1e-2, checkpoint_every=3)
+PPO = PPOConfig(updates=5, turns_per_update=24, mini_batch_size=12, learning_rate=1e-3, checkpoint_every=2)
+
+
+def test_sft_learns_the_answers() -> None:
+    config = SFTConfig(steps=60, batch_size=16, learning_rate=1e-2)
+    model = toy_model()
+    result = train_sft(model, TOKENIZER, ToyTask(), config)
+    assert result.losses[-1] < 0.5 * result.losses[0]
+    assert evaluate(model, TOKENIZER, ToyTask(), deals=40, turns=1).accuracy > 0.9
+
+
+def test_first_sft_loss_is_the_mean_over_answer_tokens() -> None:
+    from rlspec.train.sft import sft_batch
+
+    model = toy_model()
+    pairs = sft_batch(TOKENIZER, ToyTask(), SFT, 1, frozenset())
+    total, tokens = 0.0, 0
+    for prompt, answer in pairs:
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1].double()
+        total -= logits.log_softmax(-1)[range(len(answer)), answer].sum().item()
+        tokens += len(answer)
+    losses = train_sft(model, TOKENIZER, ToyTask(), SFT).losses
+    assert losses[0] == pytest.approx(total / tokens, rel=1e-5)
+
+
+@pytest.mark.parametrize("micro", [1, 5])
+def test_the_split_into_micro_batches_changes_rounding_only(micro: int) -> None:
+    whole = train_sft(toy_model(), TOKENIZER, ToyTask(), SFTConfig(steps=4, batch_size=12)).losses
+    parts = train_sft(
+        toy_model(), TOKENIZER, ToyTask(), SFTConfig(steps=4, batch_size=12, micro_batch_size=micro)
+    ).losses
+    assert parts == pytest.approx(whole, rel=1e-5)
+    settings = {"updates": 2, "turns_per_update": 20, "mini_batch_size": 10}
+    whole = train_ppo(toy_model(), TOKENIZER, ToyTask(), PPOConfig(**settings)).losses
+    parts = train_ppo(toy_model(), TOKENIZER, ToyTask(), PPOConfig(**settings, micro_batch_size=micro)).losses
+    assert parts == pytest.approx(whole, rel=1e-3, abs=1e-5)
+
+
+class Meddler(Callback):
+    """Draws random numbers, changes modes and plays episodes, as trackers and evaluations do."""
+
+    def on_start(self, state: StepState) -> None:
+        self.on_step(state)
+
+    def on_step(self, state: StepState) -> None:
+        state.model.train(not state.model.training)
+        random.random(), np.random.rand(), torch.rand(7)
+        evaluate(state.model, state.tokenizer, ToyTask(), deals=4, turns=1)
+
+
+def test_watching_changes_nothing() -> None:
+    # With dropout, the losses depend on the mode and on the global generator.
+    def sft(callbacks: list[Callback]) -> list[float]:
+        model = toy_model(attention_dropout=0.3)
+        return train_sft(model, TOKENIZER, ToyTask(), SFT, callbacks=callbacks).losses
+
+    def ppo(callbacks: list[Callback]) -> list[float]:
+        return train_ppo(toy_model(), TOKENIZER, ToyTask(), PPO, callbacks=callbacks).losses
+
+    assert sft([]) == sft([Meddler()])
+    assert ppo([]) == ppo([Meddler()])
+
+
+SCRIPT = """
+import sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_train_loop import *
+class Slow(Callback):
+    def on_step(self, state):
+        print(state.step, flush=True)
+        time.sleep(0.15)
+stage, folder = sys.argv[2], Path(sys.argv[3])
+train, config = (train_sft, SFT) if stage == "sft" else (train_ppo, PPO)
+train(toy_model(attention_dropout=0.3), TOKENIZER, ToyTask(), config, callbacks=[Slow()], resume_dir=folder)
+"""
+
+
+@pytest.mark.parametrize(("stage", "kill_at"), [("sft", 5), ("ppo", 3)])
+def test_resume_after_sigkill_gives_the_same_losses(stage: str, kill_at: int, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), stage, str(tmp_path)],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[1],
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if int(line) == kill_at:
+            process.send_signal(signal.SIGKILL)
+            break
+    assert process.wait() == -signal.SIGKILL
+    point = read_resume_point(tmp_path, mapped=True)
+    assert point is not None and 0 < point.step < kill_at
+
+    train, config = (train_sft, SFT) if stage == "sft" else (train_ppo, PPO)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        # Other weights than the run began with: those of the state must replace them.
+        model = toy_model(seed=9, attention_dropout=0.3)
+        resumed = train(model, TOKENIZER, ToyTask(), config, resume_dir=tmp_path)  # type: ignore[operator]
+        whole_model = toy_model(attention_dropout=0.3)
+        whole = train(whole_model, TOKENIZER, ToyTask(), config)  # type: ignore[operator]
+    finally:
+        torch.set_num_threads(threads)
+    assert resumed.losses == whole.losses
+    for ours, theirs in zip(model.parameters(), whole_model.parameters()):
+        assert torch.equal(ours, theirs)
+
+
+class Interrupt(Callback):
+    def on_step(self, state: StepState) -> None:
+        if state.step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_ctrl_c_stops_between_steps_and_resumes(tmp_path: Path) -> None:
+    previous = signal.getsignal(signal.SIGINT)
+    stopped = train_sft(toy_model(), TOKENIZER, ToyTask(), SFT, callbacks=[Interrupt()], resume_dir=tmp_path)
+    assert stopped.stopped and stopped.steps == 4
+    assert signal.getsignal(signal.SIGINT) is previous
+    resumed = train_sft(toy_model(seed=9), TOKENIZER, ToyTask(), SFT, resume_dir=tmp_path)
+    assert resumed.losses == train_sft(toy_model(), TOKENIZER, ToyTask(), SFT).losses
+    # A finished stage loads its weights and does nothing more.
+    again = train_sft(toy_model(seed=9), TOKENIZER, ToyTask(), SFT, resume_dir=tmp_path)
+    assert again == resumed
+
+
+def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    train_sft(toy_model(), TOKENIZER, ToyTask(), SFT, resume_dir=tmp_path)
+    other = SFTConfig(steps=8, batch_size=12, learning_rate=2e-2)
+    with pytest.raises(RunFolderError, match="learning_rate"):
+        train_sft(toy_model(), TOKENIZER, ToyTask(), other, resume_dir=tmp_path)
+    with pytest.raises(RunFolderError, match="sft"):
+        train_ppo(toy_model(), TOKENIZER, ToyTask(), PPO, resume_dir=tmp_path)
+    path = tmp_path / "resume.pt"
+    path.write_bytes(path.read_bytes()[:1000])
+    with pytest.raises(CheckpointError, match=r"resume\.pt"):
+        train_sft(toy_model(), TOKENIZER, ToyTask(), SFT, resume_dir=tmp_path)
+
+
+def test_checkpoints_are_hugging_face_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints" / "sft-3"
+    for seed in (0, 1):  # the second replaces the first
+        model = toy_model(seed)
+        save_checkpoint(model, TOKENIZER, folder)
+        loaded = AutoModelForCausalLM.from_pretrained(folder)
+        for name, tensor in model.state_dict().items():
+            assert torch.equal(loaded.state_dict()[name], tensor)
+    messages = [{"role": "user", "content": "1 2"}]
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s> 1 2 >"
+    assert [path.name for path in folder.parent.iterdir()] == ["sft-3"]
+
+
+def test_learning_rates() -> None:
+    rates = [learning_rate_at(step, 100, peak=2.0, warmup_ratio=0.1, floor=0.2) for step in range(1, 101)]
+    assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])
+    assert rates[10] == 2.0 and rates[55] == pytest.approx(1.1)
+    assert rates[10:] == sorted(rates[10:], reverse=True) and 0.2 < rates[-1] < 0.21
+    assert learning_rate_at(7, 10, peak=1.0, schedule="constant") == 1.0
+
+
+def test_excluded_problems_are_never_trained_on() -> None:
+    class Two(ToyTask):
+        def sample(self, rng: random.Random, shift: str = "none"):  # type: ignore[no-untyped-def]
+            from train_toys import ToyProblem
+
+            return ToyProblem((rng.randrange(2), 0))
+
+        def sft_example(self, problem, rng):  # type: ignore[no-untyped-def]
+            assert problem.key == (1, 0)
+            return super().sft_example(problem, rng)
+
+    config = SFTConfig(steps=2, batch_size=8)
+    train_sft(toy_model(), TOKENIZER, Two(), config, exclude=frozenset({(0, 0)}))
+    with pytest.raises(OptionError, match="none to train on"):
+        train_sft(toy_model(), TOKENIZER, Two(), config, exclude=frozenset({(0, 0), (1, 0)}))
