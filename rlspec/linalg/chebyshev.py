@@ -61,7 +61,7 @@ def filter_correction(apply: Operator, z: Tensor, residual: Tensor, theta: Tenso
         edge: (b, 1, 1), positive.
 
     Returns:
-        (b, n, l); columns are close to unit length, not orthogonal.
+        (b, n, l), columns of length one, not orthogonal.
     """
     x = 2 * theta.to(z.dtype).unsqueeze(-2) / edge - 1
     active = x > 1
@@ -82,4 +82,4 @@ def filter_correction(apply: Operator, z: Tensor, residual: Tensor, theta: Tenso
         previous, current, ratio = current, step, following
     out = z.clone()
     out[..., :count] += torch.where(active[..., :count], current, torch.zeros_like(current))
-    return out
+    return out / out.norm(dim=-2, keepdim=True)

@@ -19,7 +19,7 @@ _FAILURE = 1e-9
 
 
 def spectrum_quantiles(
-    apply: Operator, start: Tensor, shares: Sequence[float], steps: int = 12
+    apply: Operator, start: Tensor, shares: Sequence[float], steps: int = 16
 ) -> tuple[Tensor, Tensor]:
     """Estimates of eigenvalues by their rank, and of the largest (kernel-free spectral density of Lin, Saad and Yang,
     SIAM Review 58, 2016).

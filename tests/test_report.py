@@ -1,0 +1,141 @@
+"""The report: its numbers are the data's, it needs no network, and broken folders get one clear error."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+import yaml
+
+from rlspec.errors import RunFolderError
+from rlspec.report import write_report
+from rlspec.report.chart import Series, line_chart, ticks
+from rlspec.report.data import read_run, spearman
+from rlspec.report.heatmap import colour
+
+MODEL = "a <b>&model"
+
+
+def _metrics(stage: str, step: int, at: int, identity: float, ood: float) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "stage": stage,
+        "step": step,
+        "global_step": at,
+        "loss": 1 / (1 + at),
+        "ood_shift": "both",
+    }
+    for prefix, value in (("id", identity), ("ood", ood)):
+        row |= {f"{prefix}_accuracy": value, f"{prefix}_n": 234, f"{prefix}_low": value * 0.9}
+        row |= {f"{prefix}_high": min(1.0, value * 1.1 + 0.01)}
+    return row | {"kl_base_nats_per_token": at / 500, "seconds_wall": 10.0 + at, "seconds_tracking": 0.1 * at}
+
+
+def make_run(folder: Path, *, steps: int = 3, layers: int = 4) -> Path:
+    folder.mkdir()
+    (folder / "config.yaml").write_text(
+        yaml.safe_dump({"model": MODEL, "shifts": ["none", "both"], "seed": 3})
+    )
+    rng = random.Random(0)
+    oods = [0.0, 0.5123, 0.1] + [0.1] * steps
+    metrics = [_metrics("sft", 50 * i, 50 * i, 0.3 * min(i, 3), oods[i]) for i in range(steps)]
+    metrics += [_metrics("ppo", 5 * i, 50 * (steps - 1) + 10 * i, 0.9, 0.2) for i in range(2)]
+    spectra = []
+    for row in metrics:
+        for layer in range(layers):
+            for module in "qkv":
+                angle = rng.random() * row["global_step"] / 100
+                spectra.append(
+                    {
+                        "stage": row["stage"], "step": row["step"], "module": module, "layer": layer,
+                        "angle_left_mean_rad": angle if module != "k" else None, "angle_right_mean_rad": angle,
+                        "sigma_change_rel_mean": angle / 10, "nss_k": angle / 9, "delta_relative": angle,
+                        "note": "left angles skipped" if module == "k" else None,
+                    }
+                )  # fmt: skip
+    for name, rows in (("metrics", metrics), ("spectra", spectra)):
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_page_holds_the_figures_and_loads_nothing(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "run")).read_text()
+    assert "51.2 %" in page  # the OOD peak
+    assert "left angles skipped" in page
+    assert MODEL not in page
+    assert "a &lt;b&gt;&amp;model" in page
+    assert not re.search(r"https?://|src=|@import|url\(", page)
+    assert not list(tmp_path.glob("run/*.tmp"))
+
+
+def test_every_drawing_is_well_formed(tmp_path: Path) -> None:
+    page = write_report(make_run(tmp_path / "run")).read_text()
+    drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)
+    assert len(drawings) >= 8
+    for drawing in drawings:
+        ElementTree.fromstring(drawing)
+        assert "nan" not in drawing.lower()
+
+
+@pytest.mark.parametrize("steps", [1, 2])
+def test_unfinished_runs_are_reported(tmp_path: Path, steps: int) -> None:
+    folder = make_run(tmp_path / "run", steps=steps)
+    lines = (folder / "metrics.jsonl").read_text().splitlines()[:steps]
+    (folder / "metrics.jsonl").write_text("\n".join(lines) + '\n{"stage": "sft", "st')
+    assert "the run is not finished" in write_report(folder).read_text()
+
+
+def test_large_models_keep_the_page_small(tmp_path: Path) -> None:
+    assert write_report(make_run(tmp_path / "run", steps=100, layers=80)).stat().st_size < 3_500_000
+
+
+def test_broken_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match="no such run folder"):
+        read_run(tmp_path / "none")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(RunFolderError, match=r"config\.yaml"):
+        read_run(tmp_path / "empty")
+    folder = make_run(tmp_path / "run")
+    text = (folder / "spectra.jsonl").read_text().splitlines(keepends=True)
+    (folder / "spectra.jsonl").write_text(text[0] + "{oops\n" + "".join(text[1:]))
+    with pytest.raises(RunFolderError, match=r"spectra\.jsonl, line 2"):
+        read_run(folder)
+    (folder / "metrics.jsonl").write_text("")
+    with pytest.raises(RunFolderError, match="nothing to report"):
+        read_run(folder)
+
+
+def test_spearman_agrees_with_scipy() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    rng = random.Random(1)
+    for _ in range(30):
+        x = [rng.randint(0, 5) for _ in range(12)]
+        y = [rng.randint(0, 5) for _ in range(12)]
+        assert spearman(x, y) == pytest.approx(stats.spearmanr(x, y).statistic, abs=1e-12)
+    assert spearman([1, 1, 1], [1, 2, 3]) is None
+    assert spearman([1, 2], [1, 2]) is None
+
+
+def test_ticks_are_round_and_inside() -> None:
+    assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
+    assert ticks(0, 437) == pytest.approx([0, 100, 200, 300, 400])
+    assert ticks(3, 3) == [3]
+
+
+def test_colours_get_brighter() -> None:
+    def light(share: float) -> float:
+        code = colour(share)
+        r, g, b = (int(code[i : i + 2], 16) for i in (1, 3, 5))
+        return 0.2126 * r + 0.7152 * g + 0.0722 * b
+
+    values = [light(i / 20) for i in range(21)]
+    assert values == sorted(values)
+
+
+def test_chart_of_nothing_says_so() -> None:
+    chart = line_chart([Series("a", [], "c0")], x_label="x", y_label="y", y_format=str, x_range=(0, 1))
+    assert "Nothing was measured" in chart
