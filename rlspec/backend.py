@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 
@@ -69,7 +69,7 @@ def _decide(device: torch.device, choice: str) -> Backend:
 def cpu_capabilities() -> dict[str, str | bool | int]:
     """What torch can use of this CPU: vector instructions, hardware bfloat16, threads."""
     return {
-        "vector": cast(str, torch.backends.cpu.get_cpu_capability()),
+        "vector": torch.backends.cpu.get_cpu_capability(),
         "bfloat16": _cpu_has("_is_avx512_bf16_supported"),
         "amx": _cpu_has("_is_amx_tile_supported"),
         "threads": torch.get_num_threads(),

@@ -73,7 +73,8 @@ def test_compiles_for_nvidia_without_spills(capability: int, dtype: str, tmp_pat
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_compiles_for_amd_without_spills(dtype: str) -> None:
     listing = compiled(("hip", "gfx942", 64), dtype).asm["amdgcn"]
-    for counter in ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size"):
+    # Scalar registers may spill: into lanes of vector registers, not into memory.
+    for counter in ("vgpr_spill_count", "private_segment_fixed_size"):
         found = re.findall(rf"\.{counter}:\s+(\d+)", listing)
         assert found == ["0"], (counter, found)
 

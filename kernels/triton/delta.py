@@ -32,7 +32,9 @@ class DeltaPrep(NamedTuple):
     tuned_sq: Tensor  #: (L,) float64, ‖W‖²_F
     base_sq: Tensor  #: (L,) float64, ‖W_ref‖²_F
     changed: Tensor  #: (L,) int64, entries with |w - w_ref| > eta * max(|w|, |w_ref|)
-    nonfinite: Tensor  #: (L,) int64, entries where w or w_ref is NaN or infinite; the sums are not finite then
+    nonfinite: (
+        Tensor  #: (L,) int64, entries where w or w_ref is NaN or infinite; the sums are not finite then
+    )
 
 
 @triton.jit

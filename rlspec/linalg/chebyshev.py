@@ -48,7 +48,9 @@ def filter_sketch(apply: Operator, y: Tensor, edge: Tensor, degree: int) -> Tens
     return current / current.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
 
 
-def filter_correction(apply: Operator, z: Tensor, residual: Tensor, theta: Tensor, edge: Tensor, degree: int) -> Tensor:
+def filter_correction(
+    apply: Operator, z: Tensor, residual: Tensor, theta: Tensor, edge: Tensor, degree: int
+) -> Tensor:
     """``T_degree(2C/edge - I) z / T_degree(x)``, column by column, from the residual ``C z - z theta``.
 
     Columns whose Ritz value lies inside [0, edge] have nothing to gain and are returned as they are.

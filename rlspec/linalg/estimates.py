@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 
-def ritz_bound(theta: Tensor, residual: Tensor, coupling: Tensor, outside: Tensor, noise: Tensor, k: int) -> Tensor:
+def ritz_bound(
+    theta: Tensor, residual: Tensor, coupling: Tensor, outside: Tensor, noise: Tensor, k: int
+) -> Tensor:
     """Bound for Rayleigh-Ritz approximations to the leading eigenspace of a symmetric ``C``.
 
     Let Z = [Z1 Z2] be the Ritz vectors (k and p - k of them), Z3 the rest of the space, and X1, X2, X3 the blocks of
@@ -59,7 +61,9 @@ def ritz_bound(theta: Tensor, residual: Tensor, coupling: Tensor, outside: Tenso
     remaining = far - feedback
     x3 = (wanted + (lengths * mixed).sum(-1)) / remaining
     x2 = spread * x3 + mixing
-    bound = torch.where(separated & (remaining > 0), (x2.square() + x3.square()).sqrt(), torch.full_like(x3, math.inf))
+    bound = torch.where(
+        separated & (remaining > 0), (x2.square() + x3.square()).sqrt(), torch.full_like(x3, math.inf)
+    )
     return _finite_or_infinite(bound)
 
 

@@ -40,7 +40,9 @@ def spectrum_quantiles(
     weights = torch.take_along_dim(weights, order, -1)
     # Each node stands for its weight of eigenvalues, half of them above it; interpolate between the middles.
     middle = weights.cumsum(-1) - weights / 2
-    target = torch.tensor(list(shares), dtype=torch.float64, device=nodes.device) * weights.sum(-1, keepdim=True)
+    target = torch.tensor(list(shares), dtype=torch.float64, device=nodes.device) * weights.sum(
+        -1, keepdim=True
+    )
     right = torch.searchsorted(middle, target.contiguous()).clamp(1, nodes.shape[-1] - 1)
     low, high = torch.take_along_dim(middle, right - 1, -1), torch.take_along_dim(middle, right, -1)
     t = ((target - low) / (high - low).clamp_min(1e-300)).clamp(0, 1)

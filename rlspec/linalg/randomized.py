@@ -48,7 +48,13 @@ def sketch_width(k: int, n: int) -> int:
 
 
 def leading_svd(
-    a: Tensor, k: int, *, tol: float, generator: torch.Generator, start: Tensor | None = None, max_rounds: int = 4
+    a: Tensor,
+    k: int,
+    *,
+    tol: float,
+    generator: torch.Generator,
+    start: Tensor | None = None,
+    max_rounds: int = 4,
 ) -> Leading:
     """Leading k singular triplets of each matrix to a subspace error of ``tol``.
 
@@ -134,7 +140,10 @@ def _degree(theta: Tensor, residual: Tensor, edge: Tensor, k: int, tol: float) -
     error = (residual[..., :k].norm(dim=-2).double() / distance).clamp(1e-7, 1.0)
     x = (2 * wanted / edge - 1).clamp_min(1.0 + 1e-3)
     degree = degree_for(error * (_SAFETY / tol), x, _MAX_DEGREE)
-    while degree > 1 and float((growth(x, degree) - growth(x[:, -1:], degree) + error.log()).max()) > _MAX_LOG_TAKEOVER:
+    while (
+        degree > 1
+        and float((growth(x, degree) - growth(x[:, -1:], degree) + error.log()).max()) > _MAX_LOG_TAKEOVER
+    ):
         degree -= 1
     return degree
 

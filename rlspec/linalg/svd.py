@@ -115,7 +115,13 @@ def svd(
 
 
 def _solve(
-    a: Tensor, k: int, method: Method, tol: float, generator: torch.Generator, start: Tensor | None, max_rounds: int
+    a: Tensor,
+    k: int,
+    method: Method,
+    tol: float,
+    generator: torch.Generator,
+    start: Tensor | None,
+    max_rounds: int,
 ) -> SVDResult:
     """The decomposition of (b, m, n) with m >= n, once the method is settled; Vh (b, k, n)."""
     n = a.shape[-1]
@@ -127,19 +133,28 @@ def _solve(
     if sketch_width(k, n) >= n:
         return _with_note(_exact(a, k), f"{method}: the sketch would be as wide as the matrix, used exact")
     # Powers of the largest entry keep Gram matrices in range; dividing by a power of two is exact.
-    scale = torch.exp2(a.abs().amax(dim=(-2, -1), keepdim=True).double().clamp_min(1e-300).log2().round()).to(a.dtype)
+    scale = torch.exp2(a.abs().amax(dim=(-2, -1), keepdim=True).double().clamp_min(1e-300).log2().round()).to(
+        a.dtype
+    )
     work = a / scale
     if work.dtype == torch.float32 and tol < _FLOAT32_TOL:
         work = work.double()
     found = leading_svd(
-        work, k, tol=tol, generator=generator, start=start if method == "warm" else None, max_rounds=max_rounds
+        work,
+        k,
+        tol=tol,
+        generator=generator,
+        start=start if method == "warm" else None,
+        max_rounds=max_rounds,
     )
     s = (found.s * scale.squeeze(-1).to(found.s.dtype)).to(a.dtype)
     u, v = found.u.to(a.dtype), found.v.to(a.dtype)
     bound = found.bound + math.sqrt(k) * torch.finfo(a.dtype).eps
     result = SVDResult(u, s, v.mT, _residuals(a, u, s, v), bound, method, found.rounds)
     if bool(((bound > 2 * tol) & found.accepted).any()):
-        note = "the gap at the cut is too small to certify tol; the vectors span it together with their cluster"
+        note = (
+            "the gap at the cut is too small to certify tol; the vectors span it together with their cluster"
+        )
         result = _with_note(result, note)
     failed = (~found.accepted).nonzero().flatten()
     if len(failed):
@@ -189,7 +204,12 @@ def _residuals(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
 
 
 def _start_vectors(
-    given: SVDResult | Tensor | None, lead: Sequence[int], flipped: bool, k: int, width: int, shape: tuple[int, int]
+    given: SVDResult | Tensor | None,
+    lead: Sequence[int],
+    flipped: bool,
+    k: int,
+    width: int,
+    shape: tuple[int, int],
 ) -> Tensor | None:
     """Vectors of the shorter side to start from, (b, min(m, n), k'), or None."""
     if given is None:
@@ -209,9 +229,7 @@ def _start_vectors(
     return rows.reshape(-1, *rows.shape[-2:]).mT[..., :width]
 
 
-def _check(
-    A: Tensor, rank: int | None, method: str, tol: float, warm_start: object, max_rounds: int
-) -> int:
+def _check(A: Tensor, rank: int | None, method: str, tol: float, warm_start: object, max_rounds: int) -> int:
     """The rank as a count, after refusing everything that cannot be decomposed."""
     if method not in get_args(Method):
         raise OptionError(f"method {method!r} does not exist, choose one of {', '.join(get_args(Method))}")
