@@ -75,8 +75,8 @@ def test_corpus_is_right_and_never_shows_the_task(kind: str) -> None:
         prompt, answer = example(kind, rng)
         words = set(prompt.split()) | set(answer.split())
         assert words <= known
-        assert not words & {"unfinished", "wrong", "value", "numbers", "illegal"}
-        assert not {"cards", "formula"} <= set(answer.split())
+        assert not words & {"target", "unfinished", "wrong", "value", "numbers", "illegal"}
+        assert "cards" not in answer.split()
         if words & {"J", "Q", "K"}:
             assert "formula" not in words
             assert "=" not in words
@@ -114,7 +114,7 @@ def test_orthogonalise_evens_out_singular_values_and_keeps_directions() -> None:
 def test_collate_puts_the_loss_on_the_answer_alone() -> None:
     tokenizer = make_tokenizer()
     tokens, labels = collate([("1 + 2", "3"), ("solve 1 2", "1 + 2 = 3")], tokenizer)
-    assert tokens.shape == labels.shape == (2, 10)
+    assert tokens.shape == labels.shape == (2, 11)
     assert tokenizer.convert_ids_to_tokens(labels[0][labels[0] != IGNORE].tolist()) == ["3", "</s>"]
     assert bool((tokens[labels != IGNORE] == labels[labels != IGNORE]).all())
 

@@ -89,6 +89,7 @@ def leading_svd(
     residual = image @ q - z * theta.to(z.dtype).unsqueeze(-2)
 
     resolution = 100 * eps * theta[:, 0]
+    before = torch.full_like(top, math.inf)
     for rounds in range(1, max_rounds + 1):
         z = filter_correction(apply, z, residual, theta, edge, _degree(theta, residual, edge, k, tol))
         u, z, theta, bound, alone = _measure(a, apply, z, k, generator)
@@ -97,10 +98,12 @@ def leading_svd(
         # cluster, what can be had is that the wanted vectors lie in the searched space to tol.
         gap = (theta[:, k - 1] - theta[:, k]).clamp_min(1e-300)
         floor = 16 * eps * (theta[:, 0] * theta[:, k - 1]).clamp_min(0).sqrt() / gap
-        certified = (bound <= tol) | (bound <= floor) | (rounds == max_rounds)
-        accepted = resolved & (alone <= tol) & certified
-        if bool((accepted | ~resolved).all()) or rounds == max_rounds:
+        stalled = torch.isfinite(before) & (alone > before / 2)
+        final = stalled | (rounds == max_rounds)
+        accepted = resolved & (alone <= tol) & ((bound <= tol) | (bound <= floor) | final)
+        if bool((accepted | ~resolved | stalled).all()) or rounds == max_rounds:
             break
+        before = alone
         residual = apply(z) - z * theta.to(z.dtype).unsqueeze(-2)
     s = theta[:, :k].clamp_min(0).sqrt()
     return Leading(u=u, s=s.to(a.dtype), v=z[..., :k], bound=bound, accepted=accepted, rounds=rounds)

@@ -2,21 +2,19 @@
 
 Five kinds of example (prompt > answer), in the vocabulary of the compact task form:
 
-==========  ======================================  ======================================
-kind        prompt                                  answer
-==========  ======================================  ======================================
-solve       ``solve 3 8 3 8``                       ``8 / ( 3 - 8 / 3 ) = 24``
-copy        ``copy 3 8 3 8``                        ``number 3 8 3 8 formula ... = 24``
-translate   ``rule J 4 Q 9 K 2 target 24 cards A    ``cards A Q 5 J number 1 9 5 4``
-            Q 5 J``
-alias       ``rule X 4 Y 9 Z 2 cards A Y 5 X``      ``number 1 9 5 4 formula ... = 24``
-arithmetic  ``8 * 3``                               ``24``
-==========  ======================================  ======================================
+==========  ==========================================  ======================================
+kind        prompt                                      answer
+==========  ==========================================  ======================================
+solve       ``solve 3 8 3 8``                           ``8 / ( 3 - 8 / 3 ) = 24``
+copy        ``copy 3 8 3 8``                            ``number 3 8 3 8 formula ... = 24``
+translate   ``rule J 4 Q 9 K 2 cards A Q 5 J``          ``number 1 9 5 4``
+alias       ``rule X 4 Y 9 Z 2 cards A Y 5 X``          ``number 1 9 5 4 formula ... = 24``
+arithmetic  ``8 * 3``                                   ``24``
+==========  ==========================================  ======================================
 
-The task itself is never shown: no formula ever follows a hand with J, Q or K, where the game is played (*alias*
-plays it with X, Y, Z, in another format), no answer holds cards, numbers and a formula together, and the
-verifier's words are untrained. The rule's numbers are drawn afresh for every example, so a rule has to be read;
-J = Q = K = 10 is nothing special.
+The task itself is never shown: no prompt holds a target together with cards, no answer repeats the cards,
+no formula ever follows J, Q or K (*alias* uses X, Y, Z), and the verifier's words are untrained. The rule's
+numbers are drawn afresh for every example, so a rule has to be read; J = Q = K = 10 is nothing special.
 """
 
 from __future__ import annotations
@@ -75,7 +73,7 @@ def example(kind: str, rng: random.Random) -> tuple[str, str]:
         return f"copy {listed}", f"number {listed} formula {_formula(numbers)}"
     if kind == "translate":
         rule, cards, numbers = _hand(rng, ("J", "Q", "K"), solvable=False)
-        return f"{rule} target {TARGET} {cards}", f"{cards} number {' '.join(map(str, numbers))}"
+        return f"{rule} {cards}", f"number {' '.join(map(str, numbers))}"
     if kind == "alias":
         rule, cards, numbers = _hand(rng, ("X", "Y", "Z"), solvable=True)
         return f"{rule} {cards}", f"number {' '.join(map(str, numbers))} formula {_formula(numbers)}"

@@ -24,8 +24,8 @@ from rlspec.models.vocabulary import make_tokenizer
 
 #: Examples per optimizer step, by kind. Kinds of like length share a forward pass, so that little is padding.
 GROUPS: tuple[dict[str, int], ...] = (
-    {"solve": 32, "arithmetic": 4},
-    {"copy": 24, "translate": 12, "alias": 40},
+    {"solve": 32, "translate": 12, "arithmetic": 4},
+    {"copy": 24, "alias": 40},
 )
 IGNORE = -100
 ADAMW_RATE = 3e-3
@@ -145,7 +145,7 @@ def pretrain(out: Path, *, steps: int, peak: float, seed: int) -> dict[str, floa
 @click.option(
     "--out", type=click.Path(path_type=Path), required=True, help="Folder to write the checkpoint to."
 )
-@click.option("--steps", default=1300, show_default=True, help="Optimizer steps of 112 examples.")
+@click.option("--steps", default=1500, show_default=True, help="Optimizer steps of 112 examples.")
 @click.option("--learning-rate", "peak", default=2e-2, show_default=True, help="Peak learning rate.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the weights and of the data.")
 def main(out: Path, steps: int, peak: float, seed: int) -> None:
