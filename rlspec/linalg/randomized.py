@@ -69,13 +69,17 @@ def leading_svd(
     Returns:
         Triplets with a bound; ``accepted`` is False where neither the bound nor the residuals reached ``tol`` (or
         where ``A`` is too close to rank-deficient for its Gram matrix), and those results are not to be used.
+
+    Raises:
+        torch.linalg.LinAlgError: the basis of some matrix broke down.
     """
     b, _, n = a.shape
     width = sketch_width(k, n)
     apply = _operator(a, width)
     quantiles, top = spectrum_quantiles(apply, random_start(b, n, generator, a), [k / n, width / n])
     eps = torch.finfo(a.dtype).eps
-    edge = torch.maximum(quantiles[:, 1], 4 * eps * top).clamp_min(torch.finfo(a.dtype).tiny)
+    edge = torch.maximum(quantiles[:, 1], 4 * eps * top)
+    edge = torch.where(edge > 0, edge, torch.ones_like(edge))  # a zero matrix has no edge
     edge = edge.to(a.dtype)[:, None, None]
 
     signs = torch.randint(0, 2, (b, n, width), generator=generator).to(a).mul_(2).sub_(1)

@@ -132,22 +132,22 @@ def _solve(
         return _exact(a, k)
     if sketch_width(k, n) >= n:
         return _with_note(_exact(a, k), f"{method}: the sketch would be as wide as the matrix, used exact")
-    # Powers of the largest entry keep Gram matrices in range; dividing by a power of two is exact.
-    scale = torch.exp2(a.abs().amax(dim=(-2, -1), keepdim=True).double().clamp_min(1e-300).log2().round()).to(
-        a.dtype
-    )
-    work = a / scale
+    scale = _powers_of_two(a)
+    work = a / scale[:, None, None]
     if work.dtype == torch.float32 and tol < _FLOAT32_TOL:
         work = work.double()
-    found = leading_svd(
-        work,
-        k,
-        tol=tol,
-        generator=generator,
-        start=start if method == "warm" else None,
-        max_rounds=max_rounds,
-    )
-    s = (found.s * scale.squeeze(-1).to(found.s.dtype)).to(a.dtype)
+    try:
+        found = leading_svd(
+            work,
+            k,
+            tol=tol,
+            generator=generator,
+            start=start if method == "warm" else None,
+            max_rounds=max_rounds,
+        )
+    except torch.linalg.LinAlgError as error:
+        return _with_note(_exact(a, k), f"{method}: the iteration broke down ({error}), used exact")
+    s = (found.s * scale.to(found.s.dtype)[:, None]).to(a.dtype)
     u, v = found.u.to(a.dtype), found.v.to(a.dtype)
     bound = found.bound + math.sqrt(k) * torch.finfo(a.dtype).eps
     result = SVDResult(u, s, v.mT, _residuals(a, u, s, v), bound, method, found.rounds)
@@ -175,7 +175,7 @@ def _solve(
 def _exact(a: Tensor, k: int) -> SVDResult:
     """Dense decomposition of (b, m, n), m >= n, truncated to k."""
     b, m, n = a.shape
-    scale = a.abs().amax(dim=(-2, -1)).double().clamp_min(1e-300)
+    scale = _powers_of_two(a)
     eps64, eps = torch.finfo(torch.float64).eps, torch.finfo(a.dtype).eps
     u, v = a.new_empty(b, m, k), a.new_empty(b, n, k)
     s, bound = a.new_empty(b, k), torch.empty(b, dtype=torch.float64, device=a.device)
@@ -195,6 +195,13 @@ def _exact(a: Tensor, k: int) -> SVDResult:
         error = math.sqrt(m + n) * 2 * eps * si[:1].double()
         bound[i] = perturbation_bound(si[None], k, error, whole=whole)
     return SVDResult(u, s, v.mT, _residuals(a, u, s, v), bound, "exact")
+
+
+def _powers_of_two(a: Tensor) -> Tensor:
+    """The power of two nearest to each matrix's largest entry, (b,): dividing by it is exact, and keeps Gram
+    matrices in range."""
+    largest = a.abs().amax(dim=(-2, -1)).double()
+    return torch.where(largest > 0, torch.exp2(largest.log2().round()), torch.ones_like(largest)).to(a.dtype)
 
 
 def _residuals(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:

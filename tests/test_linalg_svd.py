@@ -1,0 +1,174 @@
+"""``rlspec.svd`` on matrices with chosen spectra, hard shapes and bad input."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import rlspec
+from rlspec.errors import OptionError, TensorError
+from rlspec.linalg import svd as module
+from rlspec.linalg.angles import principal_sines
+from rlspec.linalg.svd import SVDResult, svd
+
+
+def matrix(s: torch.Tensor, m: int, n: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A float64 matrix with singular values ``s`` and its vectors u (m, r), v (n, r)."""
+    generator = torch.Generator().manual_seed(seed)
+    u = torch.linalg.qr(torch.randn(m, len(s), dtype=torch.float64, generator=generator))[0]
+    v = torch.linalg.qr(torch.randn(n, len(s), dtype=torch.float64, generator=generator))[0]
+    return (u * s) @ v.T, u, v
+
+
+def check_factors(a: torch.Tensor, found: SVDResult, k: int) -> None:
+    """Shapes, orthonormal columns, order, and singular values against LAPACK, for a result of float32 accuracy."""
+    lead, (m, n) = a.shape[:-2], a.shape[-2:]
+    assert found.U.shape == (*lead, m, k) and found.S.shape == (*lead, k) and found.Vh.shape == (*lead, k, n)
+    assert found.residuals.shape == (*lead, k) and found.subspace_bound.shape == lead
+    eye = torch.eye(k, dtype=found.S.dtype)
+    assert (found.U.mT @ found.U - eye).abs().max() < 2e-5
+    assert (found.Vh @ found.Vh.mT - eye).abs().max() < 2e-5
+    assert (found.S[..., :-1] >= found.S[..., 1:]).all()
+    truth = torch.linalg.svdvals(a.double())[..., :k]
+    assert ((found.S - truth).abs() <= 2e-6 * truth[..., :1]).all()
+    assert (found.residuals <= 2e-2 * truth[..., :1] + 1e-30).all()
+
+
+@pytest.mark.parametrize("method", ["randomized", "exact", "auto"])
+@pytest.mark.parametrize("shape", [(160, 160), (210, 140), (140, 210)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_flat_spectrum(method: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    r = min(shape)
+    a = matrix(1.5 - torch.linspace(0, 1.3, r, dtype=torch.float64), *shape)[0].to(dtype)
+    found = svd(a, 28, method=method, tol=1e-3)  # type: ignore[arg-type]
+    assert found.S.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert found.method == ("randomized" if method == "randomized" else "exact") and not found.notes
+    check_factors(a, found, 28)
+    u, _, vh = torch.linalg.svd(a.double(), full_matrices=False)
+    for truth, mine in ((u[:, :28], found.U), (vh[:28].T, found.Vh.T)):
+        error = principal_sines(truth, mine)[0]
+        assert error <= found.subspace_bound and error < 1e-3
+
+
+def test_the_textbook_method_fails_where_this_one_does_not() -> None:
+    """The broken twin: the same sketch with as many plain powers is two orders of magnitude off."""
+    a = matrix(1.5 - torch.linspace(0, 1.3, 200, dtype=torch.float64), 200, 200)[0].float()
+    truth = torch.linalg.svd(a.double())[2][:40].T
+    torch.manual_seed(0)
+    textbook = torch.svd_lowrank(a, q=64, niter=4)[2][:, :40]
+    ours = svd(a, 40, method="randomized", tol=1e-3).Vh.T
+    assert principal_sines(truth, textbook)[0] > 0.5
+    assert principal_sines(truth, ours)[0] < 1e-3
+
+
+def test_batches_equal_loops_to_the_tolerance_and_equal_calls_agree() -> None:
+    spectra = [1.5 - torch.linspace(0, 1.3, 90, dtype=torch.float64) * f for f in (0.6, 0.8, 1.0, 1.1)]
+    a = torch.stack([matrix(s, 100, 90, i)[0] for i, s in enumerate(spectra)]).float().reshape(2, 2, 100, 90)
+    found = svd(a, 12, method="randomized", tol=1e-3)
+    check_factors(a, found, 12)
+    for i in range(4):
+        one = svd(a[i // 2, i % 2], 12, method="randomized", tol=1e-3)
+        assert torch.allclose(one.S, found.S[i // 2, i % 2], rtol=1e-6)
+    again = svd(a, 12, method="randomized", tol=1e-3)
+    assert torch.equal(again.U, found.U) and torch.equal(again.S, found.S)
+
+
+@pytest.mark.parametrize("method", ["randomized", "exact"])
+@pytest.mark.parametrize("scale", [1.0, 1e-18, 1e18])
+def test_hard_matrices(method: str, scale: float) -> None:
+    ones = torch.ones(96, dtype=torch.float64)
+    tail = torch.zeros(96, dtype=torch.float64)
+    tail[:5] = torch.tensor([9.0, 5.0, 5.0, 3.0, 1.0])
+    steps = torch.cat([torch.full((40,), 2.0), torch.full((56,), 1.0)]).double()
+    spectra = {
+        "equal": ones,
+        "rank five": tail,
+        "clusters": steps,
+        "zero": 0 * ones,
+        "rank one": tail * (tail == 9),
+    }
+    for name, s in spectra.items():
+        a = (matrix(s, 110, 96)[0] * scale).float()
+        found = svd(a, 10, method=method, tol=1e-3)  # type: ignore[arg-type]
+        check_factors(a, found, 10)
+        # sigma_10 = sigma_11 in all of them, up to the rounding to float32, which a bound may see or not.
+        if name in ("zero", "rank five", "rank one"):
+            assert torch.isinf(found.subspace_bound), name
+        else:
+            truth = torch.linalg.svd(a.double() / scale)[2][:10].T
+            assert principal_sines(truth, found.Vh.T)[0] <= found.subspace_bound, name
+
+
+def test_a_cut_inside_a_cluster_still_finds_the_cluster() -> None:
+    s = torch.cat([torch.full((20,), 2.0), torch.linspace(1.6, 0.5, 80)]).double()
+    a, _, v = matrix(s, 100, 100)
+    found = svd(a.float(), 12, method="randomized", tol=1e-3)
+    assert found.method == "randomized" and found.notes and torch.isinf(found.subspace_bound)
+    assert principal_sines(v[:, :20], found.Vh.T)[0] < 1e-3
+
+
+@pytest.mark.parametrize("shape", [(1, 7), (7, 1), (1, 1), (3, 1, 5), (2, 6, 6)])
+def test_small_shapes(shape: tuple[int, ...]) -> None:
+    a = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    for method in ("auto", "exact", "randomized"):
+        found = svd(a, method=method)  # type: ignore[arg-type]
+        check_factors(a, found, min(shape[-2:]))
+        assert found.method == "exact"
+        assert bool(found.notes) == (method == "randomized")
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 3), (0, 3), (3, 0), (2, 0, 0)])
+def test_nothing_in_nothing_out(shape: tuple[int, ...]) -> None:
+    found = svd(torch.zeros(shape))
+    k = min(shape[-2:])
+    assert found.U.shape == (*shape[:-1], k) and found.Vh.shape == (*shape[:-2], k, shape[-1])
+
+
+def test_warm_start_saves_work_and_reaches_the_same_place() -> None:
+    base, _, _ = matrix(1.5 - torch.linspace(0, 1.3, 150, dtype=torch.float64), 180, 150)
+    moved = (base + 1e-3 * torch.randn(180, 150, dtype=torch.float64)).float()
+    for a, b in ((base.float(), moved), (base.float().T, moved.T)):
+        first = svd(a, 30, method="randomized", tol=1e-3)
+        second = svd(b, 30, method="warm", tol=1e-3, warm_start=first)
+        assert second.method == "warm"
+        check_factors(b, second, 30)
+        truth = torch.linalg.svd(b.double(), full_matrices=False)[2][:30].T
+        assert principal_sines(truth, second.Vh.T)[0] <= second.subspace_bound
+
+
+def test_failure_to_converge_falls_back_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    a = matrix(1.5 - torch.linspace(0, 0.2, 120, dtype=torch.float64), 120, 120)[0].float()
+    found = svd(a, 24, method="randomized", tol=1e-4, max_rounds=1)
+    assert found.notes and "used exact" in found.notes[0]
+    assert found.subspace_bound < 1e-4
+    check_factors(a, found, 24)
+    monkeypatch.setattr(module, "sketch_width", lambda k, n: n)
+    assert "used exact" in svd(a, 24, method="randomized").notes[0]
+
+
+def test_refusals() -> None:
+    a = torch.randn(2, 5, 4)
+    a[1, 3, 2] = float("nan")
+    with pytest.raises(TensorError, match=r"nan at position \(1, 3, 2\)"):
+        svd(a)
+    with pytest.raises(TensorError, match=r"inf at position \(0, 0\)"):
+        svd(torch.full((2, 2), float("inf")))
+    for bad in (0, 6, True, 2.0, -1):
+        with pytest.raises(OptionError, match="rank"):
+            svd(torch.eye(5), bad)  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="exact, randomized, warm"):
+        svd(torch.eye(3), method="magic")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="warm_start"):
+        svd(torch.eye(3), method="warm")
+    with pytest.raises(OptionError, match="tol"):
+        svd(torch.eye(3), tol=0)
+    with pytest.raises(TensorError, match="float"):
+        svd(torch.ones(3, 3, dtype=torch.int64))
+    with pytest.raises(TensorError, match="shape"):
+        svd(torch.ones(3))
+    with pytest.raises(TensorError, match="another shape"):
+        svd(torch.eye(5), 2, method="warm", warm_start=svd(torch.eye(4), 2))
+
+
+def test_it_is_public() -> None:
+    assert rlspec.svd is svd
