@@ -29,7 +29,8 @@ def heatmap(
     """One map: rows are layers, columns are events, ``cells[layer, column index]`` values in [0, top]."""
     wide, high, left = max(6.0, min(26.0, 330 / len(columns))), max(4.0, min(20.0, 300 / len(layers))), 30
     width, height = left + wide * len(columns) + 4, high * len(layers) + 38
-    parts = [f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(title)}">']
+    size = f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width: {1.3 * width:.0f}px"'
+    parts = [f'<svg {size} role="img" aria-label="{escape(title)}">']
     parts.append(f'<text x="{left}" y="11">{escape(title)}</text>')
     label_every = max(1, round(14 / high))
     for row, layer in enumerate(layers):

@@ -65,9 +65,8 @@ def verdict(run: RunData) -> str:
             top, left = peak["ood_accuracy"], end["ood_accuracy"]
             lost = (top - left) / top if top > 0 else 0.0
             at = f"step {peak['step']}"
-            words = (
-                f"On the changed task (OOD) it was best at {at}, {percent(top)}, and ended at {percent(left)}"
-            )
+            ended = "ended" if run.summary else "is now"
+            words = f"On the changed task (OOD) it was best at {at}, {percent(top)}, and {ended} at {percent(left)}"
             sentences.append(
                 f"{words}: {percent(lost)} of the peak was lost."
                 if lost >= 0.1
