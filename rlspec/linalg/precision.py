@@ -1,7 +1,7 @@
 """Which arithmetic a matrix product runs in, decided by measuring rather than by the name of the processor.
 
 Two questions are answered once per process: does oneDNN's bfloat16-split route keep float32's accuracy on this CPU
-(on AVX-512 machines it does and doubles the speed; on AMX machines it truly computes in bfloat16), and are
+and is it faster (with AVX-512 it is both; with AMX it truly computes in bfloat16; with AVX2 alone it is slow), and are
 bfloat16 products faster than float32 ones here (without bfloat16 instructions they are a hundred times slower).
 """
 
@@ -42,7 +42,7 @@ def _routes() -> list[tuple[Any, str]]:
     routes: list[tuple[Any, str]] = []
     if torch.cuda.is_available() and hasattr(torch.backends.cuda.matmul, "fp32_precision"):
         routes.append((torch.backends.cuda.matmul, "ieee"))
-    if split_products_are_accurate():
+    if split_products_pay():
         routes.append((_mkldnn_matmul(), "bf16"))
     return routes
 
@@ -74,6 +74,22 @@ def split_products_are_accurate() -> bool:
         backend.fp32_precision = before
     worst = max(float((form - truth).norm() / truth.norm()) for form in forms)
     return worst < _FLOAT32_ERROR
+
+
+@functools.cache
+def split_products_pay() -> bool:
+    """Whether those products are also faster than torch's default, timed once (a few milliseconds)."""
+    if not split_products_are_accurate():
+        return False
+    backend = _mkldnn_matmul()
+    a, b = torch.ones(512, 512), torch.ones(512, 512)
+    default = _best_seconds(a, b)
+    before = backend.fp32_precision
+    try:
+        backend.fp32_precision = "bf16"
+        return _best_seconds(a, b) < 0.9 * default
+    finally:
+        backend.fp32_precision = before
 
 
 @functools.cache

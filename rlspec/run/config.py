@@ -16,7 +16,7 @@ EMBEDDED = "embedded"
 STAGES = ("sft", "ppo")
 
 # Learning rates where none is given: (SFT, PPO). The paper's are for models of 7 to 11 billion parameters.
-EMBEDDED_LEARNING_RATES = (2e-4, 3e-5)
+EMBEDDED_LEARNING_RATES = (1.5e-4, 3e-5)
 PAPER_LEARNING_RATES = (1e-6, 1e-6)
 
 # Settings that are counts: at least 1 where they are given.
@@ -51,13 +51,13 @@ class TrackConfig:
     task: str = "general_points"
     stages: tuple[str, ...] = STAGES
     every: int = 50
-    ppo_every: int = 5
+    ppo_every: int = 4
     checkpoint_every: int | None = None
-    sft_steps: int = 400
+    sft_steps: int = 300
     batch_size: int = 32
     micro_batch_size: int | None = None
     learning_rate: float | None = None
-    ppo_updates: int = 15
+    ppo_updates: int = 12
     turns_per_update: int = 128
     ppo_learning_rate: float | None = None
     ppo_from: int | None = None
