@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -37,3 +39,30 @@ def test_the_mapped_package_and_the_extension_import_from_anywhere(tmp_path: Pat
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     assert found.stdout.split() == ["False", "rlspec.kernels"]
+
+
+def test_wheel_holds_the_tree(tmp_path: Path) -> None:
+    """Built from a copy of what is in the repository, the wheel has every module, kernel and data file."""
+    source = tmp_path / "source"
+    source.mkdir()
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    unwanted = shutil.ignore_patterns("__pycache__", "*.so")
+    for name in ("csrc", "kernels", "rlspec"):
+        shutil.copytree(ROOT / name, source / name, ignore=unwanted)
+    expected = {
+        path.relative_to(source).as_posix()
+        for path in (source / "rlspec").rglob("*")
+        if path.is_file() and path.parent.name != "rlspec.egg-info"
+    }
+    expected |= {
+        "rlspec/kernels/" + path.relative_to(source / "kernels" / "triton").as_posix()
+        for path in (source / "kernels" / "triton").rglob("*.py")
+    }
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    compiled = {name for name in names if name.startswith("rlspec/_C.") and not name.endswith(".pyi")}
+    assert len(compiled) == 1
+    assert names - compiled == expected
