@@ -9,11 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 
 import torch
 from safetensors.torch import save_file
 
+from rlspec.report.data import mean, rotation
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import eval_row, metrics_columns
 from rlspec.run.folder import RunFolder
@@ -179,17 +179,6 @@ def save_arrays(arrays: dict[str, torch.Tensor], path: Path) -> None:
     os.replace(temporary, path)
 
 
-def mean_rotation_rad(spectra: Sequence[Row]) -> float | None:
-    """Mean over matrices of the mean principal angle (left side, or right where left is not defined)."""
-    angles = []
-    for row in spectra:
-        left, right = row.get("angle_left_mean_rad"), row.get("angle_right_mean_rad")
-        angle = left if left is not None else right
-        if angle is not None:
-            angles.append(angle)
-    return fmean(angles) if angles else None
-
-
 def event_line(metrics: Row, spectra: Sequence[Row], total: int, ood_shift: str | None) -> str:
     """An event's main figures in one line."""
     parts = [f"{metrics['stage']} {metrics['step']:>{len(str(total))}}/{total}"]
@@ -202,7 +191,7 @@ def event_line(metrics: Row, spectra: Sequence[Row], total: int, ood_shift: str 
     ):
         if metrics.get(key) is not None:
             parts.append(f"{label} {form.format(metrics[key])}")
-    rotation = mean_rotation_rad(spectra)
-    if rotation is not None:
-        parts.append(f"rotation {rotation:.4f} rad")
+    turned = mean(rotation(row) for row in spectra)
+    if turned is not None:
+        parts.append(f"rotation {turned:.4f} rad")
     return "  ".join(parts)

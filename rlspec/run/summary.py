@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from statistics import fmean
 
+from rlspec.report.data import mean, rotation
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import describe_test, paired_test
 from rlspec.run.folder import RunFolder
@@ -71,8 +71,8 @@ def module_means(spectra: Sequence[Row], event: Event) -> dict[str, dict[str, fl
     names = ("angle_left_mean_rad", "angle_right_mean_rad", "sigma_change_rel_max", "delta_relative")
     means: dict[str, dict[str, float | None]] = {}
     for module, rows in by_module.items():
-        values = {name: [row[name] for row in rows if row.get(name) is not None] for name in names}
-        means[module] = {name: fmean(found) if found else None for name, found in values.items()}
+        means[module] = {name: mean(row.get(name) for row in rows) for name in names}
+        means[module]["rotation_rad"] = mean(rotation(row) for row in rows)
     return means
 
 
@@ -108,12 +108,12 @@ def summary_lines(summary: Row) -> list[str]:
             f"{_number(row.get('loss'), '.3f'):>8}  "
             f"{_share(row, 'id'):<22}{_share(row, 'ood'):<22}"
             f"{_number(row['kl_base_nats_per_token'], '.3f'):>7}"
-            f"{_number(_mean(spectra, 'angle_left_mean_rad'), '.4f'):>10}"
-            f"{_number(_mean(spectra, 'sigma_change_rel_max'), '.2%'):>9}"
+            f"{_number(mean(module['rotation_rad'] for module in spectra), '.4f'):>10}"
+            f"{_number(mean(module['sigma_change_rel_max'] for module in spectra), '.2%'):>9}"
         )
     lines.append(
         "KL: nats per answer token from the start's model; rotation: mean principal angle to the start, "
-        "rad (left side); sigma: largest relative change of a singular value; both means over matrices"
+        "rad; sigma: largest relative change of a singular value; both means over matrices"
     )
     lines.append("")
     for pair, tests in summary["tests"].items():
@@ -140,8 +140,3 @@ def _share(row: Row, prefix: str) -> str:
 
 def _number(value: float | None, form: str) -> str:
     return "-" if value is None else format(value, form)
-
-
-def _mean(modules: Sequence[dict[str, float | None]], name: str) -> float | None:
-    values = [value for module in modules if (value := module[name]) is not None]
-    return fmean(values) if values else None
