@@ -26,8 +26,8 @@ _MAX_SKETCH_DEGREE = 6
 _MAX_DEGREE = 12
 # The filter is asked for this much more than the estimate says is needed: directions near the edge are neither fully
 # captured by the sketch nor fully suppressed, and the bound counts every column.
-_SAFETY = 20.0
-_MAX_LOG_TAKEOVER = math.log(100.0)
+_SAFETY = 300.0
+_MAX_LOG_TAKEOVER = math.log(300.0)
 
 
 @dataclass(frozen=True)
@@ -138,19 +138,20 @@ def _sketch_degree(at_cut: Tensor, top: Tensor, edge: Tensor, eps: float) -> int
 def _degree(theta: Tensor, residual: Tensor, edge: Tensor, k: int, tol: float) -> int:
     """Degree after which each wanted column should be within ``tol`` of the searched invariant subspace.
 
-    Less where that would let what is still missing of the largest directions, which grows fastest, take over the
-    columns at the cut.
+    Less where that would let what is still missing of the largest directions, or their rounding, which grow fastest,
+    take over the columns between the cut and the edge.
     """
     edge = edge.reshape(-1, 1).double()
-    wanted = theta[:, :k].double()
+    wanted, middle = theta[:, :k].double(), theta[:, [(k + theta.shape[-1]) // 2]].double()
     distance = (wanted - edge).clamp_min(1e-3 * edge)
     error = (residual[..., :k].norm(dim=-2).double() / distance).clamp(1e-7, 1.0)
-    x = (2 * wanted / edge - 1).clamp_min(1.0 + 1e-3)
+    x, x_middle = ((2 * value / edge - 1).clamp_min(1.0 + 1e-3) for value in (wanted, middle))
     degree = degree_for(error * (_SAFETY / tol), x, _MAX_DEGREE)
-    while (
-        degree > 1
-        and float((growth(x, degree) - growth(x[:, -1:], degree) + error.log()).max()) > _MAX_LOG_TAKEOVER
-    ):
+    missing = error.clamp_min(8 * torch.finfo(residual.dtype).eps).log()
+    while degree > 1:
+        takeover = growth(x, degree) - growth(x_middle, degree) + missing
+        if float(takeover.max()) <= _MAX_LOG_TAKEOVER:
+            break
         degree -= 1
     return degree
 

