@@ -59,6 +59,7 @@ def render(run: RunData) -> str:
             _curves(run),
             _maps(run),
             _table(run),
+            _nulls(run),
             _correlations(run),
             _time(run),
             _notes(run),
@@ -230,6 +231,43 @@ def _table(run: RunData) -> str:
     n = run.metrics[-1].get("id_n") or run.metrics[-1].get("ood_n")
     head = ("checkpoint", "step", "ID", "OOD", "KL, nats", "rotation, rad", "σ change", "‖ΔW‖/‖W‖")
     return f"<h2>Figures</h2>{_html_table(head, rows)}<p class='note'>n = {n} deals per accuracy; 95 % intervals.</p>"
+
+
+def _nulls(run: RunData) -> str:
+    rows = []
+    for (stage, step), matrices in by_event(run.spectra).items():
+        for module in dict.fromkeys(row["module"] for row in matrices):
+            found = [r for r in matrices if r["module"] == module and r.get("null_random_rad") is not None]
+            if not found or step == 0:
+                continue
+            beyond = sum(r["null_random_percentile"] == 100 for r in found)
+            rows.append(
+                [
+                    module,
+                    f"{stage} {step}",
+                    _number(mean(rotation(r) for r in found), ".4f"),
+                    _number(mean(r["null_random_rad"] for r in found), ".4f"),
+                    _number(mean(r["null_rounding_rad"] for r in found), ".2g"),
+                    f"{beyond} of {len(found)}",
+                ]
+            )
+    if not rows:
+        return ""
+    head = (
+        "projection",
+        "step",
+        "measured, rad",
+        "random ΔW, rad",
+        "bf16 rounding, rad",
+        "beyond every random ΔW",
+    )
+    return (
+        "<h2>Is the rotation more than chance?</h2>"
+        + _html_table(head, rows)
+        + "<p class='note'>Beside the measured rotation: that of random updates of the same size, and that of "
+        "rounding the weights to bfloat16. A rotation near the random one says that the weights moved, not where to; "
+        "below it, the update spares the leading directions.</p>"
+    )
 
 
 def _correlations(run: RunData) -> str:

@@ -25,6 +25,9 @@ from rlspec.tasks import Task
 from rlspec.train import Callback, StepState, evaluate, save_checkpoint
 from rlspec.train.kl import KLProbe
 
+#: Random updates per matrix that the rotation at the end of a stage is compared with.
+NULL_DRAWS = 8
+
 
 @dataclass
 class Clock:
@@ -109,7 +112,9 @@ class EventRecorder(Callback):
     def _record(self, state: StepState) -> None:
         config, clock = self.config, self.clock
         with clock.timed("tracking"):
-            record = self.tracker.measure(state.model, stage=state.stage, step=state.step)
+            # What a rotation means is told where it counts, at the end of a stage.
+            draws = NULL_DRAWS if state.step == config.steps(state.stage) else 0
+            record = self.tracker.measure(state.model, stage=state.stage, step=state.step, null_draws=draws)
         place = self._place(state)
         evals: list[Row] = []
         with clock.timed("evaluating"):

@@ -18,6 +18,7 @@ from rlspec.spectra.metrics import (
     relative_changes,
     stable_rank,
 )
+from rlspec.spectra.nulls import Nulls
 
 Row = dict[str, float | int | str | None]
 
@@ -60,6 +61,10 @@ COLUMNS: dict[str, str] = {
     "gap_at_cut_rel": "(σ_k - σ_{k+1}) / σ_k of the reference",
     "sigma_error_bound": "absolute error bound of every singular value reported",
     "angle_error_bound_rad": "error bound of every principal angle reported",
+    "null_rounding_rad": "mean principal angle that rounding the weights to bfloat16 causes",
+    "null_random_rad": "mean principal angle that random updates of the same norm cause (mean over draws)",
+    "null_random_percentile": "percentage of those random updates that turn less than the measured one",
+    "null_draws": "how many random updates",
     "engine": "delta or exact",
     "note": "why a value is missing, or what was done",
 }
@@ -119,6 +124,16 @@ def measured_row(
         row["angle_error_bound_rad"] = float(measurement.angle_error_bound_rad[i])
     row["note"] = _join(notes)
     return {name: _finite(value) for name, value in row.items()}
+
+
+def put_nulls(row: Row, nulls: Nulls, index: int) -> None:
+    """Fill the ``null_*`` columns of matrix ``index``'s row."""
+    row.update(
+        null_rounding_rad=float(nulls.rounding[index]),
+        null_random_rad=float(nulls.random[:, index].mean()),
+        null_random_percentile=float(nulls.percentile[index]),
+        null_draws=int(nulls.random.shape[0]),
+    )
 
 
 def empty_row(matrix: MatrixBasis, projection: Projection, *, stage: str, step: int) -> Row:

@@ -16,8 +16,9 @@ from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.matrix import MatrixBasis
 from rlspec.spectra.measurement import Measurement, ReferenceStack
+from rlspec.spectra.nulls import null_rotations
 from rlspec.spectra.sources import Weights, WeightSource, open_weights, read_matrix, stack
-from rlspec.spectra.table import Row, empty_row, measured_row
+from rlspec.spectra.table import Row, empty_row, measured_row, put_nulls
 
 Engine = Literal["delta", "exact"]
 _ENGINES = {"delta": measure_delta, "exact": measure_exact}
@@ -57,9 +58,8 @@ class SpectralTracker:
 
     Args:
         basis: the fixed reference.
-        engine: ``"delta"``, products with the update alone, with error bounds; or ``"exact"``, a full
-        float64 SVD of
-            every matrix: far slower, and the oracle the other is tested against.
+        engine: ``"delta"``, products with the update alone, with error bounds; or ``"exact"``, a full float64
+            SVD of every matrix: slower, and the oracle the other is tested against.
         arrays: keep singular values and sines in the record beside the scalar rows.
     """
 
@@ -71,13 +71,17 @@ class SpectralTracker:
         self.arrays = arrays
         self._groups = tuple(_groups(basis))
 
-    def measure(self, source: WeightSource, *, step: int, stage: str = "") -> SpectralRecord:
+    def measure(
+        self, source: WeightSource, *, step: int, stage: str = "", null_draws: int = 0
+    ) -> SpectralRecord:
         """Measure one set of weights.
 
         Args:
             source: the module being trained, a mapping of named tensors, or a checkpoint folder.
             step: optimizer step, recorded in every row.
             stage: name of the training stage, likewise.
+            null_draws: where positive, the ``null_*`` columns say how far rounding to bfloat16 and this many
+                random updates of the same norm turn the subspaces; costs that many measurements more, plus one.
 
         Raises:
             TensorError: a weight is missing, has another shape than its reference, or holds NaN or infinity.
@@ -94,11 +98,17 @@ class SpectralTracker:
                 pairs = zip(group.projections, group.matrices, strict=True)
                 rows.update({p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs})
                 continue
-            measurement = _ENGINES[self.engine](group.reference, stacked)
+            engine = _ENGINES[self.engine]
+            measurement = engine(group.reference, stacked)
+            nulls = None
+            if null_draws > 0:
+                nulls = null_rotations(engine, group.reference, stacked, measurement, draws=null_draws)
             for i, (projection, matrix) in enumerate(zip(group.projections, group.matrices, strict=True)):
                 rows[projection.name] = measured_row(
                     measurement, i, matrix, projection, stage=stage, step=step
                 )
+                if nulls is not None:
+                    put_nulls(rows[projection.name], nulls, i)
                 if self.arrays:
                     record.arrays.update(_arrays(measurement, i, matrix))
         record.rows = [rows[projection.name] for projection in self.basis.projections]

@@ -1,0 +1,84 @@
+"""Null baselines: how far leading subspaces turn for reasons that mean nothing.
+
+A rotation is worth a thought only beside two others: the one that rounding the weights to bfloat16 causes, and
+the one that a random update of the same Frobenius norm causes. Both are measured by the same engine, from the
+same reference.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rlspec.spectra.measurement import Measurement, ReferenceStack
+
+
+@dataclass(frozen=True)
+class Nulls:
+    """Mean principal angles (rad, averaged over the sides that have any) of L matrices; float64.
+
+    ``measured`` (L,) is the weights' own; ``rounding`` (L,) that of their bfloat16 rounding error alone, 0 where
+    they hold nothing finer; ``random`` (D, L) those of D Gaussian updates of the measured update's norm.
+    """
+
+    measured: Tensor
+    rounding: Tensor
+    random: Tensor
+
+    @property
+    def percentile(self) -> Tensor:
+        """(L,) percentage of the random updates that turn the subspaces less than the measured one."""
+        return 100.0 * (self.random < self.measured).double().mean(dim=0)
+
+
+def rotation(measurement: Measurement) -> Tensor | None:
+    """(L,) mean principal angle, averaged over the sides that have angles; None if neither has."""
+    sides = [s for s in (measurement.sines_left, measurement.sines_right) if s is not None]
+    if not sides:
+        return None
+    return torch.stack([torch.asin(s.double().clamp(0.0, 1.0)).mean(-1) for s in sides]).mean(0)
+
+
+def null_rotations(
+    engine: Callable[[ReferenceStack, Tensor], Measurement],
+    reference: ReferenceStack,
+    weight: Tensor,
+    measured: Measurement,
+    *,
+    draws: int,
+    seed: int = 0,
+) -> Nulls | None:
+    """Null baselines of a stack; None where no side has angles.
+
+    Args:
+        engine: what measured the weights, ``measure_delta`` or ``measure_exact``.
+        weight: (L, m, n), the weights that ``measured`` is of.
+        draws: random updates per matrix. They depend on (seed, name, draw) alone.
+    """
+    own = rotation(measured)
+    if own is None:
+        return None
+    base = reference.W.float() if reference.W.dtype != torch.float64 else reference.W
+    error = weight.to(torch.bfloat16).to(base.dtype) - weight.to(base.dtype)
+    rounded = rotation(engine(reference, base + error))
+    norm = measured.update.delta_frobenius.to(base.dtype)
+    turned = []
+    for draw in range(draws):
+        noise = torch.stack([_noise(f"{seed}/{name}/{draw}", base[0]) for name in reference.names])
+        scale = norm / torch.linalg.vector_norm(noise, dim=(-2, -1))
+        turned.append(rotation(engine(reference, base + noise * scale[:, None, None])))
+    return Nulls(own, _there(rounded), torch.stack([_there(r) for r in turned]))
+
+
+def _noise(key: str, like: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
+    return torch.randn(like.shape, generator=generator).to(like)
+
+
+def _there(value: Tensor | None) -> Tensor:
+    assert value is not None  # the sides are those of the measured weights
+    return value
