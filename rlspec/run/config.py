@@ -16,7 +16,7 @@ EMBEDDED = "embedded"
 STAGES = ("sft", "ppo")
 
 # Learning rates where none is given: (SFT, PPO). The paper's are for models of 7 to 11 billion parameters.
-EMBEDDED_LEARNING_RATES = (1.5e-4, 3e-5)
+EMBEDDED_LEARNING_RATES = (1.25e-4, 3e-5)
 PAPER_LEARNING_RATES = (1e-6, 1e-6)
 
 # Settings that are counts: at least 1 where they are given.
