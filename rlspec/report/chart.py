@@ -80,8 +80,8 @@ def line_chart(
         x, before, after = boundary
         parts.append(
             f'<line class="boundary" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{TOP}" y2="{TOP + plot_height}"/>'
-            f'<text x="{px(x) - 6:.1f}" y="{TOP + 11}" text-anchor="end">{escape(before)}</text>'
-            f'<text x="{px(x) + 6:.1f}" y="{TOP + 11}">{escape(after)}</text>'
+            f'<text x="{px(x) - 6:.1f}" y="{TOP + plot_height - 6}" text-anchor="end">{escape(before)}</text>'
+            f'<text x="{px(x) + 6:.1f}" y="{TOP + plot_height - 6}">{escape(after)}</text>'
         )
     for s in shown:
         if s.band:

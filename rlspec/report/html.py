@@ -138,17 +138,14 @@ def _curves(run: RunData) -> str:
                 points.append((place[event], value))
         rotations.append(Series(module, points, colour))
     kl = [_metric_series(run, "KL(base ‖ current)", "kl_base_nats_per_token", "c3")]
-    loss = [
-        Series(
-            s.upper(), [(_x(r), abs(r["loss"])) for r in run.metrics if r["stage"] == s and r.get("loss")], c
-        )
-        for s, c in (("sft", "c0"), ("ppo", "c1"))
-    ]
+    # PPO's loss mixes a clipped policy term with a value term: it is no measure of progress, so it is not drawn.
+    trained = [row for row in run.metrics if row["stage"] == "sft" and row.get("loss") is not None]
+    loss = [Series("SFT, cross entropy", [(_x(row), row["loss"]) for row in trained], "c0")]
     charts: list[tuple[str, Sequence[Series], str, Callable[[float], str], int, float | None]] = [
         ("Accuracy", accuracies, "deals solved", lambda v: f"{100 * v:.0f} %", 280, 1.0),
         ("Rotation", rotations, "mean angle, rad", lambda v: f"{v:.3g}", 200, None),
         ("KL to the base", kl, "nats per token", lambda v: f"{v:.3g}", 170, None),
-        ("Loss (size)", loss, "loss", lambda v: f"{v:.3g}", 170, None),
+        ("Training loss", loss, "nats per token", lambda v: f"{v:.3g}", 170, None),
     ]
     drawn = []
     for title, series, y_label, y_format, height, y_max in charts:
