@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
 
-from rlspec.errors import OptionError, ProjectionError, TensorError
-from rlspec.io.projections import MODULES, Projection, check_finite, find_projections, parse_modules
+from rlspec.errors import CheckpointError, OptionError, ProjectionError, TensorError
+from rlspec.io.projections import (
+    MODULES,
+    Projection,
+    check_finite,
+    find_projections,
+    layer_of,
+    modules_in,
+    parse_modules,
+    read_config,
+)
 
 TINY: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
 GQA: dict[str, Any] = {**TINY, "num_key_value_heads": 2, "intermediate_size": 24, "pad_token_id": 0}
@@ -25,9 +35,9 @@ def _shapes(model: Any) -> dict[str, tuple[int, ...]]:
 
 
 def _read(model: Any, projection: Projection) -> torch.Tensor:
-    weight = model.state_dict()[projection.tensor]
-    weight = weight.T if projection.transposed else weight
-    return weight if projection.rows is None else weight[projection.rows]
+    matrix = projection.take(model.state_dict()[projection.tensor])
+    assert tuple(matrix.shape) == projection.shape(tuple(model.state_dict()[projection.tensor].shape))
+    return matrix
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma2"])
@@ -71,12 +81,99 @@ def test_gpt2_parts_give_the_queries_of_the_model() -> None:
                 torch.testing.assert_close(got, expected[p.module], rtol=1e-5, atol=1e-6)
 
 
-def test_gpt_neox_refuses_its_interleaved_qkv_but_finds_the_rest() -> None:
-    model = _model(transformers.GPTNeoXConfig(**TINY, intermediate_size=24))
-    with pytest.raises(ProjectionError, match=r"query_key_value.*interleaves"):
-        find_projections(_shapes(model), "q")
-    found = find_projections(_shapes(model), "o,mlp,embed,lm_head")
-    assert [p.module for p in found if p.layer == 1] == ["o", "mlp", "mlp"]
+def test_gpt_neox_parts_are_the_queries_keys_and_values_of_the_model() -> None:
+    config = transformers.GPTNeoXConfig(**TINY, intermediate_size=24)
+    seen = []
+
+    def spy(module: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> Any:
+        seen.append((query, key, value))
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    transformers.AttentionInterface.register("spy", spy)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="spy")
+    inputs = []
+    fused = model.gpt_neox.layers[0].attention.query_key_value
+    fused.register_forward_hook(lambda _, given, __: inputs.append(given[0]))
+    with torch.no_grad():
+        fused.bias.zero_()
+        model(torch.arange(5)[None])
+    check_parts(model, config, inputs[0][0, :1], [part[0, :, :1] for part in seen[0]])
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon new", "falcon multi-query", "falcon old"])
+def test_bloom_and_falcon_parts_are_those_of_the_model(family: str) -> None:
+    tiny = {"hidden_size": 16, "num_attention_heads": 4, "vocab_size": 32}
+    if family == "bloom":
+        config: Any = transformers.BloomConfig(hidden_size=16, n_layer=2, n_head=4, vocab_size=32)
+    elif family == "falcon new":
+        config = transformers.FalconConfig(
+            **tiny, num_hidden_layers=2, new_decoder_architecture=True, num_kv_heads=2
+        )
+    else:
+        config = transformers.FalconConfig(**tiny, num_hidden_layers=2, multi_query=family.endswith("query"))
+    model = _model(config)
+    attention = model.transformer.h[0].self_attention
+    x = torch.randn(1, 3, 16)
+    with torch.no_grad():
+        if family == "bloom":
+            attention.query_key_value.bias.zero_()
+            split = attention._reshape(attention.query_key_value(x))
+        else:
+            split = [part.transpose(1, 2) for part in attention._split_heads(attention.query_key_value(x))]
+    if family == "falcon new":  # key and value are repeated there for the two heads of a group
+        split = [split[0], split[1][:, ::2], split[2][:, ::2]]
+    check_parts(model, config, x[0], [part[0] for part in split])
+
+
+def check_parts(model: Any, config: Any, x: torch.Tensor, heads: list[torch.Tensor]) -> None:
+    """The projections of layer 0 map ``x`` (t, n) to the model's own queries, keys and values (heads, t, size)."""
+    found = find_projections(_shapes(model), "all", config.to_dict())
+    assert [p.module for p in found if p.layer == 1] == ["q", "k", "v", "o", "mlp", "mlp"]
+    layer = {p.module: p for p in found if p.layer == 0}
+    for module, expected in zip("qkv", heads):
+        weight = _read(model, layer[module])
+        torch.testing.assert_close(x @ weight.T, expected.transpose(0, 1).flatten(1), rtol=1e-4, atol=1e-6)
+    # Written back in another place, a part leaves every other row as it was.
+    whole = model.state_dict()[layer["k"].tensor]
+    before = whole.clone()
+    layer["k"].put(whole, torch.zeros_like(layer["k"].take(whole)))
+    assert not layer["k"].take(whole).any()
+    for other in "qv":
+        assert torch.equal(layer[other].take(whole), layer[other].take(before))
+
+
+def test_heads_come_from_the_configuration_alone() -> None:
+    name = "gpt_neox.layers.0.attention.query_key_value.weight"
+    with pytest.raises(ProjectionError, match=r"query_key_value.*only config.json says; none was found"):
+        find_projections({name: (48, 16)}, "q")
+    with pytest.raises(ProjectionError, match="model_type 'other' is none whose"):
+        find_projections({name: (48, 16)}, "q", {"model_type": "other"})
+    with pytest.raises(ProjectionError, match="gives no num_attention_heads"):
+        find_projections({name: (48, 16)}, "q", {"model_type": "gpt_neox"})
+    with pytest.raises(ProjectionError, match="48 rows do not split into 5 heads"):
+        find_projections({name: (48, 16)}, "q", {"model_type": "gpt_neox", "num_attention_heads": 5})
+    # What is not asked for needs no heads.
+    assert find_projections({name: (48, 16), "gpt_neox.embed_in.weight": (9, 16)}, "embed")
+
+
+def test_config_beside_the_weights(tmp_path: Path) -> None:
+    assert read_config(tmp_path) is None
+    (tmp_path / "config.json").write_text('{"model_type": "mllama", "text_config": {"n_head": 4}}')
+    (tmp_path / "model.safetensors").touch()
+    for place in (tmp_path, tmp_path / "model.safetensors"):
+        assert read_config(place) == {"model_type": "mllama", "n_head": 4, "text_config": {"n_head": 4}}
+    for text, named in (("{", "not valid JSON"), ("[]", "expected a JSON object")):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(CheckpointError, match=rf"config.json: {named}"):
+            read_config(tmp_path)
+
+
+def test_what_names_say() -> None:
+    assert modules_in("model.layers.3.self_attn.qkv_proj.weight", (3, 3)) == ("q", "k", "v")
+    assert modules_in("model.layers.3.self_attn.q_proj.bias", (3,)) == ()
+    assert modules_in("model.layers.3.mlp.experts.gate_up_proj", (2, 3, 3)) == ("mlp",)
+    assert modules_in("model.norm.weight", (3,)) == ()
+    assert (layer_of("model.layers.12.mlp.x.weight"), layer_of("model.norm.weight")) == (12, None)
 
 
 def test_opt() -> None:

@@ -41,12 +41,25 @@ def test_gap_needs_values_and_survives_tiny_spectra():
     assert Rank.parse("gap:1").resolve(torch.ones(5)) == 5
 
 
-@pytest.mark.parametrize("bad", ["", "x", 0, 0.0, -1, 1.5, "gap:2", "gap:", "nan", "gap:nan", -0.2])
+def test_energy_is_the_fewest_values_that_hold_the_share():
+    s = torch.tensor([4.0, 2.0, 2.0, 1.0])  # squares 16, 4, 4, 1 of 25
+    found = {
+        share: Rank.parse(f"energy:{share}").resolve(s) for share in (0.1, 0.64, 0.65, 0.8, 0.81, 0.97, 1)
+    }
+    assert found == {0.1: 1, 0.64: 1, 0.65: 2, 0.8: 2, 0.81: 3, 0.97: 4, 1: 4}
+    assert Rank.parse("energy:0.5").resolve(torch.zeros(3)) == 1
+    with pytest.raises(OptionError, match="singular values"):
+        Rank.parse("energy:0.9").resolve(100)
+
+
+@pytest.mark.parametrize(
+    "bad", ["", "x", 0, 0.0, -1, 1.5, "gap:2", "gap:", "nan", "gap:nan", -0.2, "energy:0", "energy:x"]
+)
 def test_invalid_ranks_are_refused(bad):
     with pytest.raises(OptionError, match="not valid"):
         Rank.parse(bad)
 
 
-@pytest.mark.parametrize("text", ["0.2", "768", "gap:0.2"])
+@pytest.mark.parametrize("text", ["0.2", "768", "gap:0.2", "energy:0.9"])
 def test_text_round_trip(text):
     assert str(Rank.parse(text)) == text

@@ -1,24 +1,35 @@
 """Which tensors of a checkpoint are the q, k, v, o, mlp, embed and lm_head matrices, by the names they carry.
 
-The architectures are told apart by tensor names and shapes alone, so that a module in memory and a
-checkpoint on disk give the same answer. Known layouts: Llama, Qwen, Mistral, Gemma and their kin (separate
-matrices), Phi-3 (fused ``qkv_proj`` and ``gate_up_proj``), OPT, GPT-2 (``Conv1D``, transposed and fused) and
-GPT-NeoX (its fused ``query_key_value`` is refused, see `find_projections`). Vision and audio towers of
-multimodal models are left out; the language model inside is found under any prefix.
+The architectures are told apart by tensor names and shapes, so that a module in memory and a checkpoint on
+disk give the same answer; only the heads of a fused ``query_key_value`` must be read from the configuration.
+Known layouts: Llama, Qwen, Mistral, Gemma and their kin (separate matrices), Phi-3 (fused ``qkv_proj`` and
+``gate_up_proj``), OPT, GPT-2 (``Conv1D``, transposed and fused), GPT-J, GPT-NeoX, BLOOM and Falcon (q, k and v
+interleaved by head). Vision and audio towers of multimodal models are left out; the language model inside is
+found under any prefix.
 """
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from rlspec.errors import OptionError, ProjectionError, TensorError
-
-Shape = tuple[int, ...]
+from rlspec.errors import CheckpointError, OptionError, ProjectionError, TensorError
+from rlspec.io.fused import (
+    Config,
+    Part,
+    Rows,
+    Shape,
+    consecutive,
+    gpt2_qkv,
+    phi3_qkv,
+    query_key_value,
+)
 
 #: The module names that may be asked for, in the order in which results list them.
 MODULES = ("q", "k", "v", "o", "mlp", "embed", "lm_head")
@@ -27,35 +38,74 @@ _GROUPS = {"attn": ("q", "k", "v", "o"), "all": MODULES}
 
 @dataclass(frozen=True)
 class Projection:
-    """One matrix (out × in) inside a checkpoint.
-
-    To get it from the tensor called ``tensor``: transpose if ``transposed``, then take ``rows`` unless None.
-    """
+    """One matrix (out × in) inside a checkpoint; `take` and `put` move it out of its tensor and back."""
 
     name: str  #: unique label; a part of a fused tensor carries its part, "…qkv_proj.weight[q]"
     tensor: str  #: the full name of the tensor that holds it
     module: str  #: one of `MODULES`
     layer: int | None  #: index of the decoder layer; None for embed and lm_head
-    rows: slice | None = None  #: the output rows of a fused tensor that are this matrix
+    rows: Rows | None = None  #: the output rows of a fused tensor that are this matrix, in order
     transposed: bool = False  #: stored as (in, out), as GPT-2's Conv1D does
+
+    def shape(self, stored: Shape) -> tuple[int, int]:
+        """(out, in) of the matrix whose tensor is stored in the shape given."""
+        rows, columns = reversed(stored) if self.transposed else stored
+        return rows if self.rows is None else sum(_length(s) for s in self._slices()), columns
+
+    def take(self, tensor: Tensor) -> Tensor:
+        """This matrix (out, in) from its whole tensor; a view unless its rows are scattered."""
+        whole = tensor.mT if self.transposed else tensor
+        if self.rows is None:
+            return whole
+        parts = [whole[rows] for rows in self._slices()]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def put(self, tensor: Tensor, matrix: Tensor) -> None:
+        """Write the matrix (out, in) into its place in the whole tensor; nothing else there is touched."""
+        whole = tensor.mT if self.transposed else tensor
+        if self.rows is None:
+            whole.copy_(matrix)
+            return
+        start = 0
+        for rows in self._slices():
+            whole[rows].copy_(matrix[start : start + _length(rows)])
+            start += _length(rows)
+
+    def _slices(self) -> tuple[slice, ...]:
+        assert self.rows is not None
+        return (self.rows,) if isinstance(self.rows, slice) else self.rows
+
+
+def _length(rows: slice) -> int:
+    return int(rows.stop - rows.start)
 
 
 # Tensor-name endings after the layer index -> module. One line per naming family.
+_ATTENTION = r"(?:self_attn|cross_attn|attn|attention|self_attention|attn\.attention)"
 _SEPARATE = {
-    "q": r"(?:self_attn|cross_attn|attn|attention)\.q_proj",
-    "k": r"(?:self_attn|cross_attn|attn|attention)\.k_proj",
-    "v": r"(?:self_attn|cross_attn|attn|attention)\.v_proj",
-    "o": r"(?:self_attn|cross_attn|attn|attention)\.(?:o_proj|out_proj|dense)",
+    "q": rf"{_ATTENTION}\.q_proj",
+    "k": rf"{_ATTENTION}\.k_proj",
+    "v": rf"{_ATTENTION}\.v_proj",
+    "o": rf"{_ATTENTION}\.(?:o_proj|out_proj|dense)",
     "mlp": r"(?:mlp|block_sparse_moe)\.(?:.+\.)?(?:gate_proj|up_proj|down_proj|w1|w2|w3)"
-    r"|mlp\.(?:fc1|fc2|dense_h_to_4h|dense_4h_to_h)|fc1|fc2",
+    r"|mlp\.(?:fc1|fc2|fc_in|fc_out|dense_h_to_4h|dense_4h_to_h)|fc1|fc2",
+}
+# The same for tensors that hold several modules or several matrices of one.
+_FUSED = {
+    r"(?:.+\.)?(?:self_)?attn\.qkv_proj": ("q", "k", "v"),
+    r"attn\.c_attn": ("q", "k", "v"),
+    r"(?:self_)?attention\.query_key_value": ("q", "k", "v"),
+    r"mlp\.gate_up_proj": ("mlp",),
 }
 _CONV1D = {"o": r"attn\.c_proj", "mlp": r"mlp\.c_(?:fc|proj)"}
-_EMBED = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in)\.weight$")
+_CONV1D_ENDINGS = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+_FUSED_EXPERTS = re.compile(r"mlp\.experts\.\w+_proj(?:\.weight)?")
+_EMBED = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _LM_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
 _TOWERS = re.compile(
     r"(?:^|\.)(?:vision_model|vision_tower|vision_encoder|visual|image_encoder|audio_tower|audio_model"
-    r"|multi_modal_projector|mtp)\."
+    r"|speech_encoder|img_processor|multi_modal_projector|mm_projector|mtp)\."
 )
 
 
@@ -80,7 +130,9 @@ def parse_modules(modules: str | Iterable[str]) -> tuple[str, ...]:
 
 
 def find_projections(
-    names_to_shapes: Mapping[str, Shape], modules: str | Iterable[str] = ("q", "k", "v")
+    names_to_shapes: Mapping[str, Shape],
+    modules: str | Iterable[str] = ("q", "k", "v"),
+    config: Config | None = None,
 ) -> list[Projection]:
     """The projections of the wanted modules, sorted by layer, then in the order of `MODULES`.
 
@@ -90,19 +142,20 @@ def find_projections(
     Args:
         names_to_shapes: shape of every tensor in the checkpoint.
         modules: as `parse_modules` takes them.
+        config: what `read_config` found; needed only by a fused ``query_key_value``.
 
     Raises:
         OptionError: an unknown module name.
-        ProjectionError: one of the modules is not found at all; or it is, in a layout that shapes do not
-            determine: fused ``query_key_value`` (GPT-NeoX, BLOOM and Falcon interleave the heads in different
-            ways), and experts fused into one three-dimensional tensor.
+        ProjectionError: one of the modules is not found at all; or it is, in a layout that is not determined: a
+            fused ``query_key_value`` without the number of heads, and experts fused into one three-dimensional
+            tensor.
     """
     wanted = parse_modules(modules)
     found = [
         projection
         for name, shape in names_to_shapes.items()
-        if not _TOWERS.search(name)
-        for projection in _of_tensor(name, tuple(shape), wanted, names_to_shapes)
+        if not in_tower(name)
+        for projection in projections_of(name, names_to_shapes, config, wanted)
     ]
     present = {projection.module for projection in found}
     for module in wanted:
@@ -114,6 +167,101 @@ def find_projections(
             )
         raise ProjectionError(_not_found(module, names_to_shapes))
     return sorted(found, key=_order)
+
+
+def in_tower(name: str) -> bool:
+    """Whether a tensor belongs to the vision or audio part of a multimodal model."""
+    return _TOWERS.search(name) is not None
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the decoder layer that a tensor belongs to, None where its name tells of none."""
+    match = _LAYER.search(name)
+    return None if match is None else int(match[1])
+
+
+def modules_in(name: str, shape: Shape) -> tuple[str, ...]:
+    """The modules that a tensor's name says it holds, () where it says nothing; towers are not looked at."""
+    if _EMBED.search(name):
+        return ("embed",)
+    if _LM_HEAD.search(name):
+        return ("lm_head",)
+    match = _LAYER.search(name)
+    if match is None:
+        return ()
+    if len(shape) == 3 and _FUSED_EXPERTS.fullmatch(match[2]):
+        return ("mlp",)
+    if not match[2].endswith(".weight") or len(shape) != 2:
+        return ()
+    stem = match[2].removesuffix(".weight")
+    for patterns in (_SEPARATE, _CONV1D):
+        for module, pattern in patterns.items():
+            if re.fullmatch(pattern, stem):
+                return (module,)
+    return next((modules for pattern, modules in _FUSED.items() if re.fullmatch(pattern, stem)), ())
+
+
+def projections_of(
+    name: str, shapes: Mapping[str, Shape], config: Config | None = None, wanted: Iterable[str] = MODULES
+) -> list[Projection]:
+    """The projections of the wanted modules that one tensor holds: none, itself, or parts of it.
+
+    Raises:
+        ProjectionError: it holds one of them in a layout that is not determined.
+    """
+    shape = tuple(shapes[name])
+    modules = set(modules_in(name, shape)) & set(wanted)
+    if not modules:
+        return []
+    layer = layer_of(name)
+    if len(shape) == 3:
+        raise ProjectionError(
+            f"{name}: experts fused into one tensor {shape} are not supported; ask for other modules than mlp"
+        )
+    stem = name.removesuffix(".weight")
+    transposed = any(stem.endswith(ending) for ending in _CONV1D_ENDINGS)
+    parts = _parts(name, stem, shape, shapes, config)
+    if parts is None:
+        return [Projection(name, name, modules.pop(), layer, transposed=transposed)]
+    return [
+        Projection(f"{name}[{part.label}]", name, part.module, layer, part.rows, transposed)
+        for part in parts
+        if part.module in modules
+    ]
+
+
+def _parts(
+    name: str, stem: str, shape: Shape, shapes: Mapping[str, Shape], config: Config | None
+) -> list[Part] | None:
+    """The parts of a fused tensor; None for one that is not fused."""
+    if stem.endswith("attn.qkv_proj"):
+        return phi3_qkv(name, shape, shapes)
+    if stem.endswith("mlp.gate_up_proj"):
+        return consecutive([("gate", "mlp", shape[0] // 2), ("up", "mlp", shape[0] // 2)])
+    if stem.endswith("attn.c_attn"):
+        return gpt2_qkv(name, shape)
+    if stem.endswith(".query_key_value"):
+        return query_key_value(name, shape, config)
+    return None
+
+
+def read_config(checkpoint: Path) -> Config | None:
+    """The config.json beside a checkpoint's weights, its text part where it has several; None if there is none.
+
+    Raises:
+        CheckpointError: it is not a JSON object.
+    """
+    path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    text = config.get("text_config")
+    return {**config, **text} if isinstance(text, dict) else config
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
@@ -133,82 +281,11 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise TensorError(f"{name}: {bad} of {tensor.numel()} values are NaN or infinite")
 
 
-def _of_tensor(
-    name: str, shape: Shape, wanted: tuple[str, ...], shapes: Mapping[str, Shape]
-) -> list[Projection]:
-    """The wanted projections that one tensor holds: none, itself, or parts of it."""
-    if _EMBED.search(name):
-        return [Projection(name, name, "embed", None)] if "embed" in wanted else []
-    if _LM_HEAD.search(name):
-        return [Projection(name, name, "lm_head", None)] if "lm_head" in wanted else []
-    match = _LAYER.search(name)
-    if match is None:
-        return []
-    layer, rest = int(match[1]), match[2]
-    if "mlp" in wanted and len(shape) == 3 and re.fullmatch(r"mlp\.experts\.\w+_proj(?:\.weight)?", rest):
-        raise ProjectionError(
-            f"{name}: experts fused into one tensor {shape} are not supported; ask for other modules than mlp"
-        )
-    if not rest.endswith(".weight") or len(shape) != 2:
-        return []
-    stem = rest.removesuffix(".weight")
-    for module in wanted:
-        if re.fullmatch(_SEPARATE.get(module, "(?!)"), stem):
-            return [Projection(name, name, module, layer)]
-        if re.fullmatch(_CONV1D.get(module, "(?!)"), stem):
-            return [Projection(name, name, module, layer, transposed=True)]
-    return _of_fused(name, shape, stem, layer, wanted, shapes)
-
-
-def _of_fused(
-    name: str, shape: Shape, stem: str, layer: int, wanted: tuple[str, ...], shapes: Mapping[str, Shape]
-) -> list[Projection]:
-    """The wanted parts of a fused tensor."""
-    parts: list[tuple[str, str, int]]  # (label, module, rows)
-    transposed = False
-    if stem.endswith("attn.qkv_proj"):
-        parts = _qkv_parts(name, shape, shapes)
-    elif stem == "mlp.gate_up_proj":
-        parts = [("gate", "mlp", shape[0] // 2), ("up", "mlp", shape[0] // 2)]
-    elif stem == "attn.c_attn":
-        if shape[1] != 3 * shape[0]:
-            raise ProjectionError(f"{name}: expected a fused (n, 3n) Conv1D as in GPT-2, found {shape}")
-        transposed = True
-        parts = [(module, module, shape[1] // 3) for module in "qkv"]
-    elif stem.endswith(".query_key_value") and set("qkv") & set(wanted):
-        raise ProjectionError(
-            f"{name}: fused query_key_value interleaves the heads in an order that its shape does not tell; "
-            "ask for o, mlp or embed, or convert the checkpoint to separate q, k and v"
-        )
-    else:
-        return []
-    projections = []
-    start = 0
-    for label, module, rows in parts:
-        if module in wanted:
-            rows_slice = slice(start, start + rows)
-            projections.append(Projection(f"{name}[{label}]", name, module, layer, rows_slice, transposed))
-        start += rows
-    return projections
-
-
-def _qkv_parts(name: str, shape: Shape, shapes: Mapping[str, Shape]) -> list[tuple[str, str, int]]:
-    """Phi-3's q, k, v rows: q has as many as o_proj has inputs, k and v share the rest (grouped queries)."""
-    output = shapes.get(name.replace("qkv_proj", "o_proj"))
-    if output is None or len(output) != 2:
-        raise ProjectionError(f"{name}: cannot be split into q, k and v without its o_proj")
-    q = output[1]
-    rest = shape[0] - q
-    if rest <= 0 or rest % 2:
-        raise ProjectionError(f"{name}: {shape[0]} rows do not split into q ({q}, by o_proj) and equal k, v")
-    return [("q", "q", q), ("k", "k", rest // 2), ("v", "v", rest // 2)]
-
-
 def _not_found(module: str, names: Mapping[str, Shape]) -> str:
     example = next((name for name in names if _LAYER.search(name)), next(iter(names), "no tensor at all"))
     return (
         f"no {module} projection found among {len(names)} tensors (the model names them like {example!r}); "
-        "the names known are those of Llama, Qwen, Mistral, Gemma, Phi-3, OPT, GPT-2 and GPT-NeoX"
+        "the names known are those of Llama, Qwen, Mistral, Gemma, Phi-3, OPT, GPT-2, GPT-J, GPT-NeoX, BLOOM and Falcon"
     )
 
 

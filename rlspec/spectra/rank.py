@@ -1,5 +1,5 @@
-"""How many leading directions to follow in a matrix: a share of its rank, a count, or a snap to a spectral
-gap."""
+"""How many leading directions to follow in a matrix: a share of its rank, a count, a share of its energy, or a
+snap to a spectral gap."""
 
 from __future__ import annotations
 
@@ -22,15 +22,16 @@ class Rank:
 
     ``share``: k = share * min(m, n), at least 1. ``count``: k = value, at most min(m, n). ``gap``: like
     ``share``, then moved to the place within +-5 % of it where the relative drop between neighbouring
-    singular values is largest.
+    singular values is largest. ``energy``: the fewest whose squared singular values sum to that share of all.
     """
 
-    kind: Literal["share", "count", "gap"]
+    kind: Literal["share", "count", "gap", "energy"]
     value: float
 
     @classmethod
     def parse(cls, rank: RankLike) -> Rank:
-        """Read ``0.2`` (share), ``768`` (count), ``"0.2"``, ``"768"`` or ``"gap:0.2"``.
+        """Read ``0.2`` (share), ``768`` (count), ``"0.2"``, ``"768"``, ``"gap:0.2"`` or
+        ``"energy:0.9"``.
 
         Raises:
             OptionError: anything else, a share outside (0, 1], a count below 1.
@@ -38,9 +39,11 @@ class Rank:
         if isinstance(rank, Rank):
             return rank
         text = str(rank).strip()
-        kind: Literal["share", "count", "gap"] = "share"
+        kind: Literal["share", "count", "gap", "energy"] = "share"
         if text.startswith("gap:"):
             kind, text = "gap", text[len("gap:") :]
+        elif text.startswith("energy:"):
+            kind, text = "energy", text[len("energy:") :]
         elif text.isdigit():
             kind = "count"
         try:
@@ -57,11 +60,11 @@ class Rank:
         """The rank k for one matrix.
 
         Args:
-            spectrum: its singular values, shape (r,), descending; or just r = min(m, n) unless the rule is
-            ``gap``.
+            spectrum: its singular values, shape (r,), descending; or just r = min(m, n) unless
+                :attr:`needs_values`.
 
         Raises:
-            OptionError: a ``gap`` rule without the singular values.
+            OptionError: a rule that needs the singular values is not given them.
         """
         r = spectrum if isinstance(spectrum, int) else int(spectrum.shape[-1])
         if self.kind == "count":
@@ -71,12 +74,17 @@ class Rank:
             return k
         if isinstance(spectrum, int):
             raise OptionError(f"rank {self} needs the singular values of the matrix, not only its size")
-        return _snap(spectrum, k)
+        return _snap(spectrum, k) if self.kind == "gap" else _energy(spectrum, self.value)
+
+    @property
+    def needs_values(self) -> bool:
+        """Whether k depends on the singular values, not on the size of the matrix alone."""
+        return self.kind in ("gap", "energy")
 
     def __str__(self) -> str:
         if self.kind == "count":
             return str(int(self.value))
-        return f"gap:{self.value:g}" if self.kind == "gap" else f"{self.value:g}"
+        return f"{self.kind}:{self.value:g}" if self.needs_values else f"{self.value:g}"
 
 
 def _snap(spectrum: Tensor, k: int) -> int:
@@ -91,7 +99,13 @@ def _snap(spectrum: Tensor, k: int) -> int:
     return low + int(drop.argmax())
 
 
+def _energy(spectrum: Tensor, share: float) -> int:
+    """The fewest leading values whose squares sum to ``share`` of the sum of all squares; at least 1."""
+    total = spectrum.double().square().cumsum(-1)
+    return min(1 + int((total < share * total[-1]).sum()), int(spectrum.shape[-1]))
+
+
 def _invalid(rank: object) -> OptionError:
     return OptionError(
-        f"rank {rank!r} is not valid: give a share in (0, 1] such as 0.2, a count such as 768, or gap:0.2"
+        f"rank {rank!r} is not valid: give a share in (0, 1] such as 0.2, a count such as 768, gap:0.2 or energy:0.9"
     )

@@ -60,10 +60,7 @@ def read_matrix(weights: Weights, projection: Projection) -> Tensor:
             f"{projection.tensor}: expected a floating-point matrix, "
             f"found {tensor.dtype} {tuple(tensor.shape)}"
         )
-    if projection.transposed:
-        tensor = tensor.T
-    if projection.rows is not None:
-        tensor = tensor[projection.rows]
+    tensor = projection.take(tensor)
     check_finite(projection.name, tensor)
     return tensor
 
