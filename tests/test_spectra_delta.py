@@ -124,8 +124,8 @@ def test_bounds_hold_in_every_random_trial_and_are_not_idle():
 def test_a_bound_notices_a_wrong_answer():
     """The broken twin: a pair whose rotation was dropped must get bounds that cover the error it makes."""
     from rlspec.spectra.bounds import probe_bounds
-    from rlspec.spectra.delta import leading_columns
     from rlspec.spectra.metrics import update
+    from rlspec.spectra.solve import leading_columns
     from rlspec.spectra.subspace import Side, diagonalise, sines
     from rlspec.spectra.sylvester import first_order
 

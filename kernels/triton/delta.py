@@ -103,6 +103,7 @@ def delta_prep_triton(
     *,
     eta: float = 1e-3,
     out_dtype: torch.dtype | None = None,
+    out: Sequence[Tensor] | None = None,
     block: int = 4096,
     num_warps: int = 4,
 ) -> DeltaPrep:
@@ -114,6 +115,7 @@ def delta_prep_triton(
         base: the L matrices W_ref, of the same shapes, all of one dtype.
         eta: an entry counts as changed where |w - w_ref| > eta * max(|w|, |w_ref|).
         out_dtype: of E; default bfloat16, or float32 where a float32 matrix is among the inputs.
+        out: where to write E, contiguous and of the matrices' shapes; their dtype is ``out_dtype``.
         block: entries a program works on, a power of two, at most 2^24 so that counts stay exact in float32.
 
     Raises:
@@ -121,9 +123,11 @@ def delta_prep_triton(
     """
     _check(tuned, base)
     device = tuned[0].device
-    if out_dtype is None:
+    if out is not None:
+        out_dtype = out[0].dtype
+    elif out_dtype is None:
         out_dtype = torch.float32 if torch.float32 in (tuned[0].dtype, base[0].dtype) else torch.bfloat16
-    delta = [torch.empty_like(w, dtype=out_dtype) for w in tuned]
+    delta = list(out) if out is not None else [torch.empty_like(w, dtype=out_dtype) for w in tuned]
     rows = [[*(x.data_ptr() for x in triple), triple[0].numel()] for triple in zip(tuned, base, delta)]
     table = torch.tensor(rows, dtype=torch.int64, device=device)
     counts = torch.tensor([triton.cdiv(w.numel(), block) for w in tuned])

@@ -16,12 +16,13 @@ from torch import Tensor
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import check_finite
 from rlspec.linalg.exact import exact_svd
-from rlspec.spectra.delta import solve
+from rlspec.spectra.bounds import probe_bounds
 from rlspec.spectra.factor import reference_factors
 from rlspec.spectra.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.measurement import ReferenceStack
 from rlspec.spectra.metrics import update
 from rlspec.spectra.rank import Rank, RankLike
+from rlspec.spectra.solve import solve
 
 Mode = Literal["directions", "directions_and_values", "values", "tail", "band", "copy", "interpolate"]
 Rounding = Literal["nearest", "stochastic"]
@@ -168,8 +169,9 @@ def _tuned_factors(
         reference = ReferenceStack.of([base])
         change = update(tuned.unsqueeze(0), reference.W)
         if float(change.delta_frobenius) <= _DELTA_FORM * float(change.reference_frobenius):
-            pair, bounds, _, settled = solve(reference, change)
+            pair, _, settled = solve(reference, change)
             if bool(settled.all()):
+                bounds = probe_bounds(reference, change.delta.to(reference.U.dtype), pair)
                 u = _explicit(reference.U[0], pair.left.rows(0, stop)[0])
                 v = _explicit(reference.Vh[0].mT, pair.right.rows(0, stop)[0])
                 return u, pair.sigma[0, :stop], v, "delta", float(bounds.angle)

@@ -39,6 +39,10 @@ class Bounds:
     sigma: Tensor
     angle: Tensor
 
+    def select(self, index: Tensor) -> Bounds:
+        """The matrices of the given positions."""
+        return Bounds(self.sigma[index], self.angle[index])
+
     def replace(self, index: Tensor, other: Bounds) -> Bounds:
         """A copy with the given positions taken from other bounds."""
         return Bounds(

@@ -1,11 +1,11 @@
 """The delta engine: measure W = W_ref + E from the reference decomposition and products with E alone.
 
-1. First order: the rotation of the leading w columns by an elementwise Sylvester solve, the w x w core to
-second
+1. First order: the rotation of the leading w columns by an elementwise Sylvester solve, the w x w core to second
    order, a small dense SVD (``sylvester``, ``subspace``).
-2. Residuals on a few columns tell how good that is (``bounds``).
-3. Where it is not good enough, sweeps of block refinement with the same solve as preconditioner (``refine``).
-4. Where that does not settle, the exact engine measures the matrix, and the note says so.
+2. Where an estimate of the error says that this will not do, sweeps of block refinement with the same solve as
+   preconditioner (``estimate``, ``refine``, ``solve``).
+3. Bounds from residuals (``bounds``).
+4. Where sweeps do not settle, a full decomposition measures the matrix, and the note says so.
 """
 
 from __future__ import annotations
@@ -13,20 +13,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlspec.spectra.bounds import Bounds, probe_bounds
+from rlspec.spectra.batch import take
+from rlspec.spectra.bounds import probe_bounds
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement, ReferenceStack, combine
 from rlspec.spectra.metrics import Update, effective_rank, effective_rank_bound, update
-from rlspec.spectra.refine import refine
-from rlspec.spectra.subspace import Pair, Side, diagonalise, sines
-from rlspec.spectra.sylvester import first_order
+from rlspec.spectra.solve import solve
+from rlspec.spectra.subspace import Pair, Side, sines
 
-# Good enough, by bounds that are some ten times the error: angles within this share of the rotation's own
-# Frobenius norm, values within this share of σ_1.
-ANGLE_TOLERANCE = 5e-3
-SIGMA_TOLERANCE = 1e-6
-_SWEEPS = 4
-_PROGRESS = 0.3  # a sweep that leaves more than this share of the bound does not pay
 # Past this share of the reference's norm an update is no perturbation, and refinement costs more than it
 # saves.
 _LARGEST_UPDATE = 0.5
@@ -56,71 +50,16 @@ def measure_delta(reference: ReferenceStack, weight: Tensor) -> Measurement:
     return combine(parts)
 
 
-def leading_columns(reference: ReferenceStack) -> int:
-    """w: the k columns followed and a guard band past the cut, ended where every matrix of the stack has a
-    gap."""
-    k, s = reference.k, reference.S
-    floor = s[..., :1] * max(reference.shape) * torch.finfo(torch.float32).eps
-    rank = int((s > floor).sum(-1).min())  # columns of zero singular values have no direction to follow
-    low, high = k + max(8, k // 4), k + max(12, k // 2)
-    if high >= min(rank, round(0.85 * s.shape[-1])):
-        return max(k, rank)
-    drop = ((s[..., low - 1 : high] - s[..., low : high + 1]) / s[..., low - 1 : high]).amin(0)
-    return low + int(drop.argmax())
-
-
 def _perturbative(reference: ReferenceStack, weight: Tensor, change: Update) -> Measurement:
-    pair, bounds, block, settled = solve(reference, change)
-    measured = _assemble(reference, change, pair, bounds, block)
-    if bool(settled.all()):
-        return measured
+    pair, block, settled = solve(reference, change)
+    if not bool(settled.any()):
+        return _exactly(reference, weight)
     kept, rest = settled.nonzero().flatten(), (~settled).nonzero().flatten()
+    measured = _assemble(reference.select(kept), change.select(kept), pair.select(kept), take(block, kept))
+    if rest.numel() == 0:
+        return measured
     exact = _exactly(reference.select(rest), weight[rest])
-    return combine([(kept, measured.select(kept)), (rest, exact)])
-
-
-def solve(reference: ReferenceStack, change: Update) -> tuple[Pair, Bounds, Tensor, Tensor]:
-    """The leading subspaces of W_ref + E: first order, then sweeps for the matrices that need them.
-
-    Returns:
-        The pair (w >= k columns), its bounds, U1ᵀ E V1 (L, w, w) float64, and which matrices settled, (L,)
-        bool.
-    """
-    delta = change.delta.to(reference.U.dtype)
-    left, right, core, grams, block = first_order(reference, delta, leading_columns(reference))
-    pair = diagonalise(left, right, core, grams)
-    bounds = probe_bounds(reference, delta, pair)
-    pending = _unsettled(reference, pair, bounds, change).nonzero().flatten()
-    settled = torch.ones_like(change.sparsity, dtype=torch.bool)
-    for _ in range(_SWEEPS):
-        if pending.numel() == 0:
-            break
-        part = reference.select(pending)
-        refined, better = refine(part, delta[pending], pair.select(pending))
-        stalled = better.angle > _PROGRESS * bounds.angle[pending]
-        pair, bounds = pair.replace(pending, refined), bounds.replace(pending, better)
-        unsettled = _unsettled(part, refined, better, change.select(pending))
-        settled[pending[unsettled & stalled]] = False
-        pending = pending[unsettled & ~stalled]
-    settled[pending] = False
-    return pair, bounds, block, settled
-
-
-def _unsettled(reference: ReferenceStack, pair: Pair, bounds: Bounds, change: Update) -> Tensor:
-    """(L,) bool: error bounds too large beside the rotation and the values they bound."""
-    k = reference.k
-    turned = torch.maximum(
-        _turned(pair, k), torch.full_like(bounds.angle, torch.finfo(reference.U.dtype).eps)
-    )
-    angle = bounds.angle > ANGLE_TOLERANCE * turned
-    sigma = bounds.sigma > SIGMA_TOLERANCE * pair.sigma[..., 0]
-    return (angle | sigma) & (change.delta_frobenius > 0)
-
-
-def _turned(pair: Pair, k: int) -> Tensor:
-    """(L,) Frobenius norm of the sines of the larger rotation of the two sides."""
-    norms = [side.rows(k, k).double().norm(dim=(-2, -1)) for side in (pair.left, pair.right)]
-    return torch.maximum(*norms)
+    return combine([(kept, measured), (rest, exact)])
 
 
 def _exactly(reference: ReferenceStack, weight: Tensor) -> Measurement:
@@ -128,10 +67,9 @@ def _exactly(reference: ReferenceStack, weight: Tensor) -> Measurement:
     return measure_exact(reference, weight).with_notes(note)
 
 
-def _assemble(
-    reference: ReferenceStack, change: Update, pair: Pair, bounds: Bounds, block: Tensor
-) -> Measurement:
+def _assemble(reference: ReferenceStack, change: Update, pair: Pair, block: Tensor) -> Measurement:
     k = reference.k
+    bounds = probe_bounds(reference, change.delta.to(reference.U.dtype), pair)
     m, n = reference.shape
     same = change.delta_frobenius == 0
     column = same.unsqueeze(-1)
@@ -176,7 +114,7 @@ def _whole_spectrum(reference: ReferenceStack, change: Update, sigma: Tensor) ->
     return torch.cat([sigma, tail * scale.unsqueeze(-1)], dim=-1)
 
 
-def spectral_norm(a: Tensor, *, columns: int = 8, passes: int = 6) -> Tensor:
+def spectral_norm(a: Tensor, *, columns: int = 16, passes: int = 5) -> Tensor:
     """||A||_2 of (L, m, n) by a small block Krylov space, float64; from below, right to about 1 %.
 
     Random matrices have the flattest spectra at the top and are the worst case.

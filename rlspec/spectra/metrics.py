@@ -12,6 +12,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from rlspec.ops import delta_prep
+from rlspec.spectra.batch import take
+
 UNCHANGED_ETA = (
     1e-3  # an entry moved by less than this share of its size counts as unchanged (arXiv 2511.08567)
 )
@@ -29,7 +32,7 @@ class Update:
 
     def select(self, index: Tensor) -> Update:
         """The matrices of the given positions."""
-        return Update(*(getattr(self, f.name)[index] for f in fields(self)))
+        return Update(*(take(getattr(self, f.name), index) for f in fields(self)))
 
     @classmethod
     def joined(cls, parts: list[Update]) -> Update:
@@ -37,21 +40,14 @@ class Update:
 
 
 def update(weight: Tensor, reference: Tensor, *, eta: float = UNCHANGED_ETA) -> Update:
-    """Subtract and count. ``weight``, ``reference``: (L, m, n), any floating dtype.
-
-    The difference of two bfloat16 or float16 tensors is taken in float32, where it is exact, and otherwise
-    in the wider of the two dtypes, where its error is relative to the difference and not to the weight.
-    """
-    dtype = torch.float64 if torch.float64 in (weight.dtype, reference.dtype) else torch.float32
-    w, ref = weight.to(dtype), reference.to(dtype)
-    delta = w - ref
-    unchanged = delta.abs() <= eta * torch.maximum(w.abs(), ref.abs())
+    """Subtract and count. ``weight``, ``reference``: (L, m, n), any floating dtype; see ``ops.delta_prep``."""
+    found = delta_prep(weight, reference, eta=eta)
     return Update(
-        delta=delta,
-        delta_frobenius=frobenius(delta),
-        weight_frobenius=frobenius(w),
-        reference_frobenius=frobenius(ref),
-        sparsity=unchanged.sum((-2, -1)).double() / (w.shape[-1] * w.shape[-2]),
+        delta=found.delta,
+        delta_frobenius=found.delta_sq.sqrt(),
+        weight_frobenius=found.weight_sq.sqrt(),
+        reference_frobenius=found.reference_sq.sqrt(),
+        sparsity=found.unchanged.double() / (weight.shape[-1] * weight.shape[-2]),
     )
 
 

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from rlspec.spectra.bounds import Bounds, probe_bounds
 from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.subspace import Pair, Side, apply, diagonalise
+from rlspec.spectra.subspace import Pair, Side, apply, diagonalise, scale
 from rlspec.spectra.sylvester import rotation
 
 
-def refine(reference: ReferenceStack, delta: Tensor, pair: Pair) -> tuple[Pair, Bounds]:
+def refine(reference: ReferenceStack, delta: Tensor, pair: Pair) -> Pair:
     """Improve a pair by one Davidson-like sweep.
 
     The residual of every column, taken in reference coordinates, passes through the same elementwise solve
@@ -22,20 +20,35 @@ def refine(reference: ReferenceStack, delta: Tensor, pair: Pair) -> tuple[Pair, 
         delta: E, (L, m, n), in the dtype of the factors.
         pair: w columns with their core diagonal.
     """
+    image, adjoint = apply(reference, delta, pair.right), apply(reference, delta, pair.left, transpose=True)
+    residual_left, residual_right = (
+        image - scale(pair.left, pair.sigma),
+        adjoint - scale(pair.right, pair.sigma),
+    )
     w = pair.sigma.shape[-1]
-    eye = torch.eye(w, dtype=torch.float64, device=delta.device)
-    scaled = eye * pair.sigma.unsqueeze(-2)
-    residual_left = apply(reference, delta, pair.right) - pair.left @ scaled
-    residual_right = apply(reference, delta, pair.left, transpose=True) - pair.right @ scaled
     turn_right, turn_left = rotation(
         reference.S[..., w:], pair.sigma, residual_left.tail, residual_right.tail
     )
-    inverse = (1.0 / pair.sigma).unsqueeze(-2)
+    inverse = (1.0 / pair.sigma).to(turn_left.dtype).unsqueeze(-2)
     left = _corrected(pair.left, turn_left, residual_left.outside, inverse)
     right = _corrected(pair.right, turn_right, residual_right.outside, inverse)
-    core = left.dot(apply(reference, delta, right))
-    refined = diagonalise(left, right, core)
-    return refined, probe_bounds(reference, delta, refined)
+    return diagonalise(left, right, _core(reference, pair, (left, right), (image, adjoint)))
+
+
+def _core(
+    reference: ReferenceStack, pair: Pair, corrected: tuple[Side, Side], images: tuple[Side, Side]
+) -> Tensor:
+    """(L, w, w) float64 ``(Y + dY)ᵀ W (X + dX)`` from W X and Wᵀ Y, which are at hand.
+
+    Only dYᵀ E dX is left out: E once more, between two corrections. It is of third order where the sweep
+    itself is of second, and the bounds that are taken afterwards see it.
+    """
+    w = pair.sigma.shape[-1]
+    left, right = corrected[0] - pair.left, corrected[1] - pair.right
+    image, adjoint = images
+    core = pair.left.dot(image) + adjoint.rest_dot(right) + left.rest_dot(image)
+    tail = (left.tail.mT * reference.S[..., None, w:].to(left.tail.dtype)) @ right.tail
+    return core + tail.double()
 
 
 def _corrected(side: Side, turn: Tensor, residual_outside: Tensor | None, inverse: Tensor) -> Side:

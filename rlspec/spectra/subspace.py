@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlspec.spectra.batch import take
 from rlspec.spectra.measurement import ReferenceStack
 
 
@@ -42,17 +43,29 @@ class Side:
 
     def dot(self, other: Side) -> Tensor:
         """Inner products of the columns, (L, c, c'), float64."""
-        products = self.lead.mT @ other.lead + (self.tail.mT @ other.tail).double()
+        return self.lead.mT @ other.lead + self.rest_dot(other)
+
+    def rest_dot(self, other: Side) -> Tensor:
+        """Inner products of the parts beyond the leading coordinates, (L, c, c'), float64."""
+        products = (self.tail.mT @ other.tail).double()
         if self.outside is not None and other.outside is not None:
             products = products + (self.outside.mT @ other.outside).double()
         return products
 
+    def take(self, columns: Tensor) -> Side:
+        """Some of the columns, by their indices (c,)."""
+        outside = None if self.outside is None else self.outside[..., columns]
+        return Side(self.lead[..., columns], self.tail[..., columns], outside)
+
     def select(self, index: Tensor) -> Side:
         """The matrices of the given positions."""
-        return Side(self.lead[index], self.tail[index], None if self.outside is None else self.outside[index])
+        outside = None if self.outside is None else take(self.outside, index)
+        return Side(take(self.lead, index), take(self.tail, index), outside)
 
     def replace(self, index: Tensor, other: Side) -> Side:
         """A copy with the given positions taken from another side."""
+        if index.numel() == self.lead.shape[0]:
+            return other
         outside = self.outside
         if outside is not None and other.outside is not None:
             outside = outside.index_copy(0, index, other.outside)
@@ -79,7 +92,7 @@ class Pair:
 
     def select(self, index: Tensor) -> Pair:
         """The matrices of the given positions."""
-        return Pair(self.left.select(index), self.right.select(index), self.sigma[index])
+        return Pair(self.left.select(index), self.right.select(index), take(self.sigma, index))
 
     def replace(self, index: Tensor, other: Pair) -> Pair:
         """A copy with the given positions taken from another pair."""
@@ -109,28 +122,31 @@ def diagonalise(left: Side, right: Side, core: Tensor, grams: tuple[Tensor, Tens
     return Pair(left @ turn_left, right @ turn_right, sigma)
 
 
-# Up to this size a float64 SVD of the core costs less than what is around it.
-_SMALL_CORE = 96
+# The eigenvectors of a core's Gram matrix are float64's rounding times (σ_1/σ_w)² off.
+_CONDITION = 30.0
 
 
 def core_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD ``a = u diag(s) zᵀ`` of (L, w, w) float64 cores; u, s, z float64.
+    """SVD ``a = u diag(s) zᵀ`` of (L, w, w) float64 cores: u, s, z, float64.
 
-    Larger cores are decomposed in float32 and corrected by one first-order (Newton) step in float64, whose
-    error is the square of float32's: the singular values come out right to float64's rounding nearly, at
-    half the price.
+    By the eigenvectors of aᵀa where the core is well conditioned, which a core of leading directions mostly is:
+    LAPACK's SVD takes twice as long.
     """
-    if a.shape[-1] <= _SMALL_CORE:
+    values, vectors = torch.linalg.eigh(a.mT @ a)
+    if bool((values[..., 0] * _CONDITION**2 < values[..., -1]).any()):
         u, s, zh = torch.linalg.svd(a)
         return u, s, zh.mT
-    u32, _, zh32 = torch.linalg.svd(a.float())
-    u, z = u32.double(), zh32.double().mT
-    eye = torch.eye(a.shape[-1], dtype=a.dtype, device=a.device)
-    u = u @ (1.5 * eye - 0.5 * (u.mT @ u))
-    z = z @ (1.5 * eye - 0.5 * (z.mT @ z))
-    t = u.mT @ a @ z
-    s = t.diagonal(dim1=-2, dim2=-1)
-    return u, s, z
+    z = vectors.flip(-1)
+    image = a @ z
+    s = image.norm(dim=-2)
+    return image / s.unsqueeze(-2), s, z
+
+
+def scale(side: Side, factors: Tensor) -> Side:
+    """Columns times ``factors`` (L, c) float64."""
+    wide = factors.unsqueeze(-2)
+    narrow = wide.to(side.tail.dtype)
+    return Side(side.lead * wide, side.tail * narrow, None if side.outside is None else side.outside * narrow)
 
 
 def apply(reference: ReferenceStack, delta: Tensor, side: Side, *, transpose: bool = False) -> Side:
@@ -171,13 +187,16 @@ def sines(side: Side, k: int) -> Tensor:
     return found[..., :k].clamp(0.0, 1.0)
 
 
-# A Gram matrix squares the range of the values: below 1e-8 of the largest they are lost, in float64.
-_DIRECT = 128
+# Up to this many columns LAPACK is as fast as the Gram matrix.
+_DIRECT = 64
 
 
 def singular_values(a: Tensor) -> Tensor:
-    """Singular values of (L, q, k), descending, float64: directly when small, through the float64 Gram
-    matrix if not."""
+    """Singular values of (L, q, k), descending, float64.
+
+    Wider ones than a few dozen columns go through the float64 Gram matrix, which squares their range: values
+    under 1e-8 of the largest are rounding. For the sines of a rotation that is 1e-8 of its largest angle.
+    """
     a = a.double()
     if min(a.shape[-2:]) <= _DIRECT:
         return torch.linalg.svdvals(a)

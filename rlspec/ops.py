@@ -1,0 +1,77 @@
+"""Operations with a Triton kernel on a GPU and a cache-blocked torch version on a CPU; same results.
+
+The choice is :func:`rlspec.backend.backend_for`'s. Each operation has a plain float64 twin in
+:mod:`rlspec.reference`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlspec.backend import backend_for
+from rlspec.errors import TensorError
+from rlspec.reference import DeltaPrep
+
+# Entries of a row block whose temporaries stay in a processor's cache; whole-matrix temporaries would each be written
+# to fresh pages and read back.
+_BLOCK = 1 << 18
+
+
+def delta_prep(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaPrep:
+    """E = W - W_ref of L matrices, with norms and the number of entries that did not move, in one pass.
+
+    The difference of two bfloat16 or float16 tensors is taken in float32, where it is exact, and otherwise in
+    the wider of the two dtypes, where its error is relative to the difference and not to the weight.
+
+    Args:
+        weight, reference: (L, m, n), any floating dtypes, on one device.
+        eta: an entry is unchanged where |w - w_ref| <= eta max(|w|, |w_ref|).
+
+    Returns:
+        See :class:`DeltaPrep`; ``delta`` is float64 where one of the inputs is, float32 otherwise.
+
+    Raises:
+        TensorError: shapes that differ or are not three-dimensional.
+    """
+    if weight.ndim != 3 or weight.shape != reference.shape:
+        raise TensorError(
+            f"expected two stacks of one shape (L, m, n), found {tuple(weight.shape)} and {tuple(reference.shape)}"
+        )
+    wide = torch.float64 in (weight.dtype, reference.dtype)
+    if not wide and weight.numel() > 0 and backend_for(weight.device) == "triton":
+        return _delta_prep_triton(weight, reference, eta)
+    return _delta_prep_torch(weight, reference, eta, torch.float64 if wide else torch.float32)
+
+
+def _delta_prep_torch(weight: Tensor, reference: Tensor, eta: float, dtype: torch.dtype) -> DeltaPrep:
+    matrices, m, n = weight.shape
+    delta = torch.empty(weight.shape, dtype=dtype, device=weight.device)
+    sums = torch.zeros(3, matrices, dtype=torch.float64, device=weight.device)
+    unchanged = torch.zeros(matrices, dtype=torch.int64, device=weight.device)
+    rows = min(m, max(1, _BLOCK // max(n, 1)))
+    scratch = torch.empty(2, rows, n, dtype=dtype, device=weight.device)
+    small = torch.empty(rows, n, dtype=torch.bool, device=weight.device)
+    for i in range(matrices):
+        for start in range(0, m, rows):
+            block = slice(start, start + rows)
+            w, ref = weight[i, block].to(dtype), reference[i, block].to(dtype)
+            e = torch.sub(w, ref, out=delta[i, block])
+            # Rows are summed in the dtype, their totals in float64.
+            norms = torch.stack([torch.linalg.vector_norm(x, dim=-1) for x in (e, w, ref)])
+            sums[:, i] += norms.double().square().sum(-1)
+            larger, size = scratch[:, : e.shape[0]]
+            torch.maximum(torch.abs(w, out=larger), torch.abs(ref, out=size), out=larger).mul_(eta)
+            torch.le(torch.abs(e, out=size), larger, out=small[: e.shape[0]])
+            unchanged[i] += torch.count_nonzero(small[: e.shape[0]])
+    return DeltaPrep(delta, *sums, unchanged)
+
+
+def _delta_prep_triton(weight: Tensor, reference: Tensor, eta: float) -> DeltaPrep:
+    from rlspec.kernels.delta import delta_prep_triton
+
+    weight, reference = weight.contiguous(), reference.contiguous()
+    delta = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    found = delta_prep_triton(weight.unbind(), reference.unbind(), eta=eta, out=delta.unbind())
+    unchanged = weight[0].numel() - found.changed
+    return DeltaPrep(delta, found.delta_sq, found.tuned_sq, found.base_sq, unchanged)

@@ -1,0 +1,72 @@
+"""The leading singular subspaces of W_ref + E from the reference's factors: first order, then sweeps where needed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlspec.spectra.batch import take
+from rlspec.spectra.estimate import remaining_error
+from rlspec.spectra.measurement import ReferenceStack
+from rlspec.spectra.metrics import Update
+from rlspec.spectra.refine import refine
+from rlspec.spectra.subspace import Pair, diagonalise
+from rlspec.spectra.sylvester import first_order
+
+# Good enough for a spectrum of angles right to 1e-3 and values right to 1e-6, by the estimates of ``estimate``: what
+# first order leaves over is random, and most of the estimate shows in the spectrum; what a sweep leaves over is
+# not, and half of it shows in the spectrum whatever its direction.
+_SPECTRUM, _SUBSPACE, _SIGMA = 1.25e-3, 2e-3, 5e-7
+_SWEEPS = 6
+_PROGRESS = 0.5  # a sweep that leaves more than this share of the error does not pay
+# Where sweeps stop short of the tolerances, rounding has been reached, and not the end of the perturbative regime,
+# as long as the error of the subspaces (a share of their rotation) and of the values is below this. A full
+# decomposition in the accuracy of the factors would do no better.
+_STALLED_SUBSPACE, _STALLED_SIGMA = 1e-2, 1e-6
+
+
+def solve(
+    reference: ReferenceStack, change: Update, *, subspace_tolerance: float = 1.0
+) -> tuple[Pair, Tensor, Tensor]:
+    """The leading subspaces of W_ref + E.
+
+    Args:
+        subspace_tolerance: error of the subspaces to reach, as a share of their rotation, Frobenius norms. Angles
+            need no more than what is asked for anyway; a restored weight is as wrong as the subspaces are.
+
+    Returns:
+        The pair (w >= k columns), U1ᵀ E V1 (L, w, w) float64, and which matrices settled, (L,) bool.
+    """
+    delta = change.delta.to(reference.U.dtype)
+    left, right, core, grams, block = first_order(reference, delta, leading_columns(reference))
+    pair = diagonalise(left, right, core, grams)
+    found = remaining_error(reference, delta, pair)
+    settled = (found.spectrum <= _SPECTRUM) & (found.subspace <= subspace_tolerance) & (found.sigma <= _SIGMA)
+    settled |= change.delta_frobenius == 0
+    error, pending = found.subspace, (~settled).nonzero().flatten()
+    for _ in range(_SWEEPS):
+        if pending.numel() == 0:
+            break
+        part, changed = reference.select(pending), take(delta, pending)
+        refined = refine(part, changed, pair.select(pending))
+        pair = pair.replace(pending, refined)
+        found = remaining_error(part, changed, refined)
+        good = (found.subspace <= min(subspace_tolerance, _SUBSPACE)) & (found.sigma <= _SIGMA)
+        stalled = ~good & (found.subspace > _PROGRESS * error[pending])
+        rounding = (found.subspace <= _STALLED_SUBSPACE) & (found.sigma <= _STALLED_SIGMA)
+        settled[pending] = good | (stalled & rounding)
+        error[pending] = found.subspace
+        pending = pending[~good & ~stalled]
+    return pair, block, settled
+
+
+def leading_columns(reference: ReferenceStack) -> int:
+    """w: the k columns followed and a guard band past the cut, ended where every matrix of the stack has a gap."""
+    k, s = reference.k, reference.S
+    floor = s[..., :1] * max(reference.shape) * torch.finfo(torch.float32).eps
+    rank = int((s > floor).sum(-1).min())  # columns of zero singular values have no direction to follow
+    low, high = k + max(8, k // 4), k + max(12, k // 2)
+    if high >= min(rank, round(0.85 * s.shape[-1])):
+        return max(k, rank)
+    drop = ((s[..., low - 1 : high] - s[..., low : high + 1]) / s[..., low - 1 : high]).amin(0)
+    return low + int(drop.argmax())
