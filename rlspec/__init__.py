@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from rlspec import tasks as tasks
     from rlspec import train as train
     from rlspec.linalg.svd import svd as svd
+    from rlspec.restore import restore_ as restore_
+    from rlspec.restore import restore_checkpoint as restore_checkpoint
     from rlspec.restore import restore_matrix as restore_matrix
     from rlspec.spectra.basis import SpectralBasis as SpectralBasis
     from rlspec.spectra.tracker import SpectralTracker as SpectralTracker
@@ -19,12 +21,23 @@ if TYPE_CHECKING:
 _ATTRIBUTES = {
     "SpectralBasis": "rlspec.spectra",
     "SpectralTracker": "rlspec.spectra",
+    "restore_": "rlspec.restore",
+    "restore_checkpoint": "rlspec.restore",
     "restore_matrix": "rlspec.restore",
     "svd": "rlspec.linalg.svd",
 }
 _SUBPACKAGES = ("tasks", "train")
 
-__all__ = ["SpectralBasis", "SpectralTracker", "restore_matrix", "svd", "tasks", "train"]
+__all__ = [
+    "SpectralBasis",
+    "SpectralTracker",
+    "restore_",
+    "restore_checkpoint",
+    "restore_matrix",
+    "svd",
+    "tasks",
+    "train",
+]
 
 
 def __getattr__(name: str) -> Any:

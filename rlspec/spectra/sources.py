@@ -67,7 +67,7 @@ def read_matrix(weights: Weights, projection: Projection) -> Tensor:
 
 class _TensorMapping:
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
-        self._tensors = {_strip(name): t for name, t in tensors.items() if isinstance(t, Tensor)}
+        self._tensors = {strip_wrappers(name): t for name, t in tensors.items() if isinstance(t, Tensor)}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(t.shape) for name, t in self._tensors.items()}
@@ -97,7 +97,8 @@ class _Checkpoint:
         return tensor
 
 
-def _strip(name: str) -> str:
+def strip_wrappers(name: str) -> str:
+    """A parameter name without what wrappers such as DistributedDataParallel put before it."""
     for prefix in _WRAPPER_PREFIXES:
         name = name.removeprefix(prefix)
     return name

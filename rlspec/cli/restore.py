@@ -1,0 +1,151 @@
+"""`rlspec restore`: put a base model's singular directions back into a fine-tuned checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from rlspec.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from rlspec.restore.checkpoint import Target
+    from rlspec.restore.plan import Plan
+
+EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command("restore", short_help="Put a base's singular directions back into a tuned checkpoint.")
+@click.option("--base", type=_FOLDER, required=True, help="The reference: a safetensors folder or file.")
+@click.option(
+    "--tuned", type=_FOLDER, required=True, help="The fine-tuned checkpoint, or a LoRA adapter on the base."
+)
+@click.option("--out", type=_FOLDER, help="Folder to write.  [required unless --dry-run]")
+@click.option(
+    "--rank",
+    default="0.2",
+    show_default=True,
+    help="Directions of each matrix: a share, a count, energy:0.9 or gap:0.2.",
+)
+@click.option(
+    "--part",
+    default="top",
+    show_default=True,
+    help="top, tail, or a range of indices such as 0:64 or 10%:25%.",
+)
+@click.option(
+    "--mode",
+    default="directions",
+    show_default=True,
+    help="directions, values, both, copy or interpolate.",
+)
+@click.option("--strength", default=1.0, show_default=True, help="Share of the change to make, 0 to 1.")
+@click.option(
+    "--modules",
+    default="q,k,v",
+    show_default=True,
+    help="q, k, v, o, mlp, embed, lm_head, attn, all, or a regular expression for tensor names.",
+)
+@click.option("--layers", help="Layers such as 0:25% or 0-9,20.  [default: all]")
+@click.option("--dtype", default="keep", show_default=True, help="Of the restored matrices: keep or float32.")
+@click.option(
+    "--rounding", default="nearest", show_default=True, help="To the stored dtype: nearest or stochastic."
+)
+@click.option("--seed", default=0, show_default=True, help="Seed of stochastic rounding.")
+@click.option(
+    "--memory-gib", default=2.0, show_default=True, help="Memory for tensors and decompositions, GiB."
+)
+@click.option("--exact", is_flag=True, help="LAPACK in float64 for everything; slow.")
+@click.option("--resume", is_flag=True, help="Finish an interrupted restoration of the same inputs.")
+@click.option("--overwrite", is_flag=True, help="Replace --out where it exists.")
+@click.option("--dry-run", is_flag=True, help="Print what would happen to every tensor; write nothing.")
+@click.option(
+    "--report", "report_file", type=_FOLDER, help="Write figures for every matrix to this file (JSON)."
+)
+def command(
+    base: Path,
+    tuned: Path,
+    out: Path | None,
+    rank: str,
+    part: str,
+    mode: str,
+    strength: float,
+    modules: str,
+    layers: str | None,
+    dtype: str,
+    rounding: str,
+    seed: int,
+    memory_gib: float,
+    exact: bool,
+    resume: bool,
+    overwrite: bool,
+    dry_run: bool,
+    report_file: Path | None,
+) -> None:
+    """Write OUT: the tuned checkpoint with the base's leading singular directions back in its matrices.
+
+    The tuned singular values stay. What is not restored, tokenizer and configuration included, is copied. OUT
+    appears when it is complete; an interrupted restoration goes on with --resume."""
+    from rlspec.restore.options import RestoreOptions
+    from rlspec.restore.plan import plan_restore
+
+    options = RestoreOptions(
+        rank=rank,
+        part=part,
+        mode=mode,
+        strength=strength,
+        modules=modules,
+        layers=layers,
+        dtype=dtype,  # type: ignore[arg-type]  # checked there
+        rounding=rounding,  # type: ignore[arg-type]
+        seed=seed,
+        exact=exact,
+    )
+    if dry_run:
+        from rlspec.cli.restore_text import plan_lines
+
+        for line in plan_lines(plan_restore(base, tuned, options), memory_gib):
+            click.echo(line)
+        return
+    if out is None:
+        raise click.UsageError("Missing option '--out'.")
+    from rlspec.restore.checkpoint import Target
+
+    target = Target(out, base, tuned, resume=resume, overwrite=overwrite)
+    _check_report_file(report_file, base, tuned)
+    _run(plan_restore(base, tuned, options), target, memory_gib, report_file)
+
+
+def _run(plan: Plan, target: Target, memory_gib: float, report_file: Path | None) -> None:
+    from rlspec.cli.restore_text import Bar, report_lines, unmatched_lines
+    from rlspec.restore.checkpoint import run_plan
+
+    for line in unmatched_lines(plan):
+        click.echo(line, err=True)
+    bar = Bar()
+    try:
+        report = run_plan(plan, target, memory_gib=memory_gib, on_begin=bar.begin, on_step=bar.step)
+    except KeyboardInterrupt:
+        bar.close()
+        click.echo(
+            f"Stopped; nothing is at {target.out} yet. To finish it: the same command with --resume", err=True
+        )
+        raise SystemExit(EXIT_INTERRUPTED) from None
+    finally:
+        bar.close()
+    if report_file is not None:
+        report.write(report_file)
+    for line in report_lines(report):
+        click.echo(line)
+
+
+def _check_report_file(path: Path | None, base: Path, tuned: Path) -> None:
+    if path is None:
+        return
+    for source in (base, tuned):
+        if source.resolve() in path.resolve().parents:
+            raise CheckpointError(f"--report {path} lies in {source}; inputs are never written")
+    if not path.parent.is_dir():
+        raise CheckpointError(f"--report {path}: no folder {path.parent}")

@@ -1,0 +1,152 @@
+"""What `rlspec restore` prints: the plan, a progress bar, and a summary of what was done."""
+
+from __future__ import annotations
+
+import re
+import statistics
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+from rlspec.restore.estimate import check_memory, expected_seconds, plan_bytes
+from rlspec.restore.plan import Plan, Step
+from rlspec.restore.report import MatrixReport, RestoreReport
+
+# From this share on, what rounding took away is worth a hint.
+_LOST = 0.1
+
+
+class Bar:
+    """A bar with time left and throughput on a terminal; nothing elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        self._stream = stream or sys.stderr
+        self._bar: Any = None
+
+    def begin(self, steps: Sequence[Step]) -> None:
+        if self._stream.isatty():
+            total = sum(step.bytes for step in steps)
+            self._bar = tqdm(
+                total=total, unit="B", unit_scale=True, desc="restore", file=self._stream, smoothing=0.05
+            )
+
+    def step(self, step: Step) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str(step.name[-40:], refresh=False)
+            self._bar.update(step.bytes)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def plan_lines(plan: Plan, memory_gib: float) -> list[str]:
+    """The table of --dry-run, its totals, and an estimate of the time."""
+    check_memory(plan, int(memory_gib * 2**30))
+    rows: list[tuple[str, ...]] = [("tensor", "shape", "dtype", "action", "directions", "bytes", "why")]
+    rows += [_plan_row(step, plan) for step in plan.steps.values()]
+    lines = [*_table(rows), "", *_totals(plan)]
+    cached, cold = expected_seconds(plan)
+    time = f"about {_duration(cold)}"
+    if cold > 1.1 * cached:
+        time += f", or {_duration(cached)} if the base's decompositions are in the cache"
+    return [*lines, f"estimated time (from a short measurement, give or take a factor of two): {time}"] + (
+        unmatched_lines(plan)
+    )
+
+
+def unmatched_lines(plan: Plan) -> list[str]:
+    """Matrices whose names no pattern knows, folded over their numbers; nothing where all are known."""
+    if not plan.unmatched:
+        return []
+
+    folded = Counter(re.sub(r"\d+", "N", name) for name in plan.unmatched)
+    lines = [
+        f"not matched by name: {len(plan.unmatched)} matrices (a regular expression for --modules chooses them)"
+    ]
+    return lines + [f"  {count:>5} x {name}" for name, count in folded.items()]
+
+
+def report_lines(report: RestoreReport) -> list[str]:
+    """A few lines for the terminal."""
+    rows = report.matrices
+    counts = Counter(row.module for row in rows)
+    kinds = ", ".join(f"{module} {count}" for module, count in counts.items())
+    lines = [f"restored {len(rows)} matrices ({kinds or 'none'}), kept {len(report.kept)} tensors"]
+    if report.merged:
+        lines[0] += f", merged the adapter into {len(report.merged)} more"
+    if rows:
+        lines.append(f"directions per matrix        {_spread([row.k for row in rows], '{:.0f}')}")
+        lines.append(
+            f"change, of the tuned norm    {_spread([row.change_relative for row in rows], '{:.2%}')}"
+        )
+        lines += _optional(rows)
+        lost = [row.rounding_share for row in rows]
+        lines.append(f"lost to rounding, of change  {_spread(lost, '{:.1%}')}")
+        if statistics.median(lost) > _LOST:
+            lines.append(
+                f"  {rows[0].dtype} cannot hold a change this small; --rounding stochastic keeps it on average, "
+                "--dtype float32 keeps it"
+            )
+    if report.options["dtype"] == "float32":
+        lines.append("restored matrices are float32; load with dtype=torch.float32, config.json is unchanged")
+    if report.resumed:
+        lines.append(f"{report.resumed} of them were done before the interruption")
+    rate = report.bytes_written / 1e6 / max(report.seconds, 1e-9)
+    lines.append(
+        f"wrote {report.out}: {report.bytes_written / 1e9:.2f} GB in {_duration(report.seconds)} ({rate:.0f} MB/s)"
+    )
+    return lines
+
+
+def _optional(rows: Sequence[MatrixReport]) -> list[str]:
+    turned = [row.rotation_removed_rad for row in rows if row.rotation_removed_rad is not None]
+    return [f"rotation undone, rad          {_spread(turned, '{:.2g}')}"] if turned else []
+
+
+def _plan_row(step: Step, plan: Plan) -> tuple[str, ...]:
+    directions = ""
+    if step.action == "restore" and not plan.options.elementwise:
+        whole = [min(shape) for _, shape in step.matrices()]
+        labels = [p.name.removeprefix(step.name) for p in step.projections]
+        rule = plan.options.to_dict()["rank"]
+        directions = " ".join(
+            f"{label}{rule if k is None else k}/{r}" for label, k, r in zip(labels, step.directions, whole)
+        )
+    stored = step.entry.dtype
+    shape = "x".join(map(str, step.entry.shape)) or "scalar"
+    action = {"restore": plan.options.mode if step.action == "restore" else ""}.get(step.action, step.action)
+    return step.name, shape, stored, action, directions, f"{step.bytes:,}", step.reason
+
+
+def _totals(plan: Plan) -> list[str]:
+    counts = {action: len(plan.chosen(action)) for action in ("restore", "merge", "keep")}
+    text = ", ".join(f"{action} {count}" for action, count in counts.items() if count)
+    return [f"{len(plan.steps)} tensors: {text}; {plan_bytes(plan) / 1e9:.2f} GB to write"]
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    right = rows[0].index("bytes")
+    return [
+        "  ".join(
+            cell.rjust(width) if i == right else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"median {form.format(statistics.median(values))}, {low} to {high}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    return f"{int(seconds) // 60} min {int(seconds) % 60:02d} s"

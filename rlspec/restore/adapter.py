@@ -1,0 +1,234 @@
+"""A LoRA adapter of PEFT as a tuned checkpoint: W_b + scale B A, formed one block of rows at a time.
+
+Nothing of PEFT is imported. The folder holds ``adapter_config.json`` and ``adapter_model.safetensors``; with r the
+adapter's rank, A is (r, in) and B (out, r), and scale = alpha / r, or alpha / sqrt(r) with ``use_rslora``
+(arXiv 2106.09685, 2312.03732).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlspec.errors import CheckpointError
+from rlspec.io.index import CheckpointIndex
+from rlspec.io.projections import in_tower
+
+CONFIG_FILE = "adapter_config.json"
+WEIGHTS_FILE = "adapter_model.safetensors"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
+_EMBEDDING_FACTOR = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")
+_SAVED = re.compile(r"(.+)\.(?:modules_to_save(?:\.default)?|base_layer)\.(weight|bias)")
+# Initialisations that subtract something from the base's weights, so that base + B A is not the tuned model.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """The update of one tensor: names of its factors in the adapter's file."""
+
+    a: str
+    b: str
+    scale: float
+    transposed: bool  #: the tensor is stored (in, out): embeddings, GPT-2's Conv1D
+
+
+class Adapter:
+    """What an adapter makes of the tensors of its base."""
+
+    def __init__(
+        self,
+        index: CheckpointIndex,
+        updates: Mapping[str, LowRank],
+        replacements: Mapping[str, str],
+    ) -> None:
+        self.index = index
+        self._updates = dict(updates)
+        self._replacements = dict(replacements)
+        self._factors: tuple[str, Tensor, Tensor] | None = None
+
+    @classmethod
+    def open(cls, folder: Path, base: CheckpointIndex) -> Adapter:
+        """Read the configuration and the header of an adapter, and find its places in the base.
+
+        Raises:
+            CheckpointError: not a LoRA adapter that a sum W_b + scale B A expresses, or one of another base.
+        """
+        config = _read_config(folder)
+        index = CheckpointIndex.open(folder / WEIGHTS_FILE)
+        factors: dict[tuple[str, bool], dict[str, str]] = {}
+        replacements = {}
+        for stored in index.tensors:
+            path = stored.removeprefix(_PREFIX)
+            if match := _FACTOR.fullmatch(path):
+                factors.setdefault((match[1], False), {})[match[2]] = stored
+            elif match := _EMBEDDING_FACTOR.fullmatch(path):
+                factors.setdefault((match[1], True), {})[match[2]] = stored
+            elif "lora_" in path or "trainable_tokens" in path:
+                raise CheckpointError(f"{index.path}: {stored} is of a kind of adapter that is not supported")
+            else:
+                match = _SAVED.fullmatch(path)
+                name = _place(f"{match[1]}.{match[2]}" if match else path, stored, base, index)
+                _same_shape(name, base, index.tensors[stored].shape, stored, index)
+                replacements[name] = stored
+        updates = {}
+        for (module, embedding), pair in factors.items():
+            if set(pair) != {"A", "B"}:
+                raise CheckpointError(f"{index.path}: {module} has lora_{next(iter(pair))} alone")
+            name = _place(f"{module}.weight", pair["A"], base, index)
+            updates[name] = _low_rank(name, module, pair, embedding, config, base, index)
+        return cls(index, updates, replacements)
+
+    def changes(self, name: str) -> bool:
+        """Whether the adapter changes this tensor of the base."""
+        return name in self._updates or name in self._replacements
+
+    def merged(self, name: str, first: int, base: Tensor) -> Tensor:
+        """Rows of a tuned tensor.
+
+        Args:
+            name: the base's name of the tensor.
+            first: index of the first row in ``base``.
+            base: the base's rows, (c, ...).
+
+        Returns:
+            (c, ...): ``base`` itself where the adapter changes nothing, else a new tensor in float32 (float64 where
+            the base is), or a saved module's own rows in their own dtype.
+        """
+        from rlspec.io.stream import read_tensor
+
+        if name in self._replacements:
+            block = read_tensor(self.index, self._replacements[name])[first : first + len(base)]
+        else:
+            block = base
+        update = self._updates.get(name)
+        if update is None:
+            return block
+        wide = torch.float64 if block.dtype == torch.float64 else torch.float32
+        if self._factors is None or self._factors[0] != name:
+            a, b = (read_tensor(self.index, factor).to(wide) for factor in (update.a, update.b))
+            # Rows of the stored tensor are rows of the left factor.
+            self._factors = (name, a.mT, b.mT) if update.transposed else (name, b, a)
+        _, left, right = self._factors
+        rows = left[first : first + len(block)]
+        return torch.addmm(block.to(wide), rows, right, alpha=update.scale)
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / CONFIG_FILE).is_file()
+
+
+def _read_config(folder: Path) -> Mapping[str, Any]:
+    """adapter_config.json, after refusing what is not a plain LoRA adapter."""
+    path = folder / CONFIG_FILE
+    try:
+        config = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = " (adapter_model.bin is a pickle, which is never loaded)"
+        hint = pickled if (folder / "adapter_model.bin").exists() else ""
+        raise CheckpointError(f"{folder}: no {WEIGHTS_FILE} in it{hint}; save the adapter with safetensors")
+    if config.get("peft_type") != "LORA":
+        raise CheckpointError(
+            f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters are supported"
+        )
+    initialised = str(config.get("init_lora_weights", True)).lower()
+    unsupported = {
+        "use_dora": "DoRA rescales the merged weight",
+        "lora_bias": "biases of B are not supported",
+        "target_parameters": "updates of bare parameters are not supported",
+        "trainable_token_indices": "single trained tokens are not supported",
+        "layer_replication": "replicated layers have no counterpart in the base",
+        "alora_invocation_tokens": "an activated adapter cannot be merged",
+        "megatron_config": "Megatron's layers are not supported",
+    }
+    for key, why in unsupported.items():
+        if config.get(key):
+            raise CheckpointError(
+                f"{path}: {key}: {why}; merge the adapter with PEFT and give the merged folder"
+            )
+    if initialised.startswith(_CHANGED_BASE):
+        raise CheckpointError(
+            f"{path}: init_lora_weights {initialised!r} changed the base's weights before training; convert the "
+            "adapter with PEFT (save_pretrained with path_initial_model_for_weight_conversion), or merge it"
+        )
+    return config
+
+
+def _low_rank(
+    name: str,
+    module: str,
+    pair: Mapping[str, str],
+    embedding: bool,
+    config: Mapping[str, Any],
+    base: CheckpointIndex,
+    index: CheckpointIndex,
+) -> LowRank:
+    a, b = (index.tensors[pair[side]].shape for side in "AB")
+    if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+        raise CheckpointError(f"{index.path}: lora_A {a} and lora_B {b} of {module} do not multiply")
+    rank = _setting(config, "rank_pattern", "r", module)
+    if rank != a[0]:
+        raise CheckpointError(f"{index.path}: {module} has rank {a[0]}, {CONFIG_FILE} says {rank:g}")
+    alpha = _setting(config, "alpha_pattern", "lora_alpha", module)
+    transposed = embedding or bool(config.get("fan_in_fan_out"))
+    update = (b[0], a[1])
+    _same_shape(name, base, update[::-1] if transposed else update, f"the update of {module}", index)
+    scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return LowRank(pair["A"], pair["B"], scale, transposed)
+
+
+def _setting(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
+    """A module's own value where a pattern names it, as PEFT matches them, else the common one."""
+    value = config.get(default)
+    for pattern, own in (config.get(patterns) or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            value = own
+            break
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > 0:
+        raise CheckpointError(f"{CONFIG_FILE}: {default} is {value!r}, expected a positive number")
+    return value
+
+
+def _same_shape(
+    name: str, base: CheckpointIndex, shape: Iterable[int], what: str, index: CheckpointIndex
+) -> None:
+    if tuple(shape) != tuple(base.tensors[name].shape):
+        raise CheckpointError(
+            f"{index.path}: {what} is {tuple(shape)}, but {name} of {base.path} is {base.tensors[name].shape}; "
+            "merge an adapter with resized embeddings with PEFT and give the merged folder"
+        )
+
+
+def _place(path: str, stored: str, base: CheckpointIndex, index: CheckpointIndex) -> str:
+    """The base's name of a tensor that the adapter calls ``path``: the same, or one that differs in its prefix.
+
+    Checkpoints on disk and modules in memory disagree about prefixes ("transformer.h.0…" and "h.0…").
+    """
+    if path in base.tensors:
+        return path
+    parts = path.split(".")
+    for start in range(len(parts) - 1):
+        rest = ".".join(parts[start:])
+        found = [
+            n for n in base.tensors if (n == rest or n.endswith(f".{rest}")) and in_tower(n) == in_tower(path)
+        ]
+        if len(found) == 1:
+            return found[0]
+        if found or parts[start].isdigit():
+            break
+    raise CheckpointError(
+        f"{index.path}: {stored} belongs to no tensor of {base.path}: is that the adapter's base model?"
+    )

@@ -1,0 +1,293 @@
+"""Restoring a whole checkpoint on disk: bounded memory, one tensor at a time, atomic and resumable."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import groupby
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from rlspec.errors import CheckpointError, OptionError
+from rlspec.restore.estimate import check_memory, pool_bytes, streamed_by_rows
+from rlspec.restore.matrix import Rounding
+from rlspec.restore.options import Dtype, RestoreOptions
+from rlspec.restore.plan import Plan, Step, plan_restore
+from rlspec.restore.report import Journal, MatrixReport, RestoreReport
+from rlspec.restore.tensors import Changes, aligned, converted, restore_rows, restore_stored, unchanged
+from rlspec.spectra.rank import RankLike
+
+if TYPE_CHECKING:
+    from rlspec.io.writer import CheckpointWriter
+
+GIB = 1 << 30
+OnStep = Callable[[Step], None]
+
+
+def restore_checkpoint(
+    base: str | Path,
+    tuned: str | Path,
+    out: str | Path,
+    *,
+    rank: RankLike = 0.2,
+    part: str = "top",
+    mode: str = "directions",
+    strength: float = 1.0,
+    modules: str | Iterable[str] = "q,k,v",
+    layers: str | None = None,
+    dtype: Dtype = "keep",
+    rounding: Rounding = "nearest",
+    seed: int = 0,
+    exact: bool = False,
+    memory_gib: float = 2.0,
+    resume: bool = False,
+    overwrite: bool = False,
+    cache_dir: str | Path | None = None,
+) -> RestoreReport:
+    """Write a checkpoint whose matrices are the tuned ones with the base's directions (or values) put back.
+
+    The output has the files, names, dtypes and metadata of the tuned checkpoint; tensors that are not restored and
+    all other files are copied. It appears under its name when it is complete; what an interrupted call leaves
+    beside it, ``resume`` finishes to the same bytes.
+
+    Args:
+        base: safetensors checkpoint, a folder in the layout of Hugging Face or a file.
+        tuned: the same; or the folder of a LoRA adapter of PEFT trained on ``base``, which gives a full checkpoint.
+        out: folder to make; must not be, hold or lie in one of the inputs.
+        rank, part, mode, strength, modules, layers, dtype, rounding, seed, exact: see
+            :class:`rlspec.restore.RestoreOptions`.
+        memory_gib: bound on the memory used for tensors and decompositions, beyond the interpreter's own.
+        resume: go on with an interrupted call of the same inputs and settings.
+        overwrite: replace ``out`` where it exists.
+        cache_dir: of the base's decompositions; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
+
+    Returns:
+        What was done to each matrix, and why the others were left.
+
+    Raises:
+        CheckpointError: inputs that cannot be read, are quantised or do not belong together; an output that exists
+            or cannot be written.
+        OptionError: a setting that does not exist or is out of range; memory that is too small.
+        ProjectionError: modules that the checkpoint lacks.
+        TensorError: NaN or infinity in a matrix to be restored.
+    """
+    options = RestoreOptions(
+        rank=rank,
+        part=part,
+        mode=mode,
+        strength=strength,
+        modules=modules,
+        layers=layers,
+        dtype=dtype,
+        rounding=rounding,
+        seed=seed,
+        exact=exact,
+    )
+    target = Target(Path(out), Path(base), Path(tuned), resume=resume, overwrite=overwrite)
+    plan = plan_restore(target.base, target.tuned, options)
+    return run_plan(plan, target, memory_gib=memory_gib, cache_dir=cache_dir)
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where the output goes and what must not be harmed there.
+
+    Raises:
+        CheckpointError: ``out`` touches an input, or exists and is not to be overwritten.
+    """
+
+    out: Path
+    base: Path
+    tuned: Path
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        place = self.out.resolve()
+        for name, given in (("base", self.base), ("tuned", self.tuned)):
+            source = given.resolve()
+            if place == source or source in place.parents or place in source.parents:
+                raise CheckpointError(
+                    f"--out {self.out} is, holds or lies in the {name} checkpoint {given}; inputs are never written, "
+                    "choose another folder"
+                )
+        if not self.out.exists():
+            return
+        if not self.overwrite:
+            complete = "; it is complete, nothing is left to resume" if self.resume else ""
+            raise CheckpointError(
+                f"--out {self.out} exists already{complete}; give --overwrite to replace it"
+            )
+        if not self.out.is_dir() or (any(self.out.iterdir()) and not any(self.out.glob("*.safetensors"))):
+            raise CheckpointError(
+                f"--out {self.out} is not a checkpoint; --overwrite replaces checkpoints only"
+            )
+
+
+def run_plan(
+    plan: Plan,
+    target: Target,
+    *,
+    memory_gib: float = 2.0,
+    cache_dir: str | Path | None = None,
+    on_begin: Callable[[list[Step]], None] = lambda steps: None,
+    on_step: OnStep = lambda step: None,
+) -> RestoreReport:
+    """Carry out a plan. Arguments and errors as :func:`restore_checkpoint`.
+
+    Args:
+        on_begin: called once with the steps that are left to do.
+        on_step: called after every one of them.
+    """
+    from rlspec.io.writer import CheckpointWriter
+
+    began = time.perf_counter()
+    if not memory_gib > 0:
+        raise OptionError(f"--memory-gib {memory_gib} must be above 0")
+    memory = int(memory_gib * GIB)
+    check_memory(plan, memory)
+    journal = Journal(target.out.parent / f".{target.out.name}.restored.jsonl")
+    cache = Path(cache_dir) if cache_dir is not None else None
+    with CheckpointWriter(
+        target.out,
+        plan.like,
+        changed=plan.changed,
+        fingerprint=fingerprint(plan),
+        resume=target.resume,
+        overwrite=target.overwrite,
+    ) as writer:
+        pending = [plan.steps[name] for name in writer.pending]
+        left = {step.name for step in pending}
+        earlier = {row.name: row for row in journal.read().values() if row.tensor not in left}
+        if not target.resume:
+            earlier = {}
+            journal.clear()
+        on_begin(pending)
+        done = dict(earlier)
+        for step, rows in _carry_out(plan, pending, writer, memory, cache, journal):
+            done.update({row.name: row for row in rows})
+            on_step(step)
+        writer.commit()
+    journal.clear()
+    return _report(plan, target, done, len(earlier), time.perf_counter() - began)
+
+
+def _carry_out(
+    plan: Plan,
+    pending: list[Step],
+    writer: CheckpointWriter,
+    memory: int,
+    cache_dir: Path | None,
+    journal: Journal,
+) -> Iterator[tuple[Step, list[MatrixReport]]]:
+    """Do the steps in order; tensors that need not be held whole go through row by row."""
+    for by_rows, group in groupby(pending, lambda step: streamed_by_rows(step, plan)):
+        steps = list(group)
+        if by_rows:
+            for step in steps:
+                rows = _by_rows(plan, step, writer, memory)
+                journal.append(rows)
+                yield step, rows
+            continue
+        for name, base, tuned in _pairs(plan, [step.name for step in steps], pool_bytes(plan, memory)):
+            step = plan.steps[name]
+            if step.action == "merge":
+                out, rows = converted(name, tuned, step.dtype or tuned.dtype, plan.options), []
+            else:
+                out, rows = restore_stored(step, base, tuned, plan.options, cache_dir)
+            del base, tuned  # their buffers go back to the reader before the next pair is asked for
+            journal.append(rows)
+            writer.put(name, out)
+            yield step, rows
+
+
+def _pairs(plan: Plan, names: list[str], memory: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """(name, base, tuned) in the order asked for; an adapter's tuned tensors are formed from the base's."""
+    from rlspec.io.stream import TensorStream, stream_pairs
+
+    if plan.adapter is None:
+        yield from stream_pairs(plan.base, plan.like, names, memory_bytes=memory)
+        return
+    with TensorStream(plan.base, names, memory_bytes=memory) as stream:
+        for streamed in stream:
+            name = streamed.entry.name
+            base = streamed.tensor
+            tuned = plan.adapter.merged(name, 0, base)
+            del streamed
+            yield name, base, tuned
+            del base, tuned
+
+
+def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> list[MatrixReport]:
+    """Copy, interpolate or merge a tensor without holding it whole."""
+    from rlspec.io.stream import stream_rows
+
+    assert step.dtype is not None
+    budget = pool_bytes(plan, memory) // 2
+    base = stream_rows(plan.base, step.name, memory_bytes=budget)
+    if plan.adapter is None:
+        blocks = aligned(base, stream_rows(plan.like, step.name, memory_bytes=budget))
+    else:
+        adapter = plan.adapter
+        blocks = ((first, block, adapter.merged(step.name, first, block)) for first, block in base)
+    if step.action == "merge":
+        same = ((first, tuned, tuned) for first, _, tuned in blocks)
+        for first, block in restore_rows(step.name, same, step.dtype, unchanged(plan.options), Changes(0)):
+            writer.put_rows(step.name, first, block)
+        return []
+    (matrix,) = step.matrices()
+    projection, shape = matrix
+    changes = Changes(min(shape))
+    for first, block in restore_rows(projection.name, blocks, step.dtype, plan.options, changes):
+        writer.put_rows(step.name, first, block)
+    return [MatrixReport.of(projection, shape, step.dtype, changes)]
+
+
+def fingerprint(plan: Plan) -> str:
+    """A hash of everything that the output depends on: settings, version, and the identity of the inputs.
+
+    An input is identified by the name, size, time of modification and header of each of its files.
+    """
+    digest = hashlib.blake2b(digest_size=20)
+    digest.update(json.dumps([version("rlspec"), plan.options.to_dict()], sort_keys=True).encode())
+    indices = [plan.base, plan.like, *([plan.adapter.index] if plan.adapter is not None else [])]
+    for index in indices:
+        folder = index.path if index.path.is_dir() else index.path.parent
+        shards = sorted({entry.shard for entry in index.tensors.values()})
+        for path in (*shards, folder / "config.json", folder / "adapter_config.json"):
+            if path.exists():
+                digest.update(_identity(path, header_only=path in shards))
+    return digest.hexdigest()
+
+
+def _identity(path: Path, *, header_only: bool) -> bytes:
+    status = os.stat(path)
+    with path.open("rb") as file:
+        head = file.read(8)
+        rest = file.read(int.from_bytes(head, "little") if header_only else -1)
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} ".encode() + head + rest
+
+
+def _report(
+    plan: Plan, target: Target, done: dict[str, MatrixReport], resumed: int, seconds: float
+) -> RestoreReport:
+    order = [projection.name for step in plan.chosen("restore") for projection in step.projections]
+    return RestoreReport(
+        out=target.out,
+        base=target.base,
+        tuned=target.tuned,
+        options=plan.options.to_dict(),
+        matrices=tuple(done[name] for name in order if name in done),
+        kept={step.name: step.reason for step in plan.chosen("keep")},
+        merged=tuple(step.name for step in plan.chosen("merge")),
+        bytes_written=sum(step.bytes for step in plan.steps.values()),
+        seconds=seconds,
+        resumed=resumed,
+    )

@@ -1,0 +1,125 @@
+"""How much memory and time a restoration takes: bounds for the first, an estimate for the second."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from math import prod
+
+import torch
+
+from rlspec.errors import OptionError
+from rlspec.io.index import TensorEntry
+from rlspec.restore.plan import Plan, Step
+from rlspec.restore.tensors import BLOCK_ENTRIES
+
+# Float64 copies of the matrix, and of its smaller Gram matrix, that are held at the worst moment (measured).
+_MATRIX_COPIES = 7
+_GRAM_COPIES = 5
+# A block of the elementwise modes: its float64 copies.
+_BLOCK_COPIES = 10
+# Row streams and pools get at least this.
+_SMALLEST_POOL = 1 << 26
+
+
+def streamed_by_rows(step: Step, plan: Plan) -> bool:
+    """Whether a tensor goes through in row blocks: it is merged or changed entry by entry, as one whole."""
+    if step.action == "merge":
+        return bool(step.entry.shape)
+    whole = all(p.rows is None and not p.transposed for p in step.projections)
+    return plan.options.elementwise and whole and len(step.projections) == 1
+
+
+def working_bytes(step: Step, plan: Plan) -> int:
+    """Memory for the computation on one tensor, beyond the pool that it is read into."""
+    if streamed_by_rows(step, plan):
+        return _BLOCK_COPIES * 8 * BLOCK_ENTRIES
+    whole = prod(step.entry.shape) * (4 if plan.adapter is not None else 0) + step.bytes
+    if plan.options.elementwise:
+        return whole + _BLOCK_COPIES * 8 * BLOCK_ENTRIES
+    largest = 0
+    for _, (m, n) in step.matrices():
+        r = min(m, n)
+        largest = max(largest, 8 * (_MATRIX_COPIES * m * n + _GRAM_COPIES * r * r))
+    return whole + largest
+
+
+def pool_bytes(plan: Plan, memory: int) -> int:
+    """What the reader may hold: all that the largest computation leaves, up to four of the largest pairs."""
+    work = max((working_bytes(step, plan) for step in _steps(plan)), default=0)
+    return max(_smallest_pool(plan), min(memory - work, 2 * _smallest_pool(plan)))
+
+
+def check_memory(plan: Plan, memory: int) -> None:
+    """Refuse a bound that the largest tensor does not fit.
+
+    Raises:
+        OptionError: names the tensor and what it needs.
+    """
+    for step in sorted(_steps(plan), key=lambda s: working_bytes(s, plan), reverse=True)[:1]:
+        needed = working_bytes(step, plan) + _smallest_pool(plan)
+        if needed > memory:
+            raise OptionError(
+                f"{step.name} {list(step.entry.shape)}: restoring it takes about {needed / 2**30:.1f} GiB, "
+                f"--memory-gib allows {memory / 2**30:.1f}: raise it to {needed / 2**30 + 0.05:.1f}, or choose "
+                "--modules without it"
+            )
+
+
+def _smallest_pool(plan: Plan) -> int:
+    """Two of the largest pairs that are held whole: one in use, one being read."""
+    whole = [step for step in _steps(plan) if not streamed_by_rows(step, plan)]
+    largest = max((_pair(plan, step) for step in whole), default=0)
+    return max(_SMALLEST_POOL, 2 * largest + (1 << 24))
+
+
+def _pair(plan: Plan, step: Step) -> int:
+    return _size(plan.base.tensors[step.name]) + (0 if plan.adapter is not None else _size(step.entry))
+
+
+def _size(entry: TensorEntry) -> int:
+    return entry.end - entry.start
+
+
+def _steps(plan: Plan) -> list[Step]:
+    return plan.chosen("restore") + plan.chosen("merge")
+
+
+def expected_seconds(plan: Plan) -> tuple[float, float]:
+    """A rough estimate of the time: with every base decomposition in the cache, and with none.
+
+    It scales what two small decompositions and products take on this machine now, and counts a second for every GiB
+    that is copied.
+    """
+    size = 512
+    square = torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    symmetric = square @ square.mT
+    product = _fastest(lambda: square @ square) / (2 * size**3)
+    eigen = _fastest(lambda: torch.linalg.eigh(symmetric)) / size**3
+    cached = plan_bytes(plan) / 2**30
+    cold = 0.0
+    for step in plan.chosen("restore"):
+        for (_, (m, n)), k in zip(step.matrices(), step.directions):
+            r, long = min(m, n), max(m, n)
+            if plan.options.elementwise:
+                cached += 40 * m * n * product
+                continue
+            decomposition = eigen * r**3 + product * 8 * long * r * r
+            cold += decomposition
+            leading = plan.options.part == "top" and not plan.options.exact
+            cached += product * 12 * long * r * (k or r // 2) if leading else 2 * decomposition
+    return cached, cached + cold
+
+
+def plan_bytes(plan: Plan) -> int:
+    """Size of the output's tensors."""
+    return sum(step.bytes for step in plan.steps.values())
+
+
+def _fastest(run: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(3):
+        began = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - began)
+    return min(taken)

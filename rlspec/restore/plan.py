@@ -1,0 +1,212 @@
+"""What a restoration will do to every tensor of a checkpoint, decided from headers alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from rlspec.errors import CheckpointError
+from rlspec.io.index import CheckpointIndex, TensorEntry
+from rlspec.io.projections import Projection, read_config
+from rlspec.restore.adapter import Adapter, is_adapter
+from rlspec.restore.options import RestoreOptions
+from rlspec.restore.select import Selection, select
+
+Action = Literal["restore", "merge", "keep"]
+
+#: safetensors' names of the dtypes that can be restored
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# These modules commonly differ between a base and what was tuned from it: vocabularies grow, heads are tied.
+_MAY_DIFFER = ("embed", "lm_head")
+# Endings of tensors that only quantised checkpoints have: GPTQ and AWQ, bitsandbytes, fp8 and its kin.
+_QUANTISED = (
+    ".qweight",
+    ".qzeros",
+    ".SCB",
+    ".absmax",
+    ".weight_format",
+    ".weight_scale",
+    ".weight_scale_inv",
+)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one tensor.
+
+    ``restore``: the matrices in ``projections`` are restored, ``directions`` tells how many directions of each
+    (None where the singular values decide). ``merge``: the adapter's update is added and nothing is restored.
+    ``keep``: copied as it is, for ``reason``.
+    """
+
+    entry: TensorEntry
+    action: Action
+    dtype: torch.dtype | None = None  #: of the result; None for what is kept
+    projections: tuple[Projection, ...] = ()
+    directions: tuple[int | None, ...] = ()
+    reason: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.entry.name
+
+    @property
+    def bytes(self) -> int:
+        """Size of the result on disk."""
+        if self.dtype is None:
+            return self.entry.end - self.entry.start
+        return prod(self.entry.shape) * self.dtype.itemsize
+
+    def matrices(self) -> Iterator[tuple[Projection, tuple[int, int]]]:
+        """Each projection with its shape (out, in)."""
+        for projection in self.projections:
+            shape = self.entry.shape
+            yield projection, projection.shape(shape) if len(shape) == 2 else (1, prod(shape))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The steps of one restoration, in the order of the output's files.
+
+    ``like`` is the checkpoint whose files, tensors and side files the output takes over: the tuned one, or the base
+    where the tuned one is an ``adapter``.
+    """
+
+    base: CheckpointIndex
+    like: CheckpointIndex
+    adapter: Adapter | None
+    options: RestoreOptions
+    steps: dict[str, Step]
+    unmatched: tuple[str, ...]
+
+    @property
+    def changed(self) -> dict[str, torch.dtype]:
+        """Tensors that are written anew, with their dtypes."""
+        return {name: step.dtype for name, step in self.steps.items() if step.dtype is not None}
+
+    def chosen(self, action: Action) -> list[Step]:
+        return [step for step in self.steps.values() if step.action == action]
+
+
+def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
+    """Decide what happens to every tensor.
+
+    Args:
+        base: checkpoint folder or file.
+        tuned: the same, or the folder of a LoRA adapter trained on ``base``.
+
+    Raises:
+        CheckpointError: a checkpoint that cannot be read or is quantised, or two that do not belong together.
+        OptionError, ProjectionError: modules, layers or indices that the checkpoint does not have.
+    """
+    base_index = CheckpointIndex.open(base)
+    adapter = Adapter.open(tuned, base_index) if is_adapter(tuned) else None
+    like = base_index if adapter is not None else CheckpointIndex.open(tuned)
+    for index in {id(i): i for i in (base_index, like)}.values():
+        _refuse_quantised(index)
+    entries = sorted(like.tensors.values(), key=lambda entry: (str(entry.shard), entry.start, entry.end))
+    shapes = {entry.name: tuple(entry.shape) for entry in entries}
+    selection = select(shapes, options, read_config(like.path))
+    steps = {entry.name: _step(entry, selection, options, base_index, like, adapter) for entry in entries}
+    plan = Plan(base_index, like, adapter, options, steps, selection.unmatched)
+    _refuse_nothing(plan, selection)
+    return plan
+
+
+def _step(
+    entry: TensorEntry,
+    selection: Selection,
+    options: RestoreOptions,
+    base: CheckpointIndex,
+    like: CheckpointIndex,
+    adapter: Adapter | None,
+) -> Step:
+    projections = selection.chosen.get(entry.name, [])
+    reason = selection.reasons.get(entry.name, "")
+    merged = adapter is not None and adapter.changes(entry.name)
+    if projections:
+        reason = _unusable(entry, projections, base, like)
+        if not reason and adapter is not None and not merged:
+            reason = "the adapter does not change it"
+    if not reason:
+        kept, directions = [], []
+        for projection in projections:
+            r = min(projection.shape(entry.shape)) if len(entry.shape) == 2 else 1
+            if options.elementwise or options.arguments(r) is not None:
+                kept.append(projection)
+                directions.append(options.directions(r))
+        if not kept:
+            reason = f"--part {options.part} lies past its directions"
+        elif options.strength == 0 and not merged and options.dtype == "keep":
+            reason = "strength 0 changes nothing"
+        else:
+            return Step(entry, "restore", _result_dtype(entry, options), tuple(kept), tuple(directions))
+    if merged:
+        if entry.dtype not in FLOATS:
+            raise CheckpointError(
+                f"{entry.shard}: {entry.name} is stored as {entry.dtype}: no adapter can be added to it"
+            )
+        return Step(entry, "merge", FLOATS[entry.dtype], reason=reason)
+    return Step(entry, "keep", reason=reason)
+
+
+def _result_dtype(entry: TensorEntry, options: RestoreOptions) -> torch.dtype:
+    return torch.float32 if options.dtype == "float32" else FLOATS[entry.dtype]
+
+
+def _unusable(
+    entry: TensorEntry, projections: list[Projection], base: CheckpointIndex, like: CheckpointIndex
+) -> str:
+    """Why a chosen tensor is left as it is after all, or "".
+
+    Raises:
+        CheckpointError: base and tuned do not belong together.
+    """
+    by_name = projections[0].module == "other"
+    if entry.dtype not in FLOATS:
+        if by_name:
+            return f"{entry.dtype} cannot be restored"
+        raise CheckpointError(
+            f"{entry.shard}: {entry.name} is stored as {entry.dtype}; restoring needs {', '.join(FLOATS)}: start from "
+            "a checkpoint that is not quantised"
+        )
+    if not prod(entry.shape) or not entry.shape:
+        return "empty or a scalar"
+    there = base.tensors.get(entry.name)
+    if there is None:
+        problem = "not in the base"
+    elif tuple(there.shape) != tuple(entry.shape):
+        problem = f"{list(entry.shape)} here, {list(there.shape)} in the base"
+    elif there.dtype not in FLOATS:
+        problem = f"stored as {there.dtype} in the base"
+    else:
+        return ""
+    if projections[0].module in _MAY_DIFFER:
+        return problem
+    raise CheckpointError(
+        f"{like.path}: {entry.name} cannot be restored from {base.path}: {problem}; is that the model it was tuned "
+        "from?"
+    )
+
+
+def _refuse_quantised(index: CheckpointIndex) -> None:
+    for name, entry in index.tensors.items():
+        if name.endswith(_QUANTISED) or ".quant_state." in name:
+            raise CheckpointError(
+                f"{entry.shard}: {name} belongs to quantised weights (GPTQ, AWQ, bitsandbytes, fp8); restoring needs "
+                "16 or 32 bit floats: start from the checkpoint before quantisation"
+            )
+
+
+def _refuse_nothing(plan: Plan, selection: Selection) -> None:
+    """A run that would only copy is refused, unless strength 0 asked for just that."""
+    if plan.chosen("restore") or plan.options.strength == 0:
+        return
+    reasons = [f"{name}: {plan.steps[name].reason}" for name in selection.chosen]
+    more = f" (and {len(reasons) - 1} more)" if len(reasons) > 1 else ""
+    raise CheckpointError(f"{plan.like.path}: nothing to restore: {reasons[0]}{more}")

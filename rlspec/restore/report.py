@@ -1,0 +1,137 @@
+"""What a restoration did, matrix by matrix, and the journal that lets an interrupted one still tell."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from rlspec.io.projections import Projection
+
+
+class Figures(Protocol):
+    """What is told of a matrix, see :class:`rlspec.restore.RestoreResult`."""
+
+    @property
+    def k(self) -> int: ...
+    @property
+    def change_frobenius(self) -> float: ...
+    @property
+    def change_relative(self) -> float: ...
+    @property
+    def error_estimate(self) -> float: ...
+    @property
+    def rounding_share(self) -> float: ...
+    @property
+    def entries_changed(self) -> int: ...
+    @property
+    def method(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class MatrixReport:
+    """One restored matrix. Norms are Frobenius norms; the figures are those of :class:`RestoreResult`."""
+
+    name: str
+    tensor: str
+    module: str
+    layer: int | None
+    rows: int
+    cols: int
+    dtype: str
+    k: int
+    change_frobenius: float
+    change_relative: float
+    error_estimate: float
+    rounding_share: float
+    entries_changed: int
+    rotation_removed_rad: float | None
+    method: str
+
+    @classmethod
+    def of(
+        cls, projection: Projection, shape: tuple[int, int], dtype: torch.dtype, result: Figures
+    ) -> MatrixReport:
+        return cls(
+            name=projection.name,
+            tensor=projection.tensor,
+            module=projection.module,
+            layer=projection.layer,
+            rows=shape[0],
+            cols=shape[1],
+            dtype=str(dtype).removeprefix("torch."),
+            k=result.k,
+            change_frobenius=result.change_frobenius,
+            change_relative=result.change_relative,
+            error_estimate=result.error_estimate,
+            rounding_share=result.rounding_share,
+            entries_changed=result.entries_changed,
+            rotation_removed_rad=getattr(result, "rotation_removed_rad", None),
+            method=result.method,
+        )
+
+
+@dataclass(frozen=True)
+class RestoreReport:
+    """The result of :func:`rlspec.restore_checkpoint`.
+
+    ``kept`` maps every tensor that was not restored to the reason. ``seconds`` is the time of this call; ``resumed``
+    counts matrices that an earlier, interrupted call had done.
+    """
+
+    out: Path
+    base: Path
+    tuned: Path
+    options: dict[str, Any]
+    matrices: tuple[MatrixReport, ...]
+    kept: dict[str, str]
+    bytes_written: int
+    seconds: float
+    resumed: int = 0
+    merged: tuple[str, ...] = field(default=())
+
+    def to_dict(self) -> dict[str, Any]:
+        found = asdict(self)
+        return {**found, **{name: str(found[name]) for name in ("out", "base", "tuned")}}
+
+    def write(self, path: Path) -> None:
+        """Write the report as JSON; a reader sees the old file or the new one."""
+        temporary = path.with_name(path.name + ".tmp")
+        with temporary.open("w", encoding="utf-8") as file:
+            json.dump(self.to_dict(), file, indent=1, allow_nan=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+
+
+class Journal:
+    """Reports of the matrices done so far, a line of JSON each, beside the unfinished output."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def append(self, rows: Iterable[MatrixReport]) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            # A newline first: a line that a kill cut off stays alone.
+            file.writelines("\n" + json.dumps(asdict(row)) for row in rows)
+
+    def read(self) -> dict[str, MatrixReport]:
+        """Name to report, the latest of each; a line cut off by a kill is left out."""
+        rows: dict[str, MatrixReport] = {}
+        if self._path.exists():
+            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
+                try:
+                    row = MatrixReport(**json.loads(line))
+                except (ValueError, TypeError):
+                    continue
+                rows[row.name] = row
+        return rows
+
+    def clear(self) -> None:
+        self._path.unlink(missing_ok=True)

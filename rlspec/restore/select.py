@@ -1,0 +1,144 @@
+"""Which tensors of a checkpoint a restoration is about, and why the others are not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from rlspec.errors import OptionError, ProjectionError
+from rlspec.io.fused import Config
+from rlspec.io.projections import (
+    MODULES,
+    Projection,
+    Shape,
+    find_projections,
+    in_tower,
+    layer_of,
+    modules_in,
+    parse_modules,
+    projections_of,
+)
+from rlspec.restore.options import RestoreOptions
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The matrices chosen, by the tensor that holds them, and the reason for every other tensor."""
+
+    chosen: dict[str, list[Projection]] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    unmatched: tuple[str, ...] = ()  #: matrices whose names no pattern knows
+
+
+def select(shapes: Mapping[str, Shape], options: RestoreOptions, config: Config | None) -> Selection:
+    """Choose by ``options.modules`` and ``options.layers``.
+
+    A tensor chosen by a regular expression whose name no pattern knows is taken as one matrix.
+
+    Args:
+        shapes: every tensor of the tuned checkpoint, in the order of its files.
+        config: its config.json.
+
+    Raises:
+        OptionError: modules or layers that the checkpoint does not have.
+        ProjectionError: a module that is not found, or cannot be taken out of a fused tensor.
+    """
+    modules = str(options.modules)
+    known = _known_modules(modules)
+    pattern = None if known is not None else _pattern(modules)
+    if known is not None:
+        _check_found(shapes, known, config)
+    layers = options.chosen_layers(1 + max((layer_of(n) or 0 for n in shapes if not in_tower(n)), default=-1))
+    chosen: dict[str, list[Projection]] = {}
+    reasons: dict[str, str] = {}
+    unmatched = []
+    for name, shape in shapes.items():
+        holds = () if in_tower(name) else modules_in(name, shape)
+        if not holds and len(shape) == 2 and not in_tower(name):
+            unmatched.append(name)
+        if pattern is not None:
+            found = _by_pattern(name, shapes, pattern, config, options)
+        else:
+            assert known is not None
+            found = [] if in_tower(name) else projections_of(name, shapes, config, known)
+        layer = layer_of(name)
+        if not found:
+            reasons[name] = _reason(name, shape, holds, pattern is not None, options.elementwise)
+        elif layers is not None and layer is not None and not in_tower(name) and layer not in layers:
+            reasons[name] = f"layer {layer} is not among --layers {options.layers}"
+        else:
+            chosen[name] = found
+    if not chosen:
+        raise OptionError(_nothing(modules, options, pattern is not None, shapes))
+    return Selection(chosen, reasons, tuple(unmatched))
+
+
+def _known_modules(text: str) -> tuple[str, ...] | None:
+    """The modules named, or None where the text must be a regular expression."""
+    try:
+        return parse_modules(text)
+    except OptionError:
+        if re.fullmatch(r"[\s,]*", text):
+            raise
+        return None
+
+
+def _pattern(text: str) -> re.Pattern[str]:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise OptionError(
+            f"--modules {text!r} is neither a list of {', '.join(MODULES)}, attn, all nor a valid regular "
+            f"expression: {error}"
+        ) from None
+
+
+def _check_found(shapes: Mapping[str, Shape], modules: tuple[str, ...], config: Config | None) -> None:
+    """find_projections refuses what is not there; its message gets the way out."""
+    try:
+        find_projections(shapes, modules, config)
+    except ProjectionError as error:
+        raise ProjectionError(
+            f"{error}; --modules also takes a regular expression for tensor names"
+        ) from None
+
+
+def _by_pattern(
+    name: str,
+    shapes: Mapping[str, Shape],
+    pattern: re.Pattern[str],
+    config: Config | None,
+    options: RestoreOptions,
+) -> list[Projection]:
+    """The parts of a fused tensor whose labels match, or the tensor itself."""
+    shape = shapes[name]
+    if not in_tower(name) and modules_in(name, shape) and len(shape) == 2:
+        if not (
+            pattern.search(name) or any(pattern.search(f"{name}[{p}]") for p in ("q", "k", "v", "gate", "up"))
+        ):
+            return []
+        return [p for p in projections_of(name, shapes, config) if pattern.search(p.name)]
+    if not pattern.search(name) or not (options.elementwise or len(shape) == 2):
+        return []
+    return [Projection(name, name, "other", layer_of(name))]
+
+
+def _reason(name: str, shape: Shape, holds: tuple[str, ...], by_pattern: bool, elementwise: bool) -> str:
+    if by_pattern:
+        return "not a matrix" if len(shape) != 2 and not elementwise else "does not match --modules"
+    if len(shape) != 2 and not holds:
+        return "not a matrix"
+    if in_tower(name):
+        return "part of the vision or audio model"
+    return f"{'/'.join(holds)} is not among --modules" if holds else "name not known"
+
+
+def _nothing(modules: str, options: RestoreOptions, by_pattern: bool, shapes: Mapping[str, Shape]) -> str:
+    example = next((name for name in shapes if layer_of(name) is not None), next(iter(shapes), "none at all"))
+    if by_pattern:
+        return (
+            f"--modules {modules!r} is not a list of {', '.join(MODULES)}, attn, all, and as a regular expression "
+            f"it matches no matrix; the tensors are named like {example!r}"
+        )
+    return f"--modules {modules} has nothing in --layers {options.layers}"

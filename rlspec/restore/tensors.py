@@ -1,0 +1,240 @@
+"""Restoring one stored tensor: the matrices in it one by one, or row blocks of any shape."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlspec.errors import TensorError
+from rlspec.linalg.exact import exact_svd
+from rlspec.restore.matrix import RestoreResult, restore_matrix
+from rlspec.restore.options import RestoreOptions
+from rlspec.restore.plan import Step
+from rlspec.restore.report import MatrixReport
+from rlspec.spectra.cache import cached_factors
+from rlspec.spectra.matrix import MatrixBasis, matrix_basis
+from rlspec.spectra.rank import Rank
+
+# Entries of one block of the elementwise modes.
+BLOCK_ENTRIES = 1 << 21
+Block = tuple[int, Tensor, Tensor]  # index of the first row; base's rows; tuned rows
+
+
+@dataclass
+class Changes:
+    """Sums over row blocks that give the figures of :class:`RestoreResult` for the whole."""
+
+    k: int
+    change_square: float = 0.0
+    tuned_square: float = 0.0
+    lost_square: float = 0.0
+    entries_changed: int = 0
+    error_estimate: float = 0.0
+    method: str = "none"
+
+    def add(self, tuned: Tensor, result: RestoreResult) -> None:
+        self.change_square += result.change_frobenius**2
+        self.tuned_square += float(tuned.double().square().sum())
+        self.lost_square += (result.rounding_share * result.change_frobenius) ** 2
+        self.entries_changed += result.entries_changed
+
+    @property
+    def change_frobenius(self) -> float:
+        return self.change_square**0.5
+
+    @property
+    def change_relative(self) -> float:
+        return (self.change_square / self.tuned_square) ** 0.5 if self.change_square else 0.0
+
+    @property
+    def rounding_share(self) -> float:
+        return (self.lost_square / self.change_square) ** 0.5 if self.change_square else 0.0
+
+
+def restore_stored(
+    step: Step, base: Tensor, tuned: Tensor, options: RestoreOptions, cache_dir: Path | None
+) -> tuple[Tensor, list[MatrixReport]]:
+    """The new content of a tensor that is held whole.
+
+    Args:
+        step: what to do.
+        base, tuned: the whole stored tensors, (in, out) for transposed ones; left as they are.
+
+    Returns:
+        The tensor to store, ``step.dtype``, and a report of each matrix.
+
+    Raises:
+        TensorError: NaN or infinity in a matrix; names it and its file.
+    """
+    assert step.dtype is not None
+    rows = []
+    out: Tensor | None = None
+    for projection, shape in step.matrices():
+        there, here = projection.take(base), projection.take(tuned)
+        try:
+            if options.elementwise:
+                changes = Changes(min(shape))
+                weight = elementwise(projection.name, there, here, step.dtype, options, changes)
+                rows.append(MatrixReport.of(projection, shape, weight.dtype, changes))
+            else:
+                basis = base_factors(projection.name, there, options, cache_dir)
+                result = restore_with(basis, projection.name, here, step.dtype, options)
+                weight = result.weight
+                rows.append(MatrixReport.of(projection, shape, weight.dtype, result))
+        except TensorError as error:
+            raise TensorError(f"{step.entry.shard}: {projection.name}: {error}") from None
+        if projection.rows is None and not projection.transposed:
+            return weight, rows
+        if out is None:
+            out = converted(step.name, tuned, step.dtype, options)
+        projection.put(out, weight)
+    assert out is not None
+    return out, rows
+
+
+def base_factors(label: str, weight: Tensor, options: RestoreOptions, cache_dir: Path | None) -> MatrixBasis:
+    """The base's decomposition, from the cache where it is there."""
+    weight = weight.contiguous()
+    factors = exact_svd(weight.double()) if options.exact else cached_factors(weight, cache_dir)
+    # In fresh memory: how BLAS sums depends on layout and alignment, and a resumed run must get the same bits from
+    # factors it reads back as an uninterrupted one gets from those it computed.
+    u, s, vh = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
+    return matrix_basis(label, weight, (u, s, vh), Rank.parse(options.rank))
+
+
+def restore_with(
+    basis: MatrixBasis, label: str, tuned: Tensor, dtype: torch.dtype, options: RestoreOptions
+) -> RestoreResult:
+    """Restore a matrix (m, n) by its singular vectors, as ``options`` say."""
+    r = min(tuned.shape)
+    arguments = options.arguments(r)
+    assert arguments is not None  # plans leave such matrices out
+    draw = generator(options.seed, label)
+    if basis.W.dtype == tuned.dtype and torch.equal(basis.W, tuned):
+        # Tuning left it alone, so there is nothing to put back.
+        same = restore_matrix(
+            basis.W,
+            tuned,
+            options.rank,
+            mode="copy",
+            strength=0.0,
+            dtype=dtype,
+            rounding=options.rounding,
+            generator=draw,
+        )
+        return replace(
+            same, mode=arguments["mode"], k=options.directions(r) or basis.k, strength=options.strength
+        )
+    result = restore_matrix(
+        basis.W,
+        tuned,
+        options.rank,
+        strength=options.strength,
+        dtype=dtype,
+        rounding=options.rounding,
+        basis=basis,
+        generator=draw,
+        **arguments,
+    )
+    return replace(result, weight=basis.W.clone()) if _plain_copy(options, basis.W, dtype) else result
+
+
+def elementwise(
+    label: str, base: Tensor, tuned: Tensor, dtype: torch.dtype, options: RestoreOptions, changes: Changes
+) -> Tensor:
+    """Copy or interpolate a tensor of any shape."""
+    out = torch.empty(tuned.shape, dtype=dtype)
+    for first, block in restore_rows(label, [(0, base, tuned)], dtype, options, changes):
+        out[first : first + len(block)] = block
+    return out
+
+
+def converted(name: str, tuned: Tensor, dtype: torch.dtype, options: RestoreOptions) -> Tensor:
+    """The tuned tensor in another dtype, rounded as ``options`` say; always a new tensor."""
+    if tuned.dtype == dtype:
+        return tuned.clone()
+    return elementwise(name, tuned, tuned, dtype, unchanged(options), Changes(0))
+
+
+def unchanged(options: RestoreOptions) -> RestoreOptions:
+    """Settings that round to a dtype and do nothing else."""
+    return replace(options, mode="copy", part="top", strength=0.0)
+
+
+def restore_rows(
+    label: str,
+    blocks: Iterable[Block],
+    dtype: torch.dtype,
+    options: RestoreOptions,
+    changes: Changes,
+) -> Iterator[tuple[int, Tensor]]:
+    """Copy or interpolate row block by row block.
+
+    Args:
+        blocks: rows of the base and the tuned tensor, in order, none left out.
+        changes: gets the sums of all blocks.
+
+    Yields:
+        Index of the first row, and the new rows in ``dtype``.
+
+    Raises:
+        TensorError: NaN or infinity.
+    """
+    draw = generator(options.seed, label)
+    for first, base, tuned in _small(blocks):
+        flat_base, flat_tuned = base.reshape(1, -1), tuned.reshape(1, -1)
+        result = restore_matrix(
+            flat_base,
+            flat_tuned,
+            options.rank,
+            mode=options.restore_mode,
+            strength=options.strength,
+            dtype=dtype,
+            rounding=options.rounding,
+            generator=draw,
+        )
+        changes.add(tuned, result)
+        copied = _plain_copy(options, base, dtype)
+        yield first, base if copied else result.weight.reshape(tuned.shape)
+
+
+def aligned(base: Iterable[tuple[int, Tensor]], tuned: Iterable[tuple[int, Tensor]]) -> Iterator[Block]:
+    """Pairs of row blocks from two streams of the same tensor that cut it at different rows."""
+    there, here = iter(base), iter(tuned)
+    first = 0
+    left: Tensor | None = None
+    right: Tensor | None = None
+    while True:
+        if left is None or not len(left):
+            left = next((block for _, block in there), None)
+        if right is None or not len(right):
+            right = next((block for _, block in here), None)
+        if left is None or right is None:
+            return
+        count = min(len(left), len(right))
+        yield first, left[:count], right[:count]
+        left, right, first = left[count:], right[count:], first + count
+
+
+def generator(seed: int, label: str) -> torch.Generator:
+    """A source of draws that belongs to one tensor, whatever was drawn before."""
+    digest = hashlib.blake2b(f"{seed} {label}".encode(), digest_size=7).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _plain_copy(options: RestoreOptions, base: Tensor, dtype: torch.dtype) -> bool:
+    """Whether the result is the base itself, to the bit and the sign of a zero."""
+    return options.restore_mode == "copy" and options.strength == 1.0 and base.dtype == dtype
+
+
+def _small(blocks: Iterable[Block]) -> Iterator[Block]:
+    """The same rows in blocks of at most `BLOCK_ENTRIES` entries (one row at least)."""
+    for first, base, tuned in blocks:
+        count = max(1, BLOCK_ENTRIES // max(1, tuned[0].numel()))
+        for start in range(0, len(tuned), count):
+            yield first + start, base[start : start + count], tuned[start : start + count]
