@@ -15,20 +15,14 @@ from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import check_finite
-from rlspec.linalg.exact import exact_svd
-from rlspec.spectra.bounds import probe_bounds
+from rlspec.restore.change import Change, restoring_change
+from rlspec.restore.rounding import add_rounded
 from rlspec.spectra.factor import reference_factors
 from rlspec.spectra.matrix import MatrixBasis, matrix_basis
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.metrics import update
 from rlspec.spectra.rank import Rank, RankLike
-from rlspec.spectra.solve import solve
 
 Mode = Literal["directions", "directions_and_values", "values", "tail", "band", "copy", "interpolate"]
 Rounding = Literal["nearest", "stochastic"]
-
-# Beyond this share of the base's norm the tuned matrix is decomposed afresh.
-_DELTA_FORM = 0.1
 
 
 @dataclass(frozen=True)
@@ -37,9 +31,11 @@ class RestoreResult:
 
     ``weight`` (m, n) in the dtype asked for. ``change_frobenius`` is the norm of the intended change W' -
     W_t before rounding, ``change_relative`` the same over ||W_t||_F. ``rounding_share`` is the norm of what
-    rounding to the dtype added or lost, over ``change_frobenius``. ``error_estimate`` bounds the Frobenius
-    error of the change before rounding. ``k`` counts the directions replaced; ``method`` is "delta",
-    "exact" or "none" (no decomposition needed).
+    rounding to the dtype added or lost, over ``change_frobenius``. ``error_estimate`` is an estimate, on the safe
+    side, of the Frobenius error of the change before rounding. ``k`` counts the directions replaced; ``method`` is
+    "delta", "exact" or "none" (no decomposition needed). ``rotation_sine_rms`` is the root mean square of the sines
+    of the principal angles between the tuned and the base's replaced directions, the larger of the two sides; None
+    where nothing was decomposed.
     """
 
     weight: Tensor
@@ -52,6 +48,7 @@ class RestoreResult:
     entries_changed: int
     error_estimate: float
     method: str
+    rotation_sine_rms: float | None = None
 
 
 def restore_matrix(
@@ -65,6 +62,7 @@ def restore_matrix(
     dtype: torch.dtype | None = None,
     rounding: Rounding = "nearest",
     basis: MatrixBasis | None = None,
+    exact: bool = False,
     generator: torch.Generator | None = None,
 ) -> RestoreResult:
     """Restore part of a tuned matrix to its base.
@@ -88,6 +86,7 @@ def restore_matrix(
         dtype: of the result; default that of ``W_tuned``.
         rounding: to nearest, or stochastic (unbiased: small changes survive on average).
         basis: the base's decomposition, where it is at hand.
+        exact: decompose the tuned matrix in float64 instead of working from the update; slower, for checking.
         generator: for stochastic rounding.
 
     Raises:
@@ -96,11 +95,9 @@ def restore_matrix(
     """
     _check(W_base, W_tuned, mode, band, strength, rounding)
     target = dtype if dtype is not None else W_tuned.dtype
-    tuned = W_tuned.double()
-    method, error = "none", 0.0
     if mode in ("copy", "interpolate"):
-        k = min(tuned.shape)
-        change = W_base.double() - tuned
+        k = min(W_tuned.shape)
+        change = Change(_difference(W_base, W_tuned), 0.0, 0.0, "none")
     else:
         base = (
             basis
@@ -109,25 +106,30 @@ def restore_matrix(
         )
         start, stop = _indices(Rank.parse(rank).resolve(base.S), base.S.shape[0], mode, band)
         k = stop - start
-        u, s, v, method, angle = _tuned_factors(base, W_tuned, start, stop)
-        change = _change(base, (u, s, v), start, stop, mode)
-        error = strength * 2.0 * k**0.5 * angle * float(s[0]) if k else 0.0
-    change = strength * change
-    weight = _round(W_tuned, tuned + change, target, rounding, generator)
-    size = float(change.norm())
-    lost = float((weight.double() - tuned - change).norm())
+        change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
+    done = add_rounded(
+        W_tuned, change.delta, strength, target, stochastic=rounding == "stochastic", generator=generator
+    )
+    size = done.change_sq**0.5
     return RestoreResult(
-        weight=weight,
+        weight=done.weight,
         mode=mode,
         k=k,
         strength=strength,
         change_frobenius=size,
-        change_relative=size / float(tuned.norm()) if size else 0.0,
-        rounding_share=lost / size if size else 0.0,
-        entries_changed=int((weight.double() != tuned).sum()),
-        error_estimate=error,
-        method=method,
+        change_relative=size / done.tuned_sq**0.5 if size else 0.0,
+        rounding_share=done.lost_sq**0.5 / size if size else 0.0,
+        entries_changed=done.entries_changed,
+        error_estimate=strength * change.error,
+        method=change.method,
+        rotation_sine_rms=None if change.method == "none" else change.sine_rms,
     )
+
+
+def _difference(base: Tensor, tuned: Tensor) -> Tensor:
+    """W_b - W_t, exact for two tensors of 16 bits."""
+    wide = torch.float32 if base.element_size() <= 2 and tuned.element_size() <= 2 else torch.float64
+    return base.to(wide) - tuned.to(wide)
 
 
 def _check(
@@ -156,63 +158,3 @@ def _indices(k: int, r: int, mode: str, band: tuple[int, int] | None) -> tuple[i
     if band is not None:
         return band
     return (r - k, r) if mode == "tail" else (0, k)
-
-
-def _tuned_factors(
-    base: MatrixBasis, tuned: Tensor, start: int, stop: int
-) -> tuple[Tensor, Tensor, Tensor, str, float]:
-    """Tuned U_I, S_I, V_I in float64, how they were found, and a bound on their subspaces' angles.
-
-    Leading directions of a small update come from the delta form, which costs no second decomposition.
-    """
-    if start == 0 and stop == base.k:
-        reference = ReferenceStack.of([base])
-        change = update(tuned.unsqueeze(0), reference.W)
-        if float(change.delta_frobenius) <= _DELTA_FORM * float(change.reference_frobenius):
-            pair, _, settled = solve(reference, change)
-            if bool(settled.all()):
-                bounds = probe_bounds(reference, change.delta.to(reference.U.dtype), pair)
-                u = _explicit(reference.U[0], pair.left.rows(0, stop)[0])
-                v = _explicit(reference.Vh[0].mT, pair.right.rows(0, stop)[0])
-                return u, pair.sigma[0, :stop], v, "delta", float(bounds.angle)
-    u, s, vh = exact_svd(tuned.double())
-    return u[:, start:stop], s[start:stop], vh.mT[:, start:stop], "exact", 0.0
-
-
-def _explicit(factor: Tensor, rows: Tensor) -> Tensor:
-    """Columns from their coordinates (r [+ dim], c) in the reference factor (dim, r); float64."""
-    r = factor.shape[1]
-    columns = factor.double() @ rows[:r].double()
-    return columns if rows.shape[0] == r else columns + rows[r:].double()
-
-
-def _change(
-    base: MatrixBasis, tuned: tuple[Tensor, Tensor, Tensor], start: int, stop: int, mode: str
-) -> Tensor:
-    """W' - W_t at full strength, (m, n) float64."""
-    u, s, v = tuned
-    if mode == "values":
-        return (u * (base.S[start:stop] - s)) @ v.mT
-    values = base.S[start:stop] if mode == "directions_and_values" else s
-    replaced = (base.U[:, start:stop].double() * values) @ base.Vh[start:stop].double()
-    return replaced - (u * s) @ v.mT
-
-
-def _round(
-    original: Tensor, exact: Tensor, dtype: torch.dtype, rounding: str, generator: torch.Generator | None
-) -> Tensor:
-    """``exact`` (float64) in ``dtype``; an entry whose change is under half a unit in the last place stays
-    as it is."""
-    nearest = exact.to(dtype)
-    if rounding == "nearest":
-        kept = original.to(dtype)
-        # A conversion by way of float32 rounds twice, and may move an entry that should stay.
-        stay = (exact - kept.double()).abs() <= (exact - nearest.double()).abs()
-        return torch.where(stay, kept, nearest)
-    above = nearest.double() > exact
-    limit = torch.full_like(nearest, torch.inf)
-    low = torch.where(above, torch.nextafter(nearest, -limit), nearest)
-    high = torch.where(above, nearest, torch.nextafter(nearest, limit))
-    share = (exact - low.double()) / (high.double() - low.double())
-    draw = torch.rand(exact.shape, generator=generator, dtype=torch.float64, device=exact.device)
-    return torch.where(draw < share, high, low)

@@ -51,11 +51,14 @@ def measure_delta(reference: ReferenceStack, weight: Tensor) -> Measurement:
 
 
 def _perturbative(reference: ReferenceStack, weight: Tensor, change: Update) -> Measurement:
-    pair, block, settled = solve(reference, change)
+    solution = solve(reference, change)
+    pair, settled = solution.pair, solution.settled
     if not bool(settled.any()):
         return _exactly(reference, weight)
     kept, rest = settled.nonzero().flatten(), (~settled).nonzero().flatten()
-    measured = _assemble(reference.select(kept), change.select(kept), pair.select(kept), take(block, kept))
+    measured = _assemble(
+        reference.select(kept), change.select(kept), pair.select(kept), take(solution.block, kept)
+    )
     if rest.numel() == 0:
         return measured
     exact = _exactly(reference.select(rest), weight[rest])

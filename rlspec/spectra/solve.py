@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from rlspec.spectra.batch import take
-from rlspec.spectra.estimate import remaining_error
+from rlspec.spectra.estimate import remaining_error, rotated
 from rlspec.spectra.measurement import ReferenceStack
 from rlspec.spectra.metrics import Update
 from rlspec.spectra.refine import refine
@@ -25,17 +27,28 @@ _PROGRESS = 0.5  # a sweep that leaves more than this share of the error does no
 _STALLED_SUBSPACE, _STALLED_SIGMA = 1e-2, 1e-6
 
 
-def solve(
-    reference: ReferenceStack, change: Update, *, subspace_tolerance: float = 1.0
-) -> tuple[Pair, Tensor, Tensor]:
+@dataclass(frozen=True)
+class Solution:
+    """Leading subspaces of L matrices: the ``pair`` (w >= k columns) and how far it got.
+
+    ``block`` is U1ᵀ E V1 (L, w, w) float64; ``settled`` (L,) bool says which are good enough. Estimated errors, (L,)
+    float64: ``subspace`` as a share of ``rotation``, the Frobenius norm of the sines; ``sigma`` relative.
+    """
+
+    pair: Pair
+    block: Tensor
+    settled: Tensor
+    subspace: Tensor
+    rotation: Tensor
+    sigma: Tensor
+
+
+def solve(reference: ReferenceStack, change: Update, *, subspace_tolerance: float = 1.0) -> Solution:
     """The leading subspaces of W_ref + E.
 
     Args:
         subspace_tolerance: error of the subspaces to reach, as a share of their rotation, Frobenius norms. Angles
             need no more than what is asked for anyway; a restored weight is as wrong as the subspaces are.
-
-    Returns:
-        The pair (w >= k columns), U1ᵀ E V1 (L, w, w) float64, and which matrices settled, (L,) bool.
     """
     delta = change.delta.to(reference.U.dtype)
     left, right, core, grams, block = first_order(reference, delta, leading_columns(reference))
@@ -43,7 +56,7 @@ def solve(
     found = remaining_error(reference, delta, pair)
     settled = (found.spectrum <= _SPECTRUM) & (found.subspace <= subspace_tolerance) & (found.sigma <= _SIGMA)
     settled |= change.delta_frobenius == 0
-    error, pending = found.subspace, (~settled).nonzero().flatten()
+    error, sigma, pending = found.subspace, found.sigma, (~settled).nonzero().flatten()
     for _ in range(_SWEEPS):
         if pending.numel() == 0:
             break
@@ -55,9 +68,10 @@ def solve(
         stalled = ~good & (found.subspace > _PROGRESS * error[pending])
         rounding = (found.subspace <= _STALLED_SUBSPACE) & (found.sigma <= _STALLED_SIGMA)
         settled[pending] = good | (stalled & rounding)
-        error[pending] = found.subspace
+        error[pending], sigma[pending] = found.subspace, found.sigma
         pending = pending[~good & ~stalled]
-    return pair, block, settled
+    turned = torch.maximum(rotated(pair.left, reference.k), rotated(pair.right, reference.k))
+    return Solution(pair, block, settled, error, turned, sigma)
 
 
 def leading_columns(reference: ReferenceStack) -> int:

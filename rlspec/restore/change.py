@@ -1,0 +1,137 @@
+"""The change W' - W_t that restoring singular directions or values of one matrix means.
+
+Axes: ``m`` by ``n``, r = min(m, n); I = [start, stop) the indices restored, c = stop - start of them. Base
+``W_b = U_b S_b V_bᵀ``, tuned ``W_t = U_t S_t V_tᵀ``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from rlspec.spectra.factor import full_svd
+from rlspec.spectra.matrix import MatrixBasis
+from rlspec.spectra.measurement import ReferenceStack
+from rlspec.spectra.metrics import Update, frobenius, update
+from rlspec.spectra.solve import solve
+from rlspec.spectra.subspace import Side
+
+# Beyond this share of the base's norm, or of its directions, the tuned matrix is decomposed afresh.
+_LARGEST_UPDATE = 0.1
+_DEEPEST = 0.6
+# Error of the subspaces to reach, as a share of their rotation: the change is wrong by about as much.
+_SUBSPACE = 3e-3
+
+
+@dataclass(frozen=True)
+class Change:
+    """``delta`` (m, n) float32 or float64, at full strength.
+
+    ``error`` estimates its Frobenius error. ``sine_rms`` is the root mean square of the sines of the principal
+    angles between the tuned and the base's directions I, the larger of the two sides: the rotation that is undone.
+    ``method`` is "delta" or "exact".
+    """
+
+    delta: Tensor
+    error: float
+    sine_rms: float
+    method: str
+
+
+def restoring_change(
+    base: MatrixBasis, tuned: Tensor, start: int, stop: int, mode: str, *, exact: bool = False
+) -> Change:
+    """What to add to the tuned weight.
+
+    Args:
+        base: the base's complete decomposition.
+        tuned: (m, n), any floating dtype.
+        mode: "values", "directions_and_values", or else directions.
+        exact: decompose the tuned matrix in float64 whatever the update.
+    """
+    numerical = base.k if base.note is not None else base.S.shape[0]
+    if not exact and stop <= min(numerical, max(1, int(_DEEPEST * base.S.shape[0]))):
+        reference = ReferenceStack.of([replace(base, k=stop)])
+        change = update(tuned.unsqueeze(0), reference.W)
+        if float(change.delta_frobenius) <= _LARGEST_UPDATE * float(change.reference_frobenius):
+            found = _by_perturbation(reference, change, start, stop, mode)
+            if found is not None:
+                return found
+    return _by_decomposition(base, tuned, start, stop, mode)
+
+
+def _by_perturbation(
+    reference: ReferenceStack, change: Update, start: int, stop: int, mode: str
+) -> Change | None:
+    """From the update alone, or None where it is too large for that.
+
+    In the base's coordinates the tuned directions are the identity's columns I plus something as small as the
+    rotation. The change is written in those small parts, so that float32's rounding is relative to it and not to
+    the weight: with a, b the tuned left and right coordinates along I, and D_u, D_v what lies outside of them,
+
+        U_b S V_bᵀ - U_t S_t V_tᵀ = U_b (S - a S_t bᵀ) V_bᵀ - D_u S_t bᵀ V_bᵀ - (U_b a + D_u) S_t D_vᵀ
+    """
+    solution = solve(reference, change, subspace_tolerance=_SUBSPACE)
+    if not bool(solution.settled.all()):
+        return None
+    pair = solution.pair
+    u, v = reference.U[0, :, start:stop], reference.Vh[0, start:stop].mT
+    inside_left, outside_left = _split(reference.U[0], pair.left, start, stop)
+    inside_right, outside_right = _split(reference.Vh[0].mT, pair.right, start, stop)
+    tuned, dtype = pair.sigma[0, start:stop], u.dtype
+    if mode == "values":
+        scale = (reference.S[0, start:stop] - tuned).to(dtype)
+        left = u @ inside_left.to(dtype) + outside_left
+        delta = (left * scale) @ (v @ inside_right.to(dtype) + outside_right).mT
+    else:
+        values = reference.S[0, start:stop] if mode == "directions_and_values" else tuned
+        core = torch.diag(values) - (inside_left * tuned) @ inside_right.mT
+        near = u @ core.to(dtype) - outside_left @ (inside_right * tuned).mT.to(dtype)
+        far = (u @ inside_left.to(dtype) + outside_left) * tuned.to(dtype)
+        delta = torch.addmm(near @ v.mT, far, outside_right.mT, alpha=-1)
+    rotation = max(float(frobenius(x)) for x in (outside_left, outside_right))
+    largest = float(pair.sigma[0, start])
+    wrong = float(solution.subspace[0]) * float(solution.rotation[0])
+    error = 2.0 * largest * (2.0**0.5 * wrong + (stop - start) ** 0.5 * float(solution.sigma[0]))
+    return Change(
+        delta,
+        error + 4.0 * torch.finfo(dtype).eps * float(frobenius(delta)),
+        rotation / (stop - start) ** 0.5,
+        "delta",
+    )
+
+
+def _split(factor: Tensor, side: Side, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """Columns I of a side: coordinates along the base's own I (c, c) float64, and all the rest as vectors (dim, c)."""
+    lead = side.lead[0, :, start:stop]
+    inside = lead[start:stop]
+    beside = torch.cat([lead[:start], lead[stop:]]).to(factor.dtype)
+    w = lead.shape[0]
+    outside = factor[:, w:] @ side.tail[0, :, start:stop]
+    if beside.shape[0] > 0:
+        outside += torch.cat([factor[:, :start], factor[:, stop:w]], dim=1) @ beside
+    if side.outside is not None:
+        outside += side.outside[0, :, start:stop]
+    return inside, outside
+
+
+def _by_decomposition(base: MatrixBasis, tuned: Tensor, start: int, stop: int, mode: str) -> Change:
+    """From a float64 decomposition of the tuned matrix."""
+    u, s, vh = full_svd(tuned.double())
+    u, s, v = u[:, start:stop], s[start:stop], vh[start:stop].mT
+    u_base, v_base = base.U[:, start:stop].double(), base.Vh[start:stop].double().mT
+    values = base.S[start:stop]
+    if mode == "values":
+        delta = (u * (values - s)) @ v.mT
+    else:
+        restored = values if mode == "directions_and_values" else s
+        delta = (u_base * restored) @ v_base.mT - (u * s) @ v.mT
+    outside = [x - y @ (y.mT @ x) for x, y in ((u, u_base), (v, v_base))]
+    sine_rms = max(float(x.norm()) for x in outside) / (stop - start) ** 0.5
+    # LAPACK's backward error, and that of base factors kept in float32.
+    eps = torch.finfo(base.U.dtype).eps + 16.0 * torch.finfo(torch.float64).eps
+    return Change(
+        delta, 4.0 * eps * float(base.S.norm()) * max(u.shape[0], v.shape[0]) ** 0.5, sine_rms, "exact"
+    )

@@ -1,0 +1,82 @@
+"""A change added to a weight and rounded to a dtype, row block by row block, with what the rounding ate."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# Entries of a row block: its float64 temporaries stay in a processor's cache.
+_BLOCK = 1 << 17
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """``weight`` (m, n), and squares of Frobenius norms in float64.
+
+    ``change_sq`` of the change meant, ``lost_sq`` of the difference between it and the change made, ``tuned_sq`` of
+    the weight before; ``entries_changed`` counts entries of another value than before.
+    """
+
+    weight: Tensor
+    change_sq: float
+    lost_sq: float
+    tuned_sq: float
+    entries_changed: int
+
+
+def add_rounded(
+    tuned: Tensor,
+    change: Tensor,
+    strength: float,
+    dtype: torch.dtype,
+    *,
+    stochastic: bool = False,
+    generator: torch.Generator | None = None,
+) -> Rounded:
+    """``tuned + strength * change`` in ``dtype``, from float64 sums.
+
+    Args:
+        tuned: (m, n), any floating dtype.
+        change: (m, n), float32 or float64.
+        stochastic: round up or down at random, unbiased, instead of to nearest.
+        generator: for the random draw; blocks draw in order.
+    """
+    m, n = tuned.shape
+    weight = torch.empty(m, n, dtype=dtype, device=tuned.device)
+    sums, changed = [0.0, 0.0, 0.0], 0
+    rows = max(1, _BLOCK // max(n, 1))
+    for start in range(0, m, rows):
+        block = slice(start, start + rows)
+        before = tuned[block].double()
+        step = strength * change[block].double()
+        exact = before + step
+        after = _stochastic(exact, dtype, generator) if stochastic else _nearest(tuned[block], exact, dtype)
+        weight[block] = after
+        moved = after.double() - before
+        for i, x in enumerate((step, moved - step, before)):
+            sums[i] += float(x.square().sum())
+        changed += int(torch.count_nonzero(moved))
+    return Rounded(weight, *sums, changed)
+
+
+def _nearest(original: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """An entry whose change is under half a unit in the last place stays as it is."""
+    nearest = exact.to(dtype)
+    kept = original.to(dtype)
+    # A conversion by way of float32 rounds twice, and may move an entry that should stay.
+    stay = (exact - kept.double()).abs() <= (exact - nearest.double()).abs()
+    return torch.where(stay, kept, nearest)
+
+
+def _stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | None) -> Tensor:
+    """The neighbours of each entry, with probabilities that make the mean right."""
+    nearest = exact.to(dtype)
+    above = nearest.double() > exact
+    limit = torch.full_like(nearest, torch.inf)
+    low = torch.where(above, torch.nextafter(nearest, -limit), nearest)
+    high = torch.where(above, nearest, torch.nextafter(nearest, limit))
+    share = (exact - low.double()) / (high.double() - low.double())
+    draw = torch.rand(exact.shape, generator=generator, dtype=torch.float64, device=exact.device)
+    return torch.where(draw < share, high, low)
