@@ -21,6 +21,7 @@ from rlspec.linalg.chebyshev import Operator, degree_for, filter_correction, fil
 from rlspec.linalg.estimates import ritz_bound
 from rlspec.linalg.lanczos import norm_bound, random_start, spectrum_quantiles
 from rlspec.linalg.orth import gram, orthonormal, well_conditioned
+from rlspec.linalg.thin import transposed_product
 
 _MAX_SKETCH_DEGREE = 6
 _MAX_DEGREE = 12
@@ -119,7 +120,7 @@ def _operator(a: Tensor, width: int) -> Operator:
     if m * n < 10 * width * (2 * m - n):
         moments = gram(a)
         return lambda z: moments @ z
-    return lambda z: a.mT @ (a @ z)
+    return lambda z: transposed_product(a, a @ z)
 
 
 def _sketch_degree(at_cut: Tensor, top: Tensor, edge: Tensor, eps: float) -> int:
@@ -207,12 +208,12 @@ def _measure(
     noise = 4 * eps * theta[:, 0].clamp_min(0).sqrt() * s[:, 0, k - 1]
     inner = z[..., :p]
 
-    def outside(w: Tensor) -> Tensor:
-        w = w - inner @ (inner.mT @ w)
-        w = apply(w)
-        return w - inner @ (inner.mT @ w)
+    def clear(w: Tensor) -> Tensor:
+        return w - inner @ transposed_product(inner, w)
 
-    beyond = norm_bound(outside, random_start(z.shape[0], z.shape[1], generator, a), z.shape[1] - p)
+    # Lanczos vectors that start outside the searched space stay there when every product is cleared of it.
+    start = clear(random_start(z.shape[0], z.shape[1], generator, a))
+    beyond = norm_bound(lambda w: clear(apply(w)), start, z.shape[1] - p)
     beyond = beyond + 4 * eps * theta[:, 0]
     coupling = inner[..., k:].mT @ residual[..., :k]
     bound = ritz_bound(theta[:, :p], residual, coupling, beyond, noise, k)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlspec.linalg.thin import transposed_product
 from rlspec.spectra.batch import take
 from rlspec.spectra.measurement import ReferenceStack
 
@@ -165,7 +166,7 @@ def apply(reference: ReferenceStack, delta: Tensor, side: Side, *, transpose: bo
     if side.outside is not None:
         x = x + side.outside
     moved = delta @ x
-    inside = u.mT @ moved
+    inside = transposed_product(u, moved)
     outside = moved - u @ inside if u.shape[-2] > r else None
     s = reference.S.unsqueeze(-1)
     lead = s[..., :w, :] * side.lead + inside[..., :w, :].double()
