@@ -1,14 +1,14 @@
-"""Which arithmetic a matrix product runs in, decided by measuring rather than by the name of the processor.
+"""Which arithmetic a float32 matrix product runs in.
 
-Two questions are answered once per process: does oneDNN's bfloat16-split route keep float32's accuracy on this CPU
-and is it faster (with AVX-512 it is both; with AMX it truly computes in bfloat16; with AVX2 alone it is slow), and are
-bfloat16 products faster than float32 ones here (without bfloat16 instructions they are a hundred times slower).
+oneDNN can split float32 factors into bfloat16 parts. With AVX-512 that keeps float32's accuracy at twice the speed of
+the default; with AMX it truly computes in bfloat16; with AVX2 alone it gains nothing. So it is taken on CPUs with
+AVX-512 where a probe finds it accurate. Nothing is timed: the choice is the same in every process on a machine, and a
+resumed run computes as the interrupted one did.
 """
 
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -76,37 +76,6 @@ def split_products_are_accurate() -> bool:
     return worst < _FLOAT32_ERROR
 
 
-@functools.cache
 def split_products_pay() -> bool:
-    """Whether those products are also faster than torch's default, timed once (a few milliseconds)."""
-    if not split_products_are_accurate():
-        return False
-    backend = _mkldnn_matmul()
-    a, b = torch.ones(512, 512), torch.ones(512, 512)
-    default = _best_seconds(a, b)
-    before = backend.fp32_precision
-    try:
-        backend.fp32_precision = "bf16"
-        return _best_seconds(a, b) < 0.9 * default
-    finally:
-        backend.fp32_precision = before
-
-
-@functools.cache
-def bfloat16_is_fast(device: str = "cpu") -> bool:
-    """Whether bfloat16 matrix products beat float32 ones on ``device`` (True on every GPU, timed on a CPU)."""
-    if torch.device(device).type != "cpu":
-        return True
-    a, b = torch.ones(256, 512), torch.ones(512, 256)
-    with fast_matmul():
-        single = _best_seconds(a, b)
-    return _best_seconds(a.bfloat16(), b.bfloat16()) < single
-
-
-def _best_seconds(a: torch.Tensor, b: torch.Tensor) -> float:
-    times = []
-    for _ in range(4):  # the first call sets up threads and code
-        start = time.perf_counter()
-        torch.mm(a, b)
-        times.append(time.perf_counter() - start)
-    return min(times[1:])
+    """Whether those products are accurate here, on a CPU where they are also faster."""
+    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and split_products_are_accurate()

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import check_finite
+from rlspec.linalg.precision import fast_matmul
 from rlspec.restore.change import Change, restoring_change
 from rlspec.restore.rounding import add_rounded
 from rlspec.spectra.factor import reference_factors
@@ -106,7 +107,8 @@ def restore_matrix(
         )
         start, stop = _indices(Rank.parse(rank).resolve(base.S), base.S.shape[0], mode, band)
         k = stop - start
-        change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
+        with torch.no_grad(), fast_matmul():
+            change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
     done = add_rounded(
         W_tuned, change.delta, strength, target, stochastic=rounding == "stochastic", generator=generator
     )

@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import Projection
+from rlspec.linalg.precision import fast_matmul
 from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
@@ -86,6 +88,10 @@ class SpectralTracker:
         Raises:
             TensorError: a weight is missing, has another shape than its reference, or holds NaN or infinity.
         """
+        with torch.no_grad(), fast_matmul():
+            return self._measure(source, step, stage, null_draws)
+
+    def _measure(self, source: WeightSource, step: int, stage: str, null_draws: int) -> SpectralRecord:
         started = time.perf_counter()
         weights = open_weights(source)
         record = SpectralRecord(stage=stage, step=step, rows=[])
