@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from rlspec.restore.estimate import check_memory, expected_seconds, plan_bytes
+from rlspec.restore.options import ELEMENTWISE
 from rlspec.restore.plan import Plan, Step
 from rlspec.restore.report import MatrixReport, RestoreReport
 
@@ -52,7 +53,7 @@ def plan_lines(plan: Plan, memory_gib: float) -> list[str]:
     lines = [*_table(rows), "", *_totals(plan)]
     cached, cold = expected_seconds(plan)
     time = f"about {_duration(cold)}"
-    if cold > 1.1 * cached:
+    if cold > 1.1 * cached and cold >= 1:
         time += f", or {_duration(cached)} if the base's decompositions are in the cache"
     return [*lines, f"estimated time (from a short measurement, give or take a factor of two): {time}"] + (
         unmatched_lines(plan)
@@ -80,11 +81,12 @@ def report_lines(report: RestoreReport) -> list[str]:
     if report.merged:
         lines[0] += f", merged the adapter into {len(report.merged)} more"
     if rows:
-        lines.append(f"directions per matrix        {_spread([row.k for row in rows], '{:.0f}')}")
+        if report.options["mode"] not in ELEMENTWISE:
+            lines.append(f"directions per matrix        {_spread([row.k for row in rows], '{:.0f}')}")
         lines.append(
             f"change, of the tuned norm    {_spread([row.change_relative for row in rows], '{:.2%}')}"
         )
-        lines += _optional(rows)
+        lines += _rotation(rows)
         lost = [row.rounding_share for row in rows]
         lines.append(f"lost to rounding, of change  {_spread(lost, '{:.1%}')}")
         if statistics.median(lost) > _LOST:
@@ -96,16 +98,16 @@ def report_lines(report: RestoreReport) -> list[str]:
         lines.append("restored matrices are float32; load with dtype=torch.float32, config.json is unchanged")
     if report.resumed:
         lines.append(f"{report.resumed} of them were done before the interruption")
-    rate = report.bytes_written / 1e6 / max(report.seconds, 1e-9)
+    rate = report.bytes_written / max(report.seconds, 1e-9)
     lines.append(
-        f"wrote {report.out}: {report.bytes_written / 1e9:.2f} GB in {_duration(report.seconds)} ({rate:.0f} MB/s)"
+        f"wrote {report.out}: {_size(report.bytes_written)} in {_duration(report.seconds)} ({_size(rate)}/s)"
     )
     return lines
 
 
-def _optional(rows: Sequence[MatrixReport]) -> list[str]:
-    turned = [row.rotation_removed_rad for row in rows if row.rotation_removed_rad is not None]
-    return [f"rotation undone, rad          {_spread(turned, '{:.2g}')}"] if turned else []
+def _rotation(rows: Sequence[MatrixReport]) -> list[str]:
+    sines = [row.rotation_sine_rms for row in rows if row.rotation_sine_rms is not None]
+    return [f"rotation undone, rms sine    {_spread(sines, '{:.2g}')}"] if sines else []
 
 
 def _plan_row(step: Step, plan: Plan) -> tuple[str, ...]:
@@ -126,7 +128,7 @@ def _plan_row(step: Step, plan: Plan) -> tuple[str, ...]:
 def _totals(plan: Plan) -> list[str]:
     counts = {action: len(plan.chosen(action)) for action in ("restore", "merge", "keep")}
     text = ", ".join(f"{action} {count}" for action, count in counts.items() if count)
-    return [f"{len(plan.steps)} tensors: {text}; {plan_bytes(plan) / 1e9:.2f} GB to write"]
+    return [f"{len(plan.steps)} tensors: {text}; {_size(plan_bytes(plan))} to write"]
 
 
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
@@ -144,6 +146,14 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
 def _spread(values: Sequence[float], form: str) -> str:
     low, high = form.format(min(values)), form.format(max(values))
     return low if low == high else f"median {form.format(statistics.median(values))}, {low} to {high}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.2f} GB"
 
 
 def _duration(seconds: float) -> str:

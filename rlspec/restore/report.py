@@ -30,6 +30,8 @@ class Figures(Protocol):
     @property
     def entries_changed(self) -> int: ...
     @property
+    def rotation_sine_rms(self) -> float | None: ...
+    @property
     def method(self) -> str: ...
 
 
@@ -50,7 +52,7 @@ class MatrixReport:
     error_estimate: float
     rounding_share: float
     entries_changed: int
-    rotation_removed_rad: float | None
+    rotation_sine_rms: float | None
     method: str
 
     @classmethod
@@ -71,7 +73,7 @@ class MatrixReport:
             error_estimate=result.error_estimate,
             rounding_share=result.rounding_share,
             entries_changed=result.entries_changed,
-            rotation_removed_rad=getattr(result, "rotation_removed_rad", None),
+            rotation_sine_rms=result.rotation_sine_rms,
             method=result.method,
         )
 

@@ -35,6 +35,7 @@ class Changes:
     lost_square: float = 0.0
     entries_changed: int = 0
     error_estimate: float = 0.0
+    rotation_sine_rms: float | None = None
     method: str = "none"
 
     def add(self, tuned: Tensor, result: RestoreResult) -> None:
@@ -138,6 +139,7 @@ def restore_with(
         dtype=dtype,
         rounding=options.rounding,
         basis=basis,
+        exact=options.exact,
         generator=draw,
         **arguments,
     )
@@ -187,10 +189,10 @@ def restore_rows(
     """
     draw = generator(options.seed, label)
     for first, base, tuned in _small(blocks):
-        flat_base, flat_tuned = base.reshape(1, -1), tuned.reshape(1, -1)
+        sides = (len(tuned), -1) if tuned.ndim > 1 else (1, -1)
         result = restore_matrix(
-            flat_base,
-            flat_tuned,
+            base.reshape(sides),
+            tuned.reshape(sides),
             options.rank,
             mode=options.restore_mode,
             strength=options.strength,

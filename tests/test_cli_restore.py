@@ -1,0 +1,253 @@
+"""`rlspec restore`: the plan, the summary, the report, one clear line for what goes wrong, and interruptions."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+
+sys.path.insert(0, str(Path(__file__).parent))
+from restore_toys import bytes_of, pair, rewrite, tensors_of
+
+from rlspec.cli import restore_text
+from rlspec.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return pair(tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16, shard="60KB")
+
+
+def invoke(*arguments: Any) -> Result:
+    result = CliRunner().invoke(main, ["restore", *(str(argument) for argument in arguments)])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result
+
+
+def arguments(checkpoints: tuple[Path, Path], out: Path | None = None) -> list[Any]:
+    return ["--base", checkpoints[0], "--tuned", checkpoints[1], *(["--out", out] if out is not None else [])]
+
+
+def check_refused(out: Path, result: Result, named: str) -> None:
+    """One line on stderr, code 2, nothing on stdout, and nothing under the output's name."""
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("Error: ") and result.stderr.count("\n") == 1, result.stderr
+    assert named in result.stderr
+    assert result.stdout == ""
+    assert not out.exists()
+
+
+def test_help_names_every_option_and_loads_no_torch() -> None:
+    code = (
+        "import sys\nfrom rlspec.cli.main import main\n"
+        "try: main(['restore', '--help'])\nexcept SystemExit: pass\nassert 'torch' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    options = (
+        "base tuned out rank part mode strength modules layers dtype rounding seed memory-gib exact resume"
+    )
+    options += " overwrite dry-run report"
+    assert all(f"--{name} " in done.stdout for name in options.split())
+
+
+def test_summary_and_report(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    out, file = tmp_path / "out", tmp_path / "report.json"
+    result = invoke(*arguments(checkpoints, out), "--report", file, "--layers", "1", "--rank", "gap:0.2")
+    assert result.exit_code == 0 and result.stderr == ""
+    assert "restored 3 matrices (k 1, q 1, v 1), kept 18 tensors" in result.stdout
+    assert "lost to rounding" in result.stdout and "--rounding stochastic keeps it" in result.stdout
+    assert f"wrote {out}" in result.stdout
+    report = json.loads(file.read_text())
+    assert report["options"]["rank"] == "gap:0.2" and report["tuned"] == str(checkpoints[1])
+    assert len(report["kept"]) == 18 and "model.norm.weight" in report["kept"]
+    for row in report["matrices"]:
+        assert row["layer"] == 1 and row["dtype"] == "bfloat16" and row["change_frobenius"] > 0
+        assert 0 < row["rounding_share"] < 1 and row["error_estimate"] < row["change_frobenius"]
+        assert 0 < row["rotation_sine_rms"] < 1
+        before, after = (tensors_of(folder)[row["tensor"]] for folder in (checkpoints[1], out))
+        assert row["entries_changed"] == int((before != after).sum())
+        moved = (after.double() - before.double()).norm()
+        assert abs(float(moved) - row["change_frobenius"]) <= row["rounding_share"] * row["change_frobenius"]
+
+
+def test_dry_run_writes_nothing(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    before = sorted(tmp_path.parent.rglob("*"))
+    rewritten = pair(tmp_path / "odd")
+    rewrite(rewritten[0], lambda t: t.pop("lm_head.weight"))
+    for folder in rewritten:
+        rewrite(folder, lambda t: t.update({"model.layers.0.mixer.weight": torch.randn(8, 8)}))
+    before = sorted(tmp_path.rglob("*"))
+    result = invoke(*arguments(rewritten), "--dry-run", "--modules", "q,lm_head", "--layers", "0")
+    assert result.exit_code == 0, result.output
+    assert sorted(tmp_path.rglob("*")) == before
+    lines = {line.split()[0]: line for line in result.stdout.splitlines() if line}
+    assert "directions  13/64" in lines["model.layers.0.self_attn.q_proj.weight"]
+    assert "16,384" in lines["model.layers.0.self_attn.q_proj.weight"]
+    assert lines["lm_head.weight"].endswith("not in the base")
+    assert lines["model.layers.1.self_attn.q_proj.weight"].endswith("layer 1 is not among --layers 0")
+    assert lines["model.layers.0.mixer.weight"].endswith("name not known")
+    assert "22 tensors: restore 1, keep 21" in result.stdout
+    assert "estimated time (from a short measurement" in result.stdout
+    assert "not matched by name: 1 matrices" in result.stdout
+    assert "1 x model.layers.N.mixer.weight" in result.stdout
+    assert "energy:0.9/64" in invoke(*arguments(checkpoints), "--dry-run", "--rank", "energy:0.9").stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (("--rank", "much"), "rank 'much' is not valid"),
+        (("--mode", "svd"), "unknown mode 'svd'; valid: directions, values, both, copy, interpolate"),
+        (("--part", "x"), "--part 'x' is not valid"),
+        (("--modules", "q,nothing"), "it matches no matrix"),
+        (("--layers", "7"), "is not within the model's 2 layers (0 to 1)"),
+        (("--memory-gib", "0.001"), "--memory-gib allows 0.0: raise it to"),
+        (("--memory-gib", "0"), "--memory-gib 0.0 must be above 0"),
+        (("--strength", "2"), "not in [0, 1]"),
+        (("--dtype", "int8"), "unknown dtype 'int8'"),
+    ],
+)
+def test_bad_options(
+    options: tuple[str, ...], named: str, checkpoints: tuple[Path, Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    check_refused(out, invoke(*arguments(checkpoints, out), *options), named)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_paths_that_are_refused(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    base, tuned = checkpoints
+    before = bytes_of(base.parent)
+    result = invoke(*arguments(checkpoints))
+    assert result.exit_code == 2 and "Missing option '--out'" in result.stderr
+    check_refused(
+        tmp_path / "no",
+        invoke("--base", tmp_path / "no", "--tuned", tuned, "--out", tmp_path / "o"),
+        "no such",
+    )
+    for report, named in ((base / "r.json", "inputs are never written"), (tmp_path / "x" / "r", "no folder")):
+        out = tmp_path / "out"
+        check_refused(out, invoke(*arguments(checkpoints, out), "--report", report), named)
+    result = invoke(*arguments(checkpoints, tuned), "--overwrite")
+    assert result.exit_code == 2 and "inputs are never written" in result.stderr
+    assert bytes_of(base.parent) == before
+
+
+def test_ctrl_c_says_how_to_go_on(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert invoke(*arguments(checkpoints, whole)).exit_code == 0
+    step = restore_text.Bar.step
+    done = []
+
+    def interrupted(self: Any, finished: Any) -> None:
+        done.append(finished.name)
+        step(self, finished)
+        if len(done) == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(restore_text.Bar, "step", interrupted)
+    result = invoke(*arguments(checkpoints, out))
+    assert result.exit_code == 130
+    assert "Stopped; nothing is at" in result.stderr and "--resume" in result.stderr
+    assert not out.exists()
+    monkeypatch.undo()
+    # Other settings cannot go on with it.
+    result = invoke(*arguments(checkpoints, out), "--resume", "--rank", "0.3")
+    check_refused(out, result, "--resume")
+    file = tmp_path / "report.json"
+    result = invoke(*arguments(checkpoints, out), "--resume", "--report", file)
+    assert result.exit_code == 0, result.output
+    assert bytes_of(out) == bytes_of(whole)
+    report = json.loads(file.read_text())
+    assert len(report["matrices"]) == 6 and 0 < report["resumed"] < 6
+    assert f"{report['resumed']} of them were done before the interruption" in result.stdout
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "report.json", "whole"]
+
+
+def test_changed_inputs_are_not_resumed(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = pair(tmp_path / "own", shard="60KB")
+    stop_after(2, monkeypatch)
+    out = tmp_path / "out"
+    assert invoke(*arguments((base, tuned), out)).exit_code == 130
+    monkeypatch.undo()
+    shard = next(iter(sorted(base.glob("*.safetensors"))))
+    status = shard.stat()
+    os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
+    check_refused(out, invoke(*arguments((base, tuned), out), "--resume"), "--resume")
+
+
+def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def step(self: Any, finished: Any) -> None:
+        seen.append(finished)
+        if len(seen) == count:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(restore_text.Bar, "step", step)
+
+
+def at_begin(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do something once the plan stands and the work begins."""
+    monkeypatch.setattr(restore_text.Bar, "begin", lambda self, steps: action())
+
+
+def test_a_shard_that_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = pair(tmp_path / "own")
+    shard = checkpoints[0] / "model.safetensors"
+    at_begin(lambda: os.truncate(shard, 4096), monkeypatch)
+    out = tmp_path / "out"
+    result = invoke(*arguments(checkpoints, out))
+    check_refused(out, result, str(shard))
+    assert "self_attn" in result.stderr
+
+
+def test_a_shard_that_vanishes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoints = pair(tmp_path / "own")
+    shard = checkpoints[0] / "model.safetensors"
+    at_begin(shard.unlink, monkeypatch)
+    out = tmp_path / "out"
+    check_refused(out, invoke(*arguments(checkpoints, out)), str(shard))
+
+
+def test_a_disk_that_is_full(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit on file sizes fails writes the way a full disk does: in the middle, with an error code."""
+    out = tmp_path / "out"
+    old = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, old[1]))
+        result = invoke(*arguments(checkpoints, out))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, old)
+        signal.signal(signal.SIGXFSZ, handler)
+    check_refused(out, result, os.strerror(errno.EFBIG))
+    assert invoke(*arguments(checkpoints, out), "--resume").exit_code == 0
+
+
+def test_a_place_that_cannot_be_written(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    check_refused(out, invoke(*arguments(checkpoints, out)), str(out.parent))
+    if os.geteuid() != 0:  # root may write everywhere
+        closed = tmp_path / "closed"
+        closed.mkdir(mode=0o500)
+        check_refused(closed / "out", invoke(*arguments(checkpoints, closed / "out")), "ermission")
