@@ -18,8 +18,8 @@ from rlspec.spectra.bounds import probe_bounds
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement, ReferenceStack, combine
 from rlspec.spectra.metrics import Update, effective_rank, effective_rank_bound, update
-from rlspec.spectra.solve import solve
-from rlspec.spectra.subspace import Pair, Side, sines
+from rlspec.spectra.solve import Solution, solve
+from rlspec.spectra.subspace import Side, sines
 
 # Past this share of the reference's norm an update is no perturbation, and refinement costs more than it
 # saves.
@@ -52,13 +52,11 @@ def measure_delta(reference: ReferenceStack, weight: Tensor) -> Measurement:
 
 def _perturbative(reference: ReferenceStack, weight: Tensor, change: Update) -> Measurement:
     solution = solve(reference, change)
-    pair, settled = solution.pair, solution.settled
+    settled = solution.settled
     if not bool(settled.any()):
         return _exactly(reference, weight)
     kept, rest = settled.nonzero().flatten(), (~settled).nonzero().flatten()
-    measured = _assemble(
-        reference.select(kept), change.select(kept), pair.select(kept), take(solution.block, kept)
-    )
+    measured = _assemble(reference.select(kept), change.select(kept), solution, kept)
     if rest.numel() == 0:
         return measured
     exact = _exactly(reference.select(rest), weight[rest])
@@ -70,9 +68,10 @@ def _exactly(reference: ReferenceStack, weight: Tensor) -> Measurement:
     return measure_exact(reference, weight).with_notes(note)
 
 
-def _assemble(reference: ReferenceStack, change: Update, pair: Pair, block: Tensor) -> Measurement:
+def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kept: Tensor) -> Measurement:
     k = reference.k
-    bounds = probe_bounds(reference, change.delta.to(reference.U.dtype), pair)
+    pair, block = solution.pair.select(kept), take(solution.block, kept)
+    bounds = probe_bounds(reference, take(solution.delta, kept), pair)
     m, n = reference.shape
     same = change.delta_frobenius == 0
     column = same.unsqueeze(-1)

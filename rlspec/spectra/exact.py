@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlspec.linalg.angles import principal_sines
 from rlspec.linalg.exact import exact_svd
+from rlspec.spectra.factor import SMALL, full_svd
 from rlspec.spectra.measurement import Measurement, ReferenceStack
 from rlspec.spectra.metrics import effective_rank, update
 
@@ -28,7 +29,7 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
     k = reference.k
     m, n = reference.shape
     change = update(weight, reference.W)
-    u, s, vh = exact_svd(weight.double())
+    u, s, vh = _decompose(weight.double())
     same = (change.delta_frobenius == 0).unsqueeze(-1)
     s = torch.where(same, reference.S, s)
     u_ref, v_ref = reference.U.double(), reference.Vh.double().mT
@@ -58,18 +59,32 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
     )
 
 
+def _decompose(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Thin SVDs of (L, m, n) float64, small ones as a batch."""
+    if min(weight.shape[-2:]) <= SMALL:
+        return exact_svd(weight)
+    parts = [full_svd(matrix) for matrix in weight]
+    return (
+        torch.stack([p[0] for p in parts]),
+        torch.stack([p[1] for p in parts]),
+        torch.stack([p[2] for p in parts]),
+    )
+
+
 def _backward_error(reference: ReferenceStack, s: Tensor) -> Tensor:
     """(L,) norm of the perturbation that both decompositions may contain: rounding of the arithmetic and
     the factors.
 
-    LAPACK's SVD is the exact one of a matrix within a small multiple of sqrt(max(m, n)) u of the given one;
-    reference factors kept in float32 carry that rounding too.
+    LAPACK's SVD is the exact one of a matrix within a small multiple of sqrt(max(m, n)) u of the given one; by way of
+    the Gram matrix that grows by σ_1/σ_k. Reference factors kept in float32 carry that rounding too.
     """
     m, n = reference.shape
     u = torch.finfo(torch.float64).eps
-    factor = 8.0 * math.sqrt(max(m, n)) * u
+    factor = torch.full_like(s[..., 0], 8.0 * math.sqrt(max(m, n)) * u)
+    if min(m, n) > SMALL:
+        factor = factor * s[..., 0] / s[..., reference.k - 1]
     if reference.U.dtype != torch.float64:
-        factor += torch.finfo(torch.float32).eps
+        factor = factor + torch.finfo(torch.float32).eps
     return factor * torch.maximum(s[..., 0], reference.S[..., 0])
 
 

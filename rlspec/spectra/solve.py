@@ -31,11 +31,13 @@ _STALLED_SUBSPACE, _STALLED_SIGMA = 1e-2, 1e-6
 class Solution:
     """Leading subspaces of L matrices: the ``pair`` (w >= k columns) and how far it got.
 
-    ``block`` is U1ᵀ E V1 (L, w, w) float64; ``settled`` (L,) bool says which are good enough. Estimated errors, (L,)
-    float64: ``subspace`` as a share of ``rotation``, the Frobenius norm of the sines; ``sigma`` relative.
+    ``delta`` is E in the dtype of the factors, ``block`` is U1ᵀ E V1 (L, w, w) float64; ``settled`` (L,) bool says which
+    are good enough. Estimated errors, (L,) float64: ``subspace`` as a share of ``rotation``, the Frobenius norm of
+    the sines; ``sigma`` relative.
     """
 
     pair: Pair
+    delta: Tensor
     block: Tensor
     settled: Tensor
     subspace: Tensor
@@ -71,7 +73,7 @@ def solve(reference: ReferenceStack, change: Update, *, subspace_tolerance: floa
         error[pending], sigma[pending] = found.subspace, found.sigma
         pending = pending[~good & ~stalled]
     turned = torch.maximum(rotated(pair.left, reference.k), rotated(pair.right, reference.k))
-    return Solution(pair, block, settled, error, turned, sigma)
+    return Solution(pair, delta, block, settled, error, turned, sigma)
 
 
 def leading_columns(reference: ReferenceStack) -> int:
