@@ -53,7 +53,15 @@ def llama_bf16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return pair(tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
 
 
-def check(kind: str, base: Path, tuned: Path, out: Path, options: dict[str, Any], formula: Any) -> None:
+def check(
+    kind: str,
+    base: Path,
+    tuned: Path,
+    out: Path,
+    options: dict[str, Any],
+    formula: Any,
+    untouched: str = "no",
+) -> None:
     report = rlspec.restore_checkpoint(base, tuned, out, **options)
     before, found = tensors_of(tuned), tensors_of(out)
     truth = expected(kind, tensors_of(base), before, formula)
@@ -61,7 +69,7 @@ def check(kind: str, base: Path, tuned: Path, out: Path, options: dict[str, Any]
     restored = {row.tensor for row in report.matrices}
     changed = 0
     for name, tensor in found.items():
-        if not parts(kind, name, before[name]):
+        if name.startswith(untouched) or not parts(kind, name, before[name]):
             assert torch.equal(tensor, before[name]), name
             assert name in report.kept
             continue
@@ -89,6 +97,35 @@ def test_naming_schemes_equal_the_dense_formula(kind: str, tmp_path: Path) -> No
     base, tuned = pair(tmp_path, kind)
     for mode in ("directions", "tail", "values", "both", "interpolate", "copy"):
         check(kind, base, tuned, tmp_path / mode, *MODES[mode])
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_language_models_inside_multimodal_ones(
+    prefix: str, llama: tuple[Path, Path], tmp_path: Path
+) -> None:
+    folders = tmp_path / "base", tmp_path / "tuned"
+    for source, folder in zip(llama, folders):
+        folder.mkdir()
+        tensors = {n.replace("model.layers.", f"{prefix}layers."): t for n, t in tensors_of(source).items()}
+        tower = {n.replace(prefix, "vision_model."): t.clone() for n, t in tensors.items() if ".layers." in n}
+        save_file({**tensors, **tower}, folder / "model.safetensors")
+    check("llama", *folders, tmp_path / "out", {}, svd_formula(0, 0.2), untouched="vision_model.")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_exact_in_every_dtype(dtype: torch.dtype, tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path, dtype=dtype)
+    report = rlspec.restore_checkpoint(base, tuned, tmp_path / "out", exact=True)
+    found = tensors_of(tmp_path / "out")
+    truth = expected("llama", tensors_of(base), tensors_of(tuned), svd_formula(0, 0.2))
+    for row in report.matrices:
+        assert row.method == "exact" and found[row.tensor].dtype == dtype
+        exact = truth[row.tensor]
+        if dtype == torch.float64:
+            assert (found[row.tensor] - exact).norm() <= 1e-12 * exact.norm()
+        else:
+            # Rounding to nearest, but for what lies within the formula's own error of a tie.
+            assert (found[row.tensor] != exact.to(dtype)).float().mean() < 1e-3
 
 
 def test_the_check_notices_the_wrong_formula(llama: tuple[Path, Path], tmp_path: Path) -> None:

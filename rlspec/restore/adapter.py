@@ -1,4 +1,4 @@
-"""A LoRA adapter of PEFT as a tuned checkpoint: W_b + scale B A, formed one block of rows at a time.
+"""A LoRA adapter of PEFT as a tuned checkpoint: W_b + scale B A, formed for the rows at hand.
 
 Nothing of PEFT is imported. The folder holds ``adapter_config.json`` and ``adapter_model.safetensors``; with r the
 adapter's rank, A is (r, in) and B (out, r), and scale = alpha / r, or alpha / sqrt(r) with ``use_rslora``
@@ -92,35 +92,36 @@ class Adapter:
         """Whether the adapter changes this tensor of the base."""
         return name in self._updates or name in self._replacements
 
-    def merged(self, name: str, first: int, base: Tensor) -> Tensor:
-        """Rows of a tuned tensor.
+    def saved(self, name: str) -> str | None:
+        """The adapter's own name of a tensor that it holds whole (a module trained beside the adapter)."""
+        return self._replacements.get(name)
+
+    def add_update(self, name: str, first: int, rows: Tensor) -> Tensor:
+        """W + scale B A for some rows of a tensor.
 
         Args:
             name: the base's name of the tensor.
-            first: index of the first row in ``base``.
-            base: the base's rows, (c, ...).
+            first: index of the first row.
+            rows: (c, ...), the base's, or those of the saved tensor.
 
         Returns:
-            (c, ...): ``base`` itself where the adapter changes nothing, else a new tensor in float32 (float64 where
-            the base is), or a saved module's own rows in their own dtype.
+            (c, ...): ``rows`` itself where there is no update, else a new tensor in float32 (float64 for float64).
         """
-        from rlspec.io.stream import read_tensor
-
-        if name in self._replacements:
-            block = read_tensor(self.index, self._replacements[name])[first : first + len(base)]
-        else:
-            block = base
         update = self._updates.get(name)
         if update is None:
-            return block
-        wide = torch.float64 if block.dtype == torch.float64 else torch.float32
+            return rows
+        wide = torch.float64 if rows.dtype == torch.float64 else torch.float32
         if self._factors is None or self._factors[0] != name:
-            a, b = (read_tensor(self.index, factor).to(wide) for factor in (update.a, update.b))
-            # Rows of the stored tensor are rows of the left factor.
-            self._factors = (name, a.mT, b.mT) if update.transposed else (name, b, a)
+            self._factors = (name, *self._read_factors(update, wide))
         _, left, right = self._factors
-        rows = left[first : first + len(block)]
-        return torch.addmm(block.to(wide), rows, right, alpha=update.scale)
+        return torch.addmm(rows.to(wide), left[first : first + len(rows)], right, alpha=update.scale)
+
+    def _read_factors(self, update: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The two factors in the order that makes rows of the left one rows of the stored tensor."""
+        from rlspec.io.stream import read_tensor
+
+        a, b = (read_tensor(self.index, factor).to(dtype) for factor in (update.a, update.b))
+        return (a.mT, b.mT) if update.transposed else (b, a)
 
 
 def is_adapter(folder: Path) -> bool:

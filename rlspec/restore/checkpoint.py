@@ -21,7 +21,7 @@ from rlspec.restore.matrix import Rounding
 from rlspec.restore.options import Dtype, RestoreOptions
 from rlspec.restore.plan import Plan, Step, plan_restore
 from rlspec.restore.report import Journal, MatrixReport, RestoreReport
-from rlspec.restore.tensors import Changes, aligned, converted, restore_rows, restore_stored, unchanged
+from rlspec.restore.tensors import Block, Changes, aligned, converted, restore_rows, restore_stored, unchanged
 from rlspec.spectra.rank import RankLike
 
 if TYPE_CHECKING:
@@ -210,7 +210,7 @@ def _carry_out(
 
 def _pairs(plan: Plan, names: list[str], memory: int) -> Iterator[tuple[str, Tensor, Tensor]]:
     """(name, base, tuned) in the order asked for; an adapter's tuned tensors are formed from the base's."""
-    from rlspec.io.stream import TensorStream, stream_pairs
+    from rlspec.io.stream import TensorStream, read_tensor, stream_pairs
 
     if plan.adapter is None:
         yield from stream_pairs(plan.base, plan.like, names, memory_bytes=memory)
@@ -219,24 +219,18 @@ def _pairs(plan: Plan, names: list[str], memory: int) -> Iterator[tuple[str, Ten
         for streamed in stream:
             name = streamed.entry.name
             base = streamed.tensor
-            tuned = plan.adapter.merged(name, 0, base)
-            del streamed
+            saved = plan.adapter.saved(name)
+            rows = base if saved is None else read_tensor(plan.adapter.index, saved)
+            tuned = plan.adapter.add_update(name, 0, rows)
+            del streamed, rows
             yield name, base, tuned
             del base, tuned
 
 
 def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> list[MatrixReport]:
     """Copy, interpolate or merge a tensor without holding it whole."""
-    from rlspec.io.stream import stream_rows
-
     assert step.dtype is not None
-    budget = pool_bytes(plan, memory) // 2
-    base = stream_rows(plan.base, step.name, memory_bytes=budget)
-    if plan.adapter is None:
-        blocks = aligned(base, stream_rows(plan.like, step.name, memory_bytes=budget))
-    else:
-        adapter = plan.adapter
-        blocks = ((first, block, adapter.merged(step.name, first, block)) for first, block in base)
+    blocks = _blocks(plan, step.name, pool_bytes(plan, memory) // 2)
     if step.action == "merge":
         same = ((first, tuned, tuned) for first, _, tuned in blocks)
         for first, block in restore_rows(step.name, same, step.dtype, unchanged(plan.options), Changes(0)):
@@ -248,6 +242,23 @@ def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> l
     for first, block in restore_rows(projection.name, blocks, step.dtype, plan.options, changes):
         writer.put_rows(step.name, first, block)
     return [MatrixReport.of(projection, shape, step.dtype, changes)]
+
+
+def _blocks(plan: Plan, name: str, memory: int) -> Iterator[Block]:
+    """Row blocks of base and tuned tensor."""
+    from rlspec.io.stream import stream_rows
+
+    base = stream_rows(plan.base, name, memory_bytes=memory)
+    if plan.adapter is None:
+        yield from aligned(base, stream_rows(plan.like, name, memory_bytes=memory))
+        return
+    saved = plan.adapter.saved(name)
+    if saved is None:
+        pairs: Iterator[Block] = ((first, block, block) for first, block in base)
+    else:
+        pairs = aligned(base, stream_rows(plan.adapter.index, saved, memory_bytes=memory))
+    for first, there, here in pairs:
+        yield first, there, plan.adapter.add_update(name, first, here)
 
 
 def fingerprint(plan: Plan) -> str:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
+from rlspec.errors import CheckpointError
 from rlspec.io.projections import Projection
 
 
@@ -102,38 +104,57 @@ class RestoreReport:
         return {**found, **{name: str(found[name]) for name in ("out", "base", "tuned")}}
 
     def write(self, path: Path) -> None:
-        """Write the report as JSON; a reader sees the old file or the new one."""
+        """Write the report as JSON; a reader sees the old file or the new one.
+
+        Raises:
+            CheckpointError: the file cannot be written.
+        """
         temporary = path.with_name(path.name + ".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
+        with _named(path), temporary.open("w", encoding="utf-8") as file:
             json.dump(self.to_dict(), file, indent=1, allow_nan=False)
             file.write("\n")
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with _named(path):
+            os.replace(temporary, path)
 
 
 class Journal:
-    """Reports of the matrices done so far, a line of JSON each, beside the unfinished output."""
+    """Reports of the matrices done so far, a line of JSON each, beside the unfinished output.
+
+    Every method raises CheckpointError where the file cannot be used.
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
 
     def append(self, rows: Iterable[MatrixReport]) -> None:
-        with self._path.open("a", encoding="utf-8") as file:
+        with _named(self._path), self._path.open("a", encoding="utf-8") as file:
             # A newline first: a line that a kill cut off stays alone.
             file.writelines("\n" + json.dumps(asdict(row)) for row in rows)
 
     def read(self) -> dict[str, MatrixReport]:
         """Name to report, the latest of each; a line cut off by a kill is left out."""
         rows: dict[str, MatrixReport] = {}
-        if self._path.exists():
-            for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
-                try:
-                    row = MatrixReport(**json.loads(line))
-                except (ValueError, TypeError):
-                    continue
-                rows[row.name] = row
+        with _named(self._path):
+            lines = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
+        for line in lines.splitlines():
+            try:
+                row = MatrixReport(**json.loads(line))
+            except (ValueError, TypeError):
+                continue
+            rows[row.name] = row
         return rows
 
     def clear(self) -> None:
-        self._path.unlink(missing_ok=True)
+        with _named(self._path):
+            self._path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Tell of a file that cannot be used in one line."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from None
