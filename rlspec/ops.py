@@ -11,14 +11,14 @@ from torch import Tensor
 
 from rlspec.backend import backend_for
 from rlspec.errors import TensorError
-from rlspec.reference import DeltaPrep
+from rlspec.reference import DeltaSums
 
 # Entries of a row block whose temporaries stay in a processor's cache; whole-matrix temporaries would each be written
 # to fresh pages and read back.
 _BLOCK = 1 << 18
 
 
-def delta_prep(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaPrep:
+def delta_prep(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaSums:
     """E = W - W_ref of L matrices, with norms and the number of entries that did not move, in one pass.
 
     The difference of two bfloat16 or float16 tensors is taken in float32, where it is exact, and otherwise in
@@ -29,7 +29,7 @@ def delta_prep(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaPrep:
         eta: an entry is unchanged where |w - w_ref| <= eta max(|w|, |w_ref|).
 
     Returns:
-        See :class:`DeltaPrep`; ``delta`` is float64 where one of the inputs is, float32 otherwise.
+        See :class:`DeltaSums`; ``delta`` is float64 where one of the inputs is, float32 otherwise.
 
     Raises:
         TensorError: shapes that differ or are not three-dimensional.
@@ -44,7 +44,7 @@ def delta_prep(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaPrep:
     return _delta_prep_torch(weight, reference, eta, torch.float64 if wide else torch.float32)
 
 
-def _delta_prep_torch(weight: Tensor, reference: Tensor, eta: float, dtype: torch.dtype) -> DeltaPrep:
+def _delta_prep_torch(weight: Tensor, reference: Tensor, eta: float, dtype: torch.dtype) -> DeltaSums:
     matrices, m, n = weight.shape
     delta = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     sums = torch.zeros(3, matrices, dtype=torch.float64, device=weight.device)
@@ -64,14 +64,14 @@ def _delta_prep_torch(weight: Tensor, reference: Tensor, eta: float, dtype: torc
             torch.maximum(torch.abs(w, out=larger), torch.abs(ref, out=size), out=larger).mul_(eta)
             torch.le(torch.abs(e, out=size), larger, out=small[: e.shape[0]])
             unchanged[i] += torch.count_nonzero(small[: e.shape[0]])
-    return DeltaPrep(delta, *sums, unchanged)
+    return DeltaSums(delta, *sums, unchanged)
 
 
-def _delta_prep_triton(weight: Tensor, reference: Tensor, eta: float) -> DeltaPrep:
+def _delta_prep_triton(weight: Tensor, reference: Tensor, eta: float) -> DeltaSums:
     from rlspec.kernels.delta import delta_prep_triton
 
     weight, reference = weight.contiguous(), reference.contiguous()
     delta = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
     found = delta_prep_triton(weight.unbind(), reference.unbind(), eta=eta, out=delta.unbind())
     unchanged = weight[0].numel() - found.changed
-    return DeltaPrep(delta, found.delta_sq, found.tuned_sq, found.base_sq, unchanged)
+    return DeltaSums(delta, found.delta_sq, found.tuned_sq, found.base_sq, unchanged)

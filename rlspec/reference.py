@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 
-class DeltaPrep(NamedTuple):
+class DeltaSums(NamedTuple):
     """E = W - W_ref of L matrices and the sums that metrics of an update start from."""
 
     delta: Tensor  #: (L, m, n)
@@ -18,10 +18,10 @@ class DeltaPrep(NamedTuple):
     unchanged: Tensor  #: (L,) int64, entries with |w - w_ref| <= eta max(|w|, |w_ref|)
 
 
-def delta_prep_ref(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaPrep:
+def delta_prep_ref(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaSums:
     """See :func:`rlspec.ops.delta_prep`; E and the sums in float64."""
     w, ref = weight.double(), reference.double()
     delta = w - ref
     unchanged = delta.abs() <= eta * torch.maximum(w.abs(), ref.abs())
     sums = [x.square().sum((-2, -1)) for x in (delta, w, ref)]
-    return DeltaPrep(delta, *sums, unchanged.sum((-2, -1)))
+    return DeltaSums(delta, *sums, unchanged.sum((-2, -1)))

@@ -138,3 +138,36 @@ def test_equal_matrices_restore_to_themselves():
     base, _ = pair(20, 20, 1e-2)
     found = rlspec.restore_matrix(base, base.clone(), 4)
     torch.testing.assert_close(found.weight, base, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", [(60, 60), (40, 90), (90, 40)])
+@pytest.mark.parametrize("mode", ["directions", "directions_and_values", "values", "band"])
+def test_the_delta_form_agrees_with_the_formula_and_with_exact(shape, mode):
+    base, tuned = pair(*shape, 1e-2)
+    options = {"mode": mode, "band": (3, 14)} if mode == "band" else {"mode": mode}
+    found = rlspec.restore_matrix(base, tuned, 12, **options)
+    exact = rlspec.restore_matrix(base, tuned, 12, exact=True, **options)
+    start, stop = (3, 14) if mode == "band" else (0, 12)
+    if mode == "values":
+        sb = torch.linalg.svdvals(base)
+        ut, st, vt = torch.linalg.svd(tuned, full_matrices=False)
+        truth = tuned + (ut[:, :12] * (sb[:12] - st[:12])) @ vt[:12]
+    else:
+        truth = formula(base, tuned, start, stop, values="base" if mode.endswith("values") else "tuned")
+    assert (found.method, exact.method) == ("delta", "exact")
+    size = float((truth - tuned).norm())
+    assert float((exact.weight - truth).norm()) <= 1e-12 * float(base.norm())
+    assert float((found.weight - truth).norm()) <= min(0.01 * size, found.error_estimate)
+    assert found.rotation_sine_rms == pytest.approx(exact.rotation_sine_rms, rel=0.01)
+
+
+def test_the_rotation_undone_is_that_of_the_principal_angles():
+    base, tuned = pair(50, 50, 2e-2)
+    found = rlspec.restore_matrix(base, tuned, 10)
+    sines = []
+    for axis in (0, 2):
+        x, y = (torch.linalg.svd(w, full_matrices=False)[axis] for w in (base, tuned))
+        x, y = (x[:, :10], y[:, :10]) if axis == 0 else (x[:10].T, y[:10].T)
+        sines.append(float((y - x @ (x.T @ y)).norm()) / 10**0.5)
+    assert found.rotation_sine_rms == pytest.approx(max(sines), rel=0.01)
+    assert rlspec.restore_matrix(base, tuned, 10, mode="copy").rotation_sine_rms is None

@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlspec import ops
 from rlspec.kernels.delta import DeltaPrep, delta_prep_triton
+from rlspec.reference import delta_prep_ref
 
 # float32: a relative rounding of 2^-24 for the difference (twice, it is squared), the square, and each of the
 # at most 12 levels of a sum over 4096 positive terms; 4 more for the interpreter's blocked sums.
@@ -167,3 +169,18 @@ def test_the_bar_catches_sums_in_bfloat16() -> None:
 def test_refusals(tuned: list[Tensor], base: list[Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         delta_prep_triton(tuned, base)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_public_operation_runs_the_kernel(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setenv("RLSPEC_BACKEND", "triton")
+    base = torch.randn(3, 33, 17)
+    step = 1e-2 * torch.randn(base.shape) * (torch.rand(base.shape) < 0.5)
+    weight, reference_weight = (base + step).to(dtype), base.to(dtype)
+    found = ops.delta_prep(weight, reference_weight, eta=1e-3)
+    truth = delta_prep_ref(weight, reference_weight, eta=1e-3)
+    assert torch.equal(found.delta, truth.delta.float())
+    for got, expected in zip(found[1:4], truth[1:4]):
+        assert bool(((got - expected).abs() <= SUM_BAR * expected).all())
+    assert torch.equal(found.unchanged, truth.unchanged)
