@@ -58,7 +58,7 @@ class SVDResult:
 
 def svd(
     A: Tensor,
-    rank: int | None = None,
+    rank: int | float | None = None,
     *,
     method: Method = "auto",
     tol: float = 1e-4,
@@ -70,7 +70,7 @@ def svd(
 
     Args:
         A: (..., m, n), float64, float32, bfloat16 or float16, finite.
-        rank: triplets wanted, 1 to min(m, n); None for all of them.
+        rank: triplets wanted, 1 to min(m, n), or a share of min(m, n) in (0, 1); None for all of them.
         method: "exact" decomposes densely. "randomized" is Chebyshev-filtered subspace iteration from a random
             sketch. "warm" is the same from ``warm_start``. "auto" takes the cheapest for the shape, the rank and
             what was given. Every method falls back to "exact" where the iteration cannot help, and notes it.
@@ -236,7 +236,9 @@ def _start_vectors(
     return rows.reshape(-1, *rows.shape[-2:]).mT[..., :width]
 
 
-def _check(A: Tensor, rank: int | None, method: str, tol: float, warm_start: object, max_rounds: int) -> int:
+def _check(
+    A: Tensor, rank: int | float | None, method: str, tol: float, warm_start: object, max_rounds: int
+) -> int:
     """The rank as a count, after refusing everything that cannot be decomposed."""
     if method not in get_args(Method):
         raise OptionError(f"method {method!r} does not exist, choose one of {', '.join(get_args(Method))}")
@@ -246,8 +248,12 @@ def _check(A: Tensor, rank: int | None, method: str, tol: float, warm_start: obj
     r = min(A.shape[-2:])
     if rank is None:
         rank = r
+    if isinstance(rank, float) and 0.0 < rank < 1.0:
+        rank = min(r, max(1, round(rank * r)))
     if isinstance(rank, bool) or not isinstance(rank, int) or not (1 <= rank <= r or rank == r):
-        raise OptionError(f"rank must be an integer from 1 to min(m, n) = {r}, found {rank!r}")
+        raise OptionError(
+            f"rank must be an integer from 1 to min(m, n) = {r}, or a share in (0, 1), found {rank!r}"
+        )
     if not 0 < tol < 1:
         raise OptionError(f"tol must lie between 0 and 1, found {tol}")
     if max_rounds < 1:
