@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.exact import exact_svd
+from rlspec.linalg.orth import gram
 
 # Up to this r = min(m, n) LAPACK in float64 takes well under a second, and the factors are kept in float64.
 SMALL = 384
@@ -53,7 +54,7 @@ def _by_gram(a: Tensor, orthonormal: float) -> tuple[Tensor, Tensor, Tensor] | N
     if a.shape[0] < a.shape[1]:
         turned = _by_gram(a.mT, orthonormal)
         return None if turned is None else (turned[2].mT, turned[1], turned[0].mT)
-    values, v = torch.linalg.eigh(a.mT @ a)
+    values, v = torch.linalg.eigh(gram(a))
     s = values.flip(-1).clamp_min(0.0).sqrt()
     if float(s[-1]) <= 1e-5 * float(s[0]):  # the smallest left vectors would lose their orthogonality
         return None
@@ -64,10 +65,12 @@ def _by_gram(a: Tensor, orthonormal: float) -> tuple[Tensor, Tensor, Tensor] | N
     expected = torch.finfo(a.dtype).eps * (float(s[0]) / float(s[-1])) ** 2
     if expected > orthonormal:
         # One Newton step for the polar factor: departure d becomes 3/4 d².
-        departure = u.mT @ u
+        departure = gram(u)
         departure.diagonal().sub_(1.0)
         if float(departure.abs().max()) > _MENDABLE:
             return None
         u = u - 0.5 * u @ departure
+    if bool((s[1:] <= s[:-1]).all()):
+        return u, s, v.mT
     s, order = s.sort(descending=True)
     return u[:, order], s, v[:, order].mT
