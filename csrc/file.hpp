@@ -15,6 +15,7 @@ class File {
   File& operator=(const File&) = delete;
 
   std::uint64_t size() const noexcept { return size_; }
+  int descriptor() const noexcept { return descriptor_; }
 
   // Reads exactly `count` bytes from byte `offset`; throws kReadFailed, also where the file ends early.
   void read(std::uint64_t offset, char* out, std::size_t count) const;

@@ -27,6 +27,9 @@ enum class ErrorKind {
   kGap,
   kPastEnd,
   kTrailingBytes,
+  kWriteFailed,
+  kTensorTooLarge,
+  kBuffersHeld,
 };
 
 struct ErrorText {
@@ -36,17 +39,17 @@ struct ErrorText {
 };
 
 // In the order of the enumeration (checked below).
-inline constexpr std::array<ErrorText, 18> kErrorTexts{{
+inline constexpr std::array<ErrorText, 21> kErrorTexts{{
     {ErrorKind::kOpenFailed, "open_failed", "cannot be opened"},
     {ErrorKind::kReadFailed, "read_failed", "cannot be read"},
     {ErrorKind::kFileTooShort, "file_too_short", "too short for a safetensors file"},
-    {ErrorKind::kHeaderTooLarge, "header_too_large", "the header claims to be larger than allowed"},
+    {ErrorKind::kHeaderTooLarge, "header_too_large", "larger than is read"},
     {ErrorKind::kHeaderTruncated, "header_truncated", "the file ends inside the header"},
-    {ErrorKind::kInvalidUtf8, "invalid_utf8", "the header is not UTF-8"},
-    {ErrorKind::kInvalidJson, "invalid_json", "the header is not valid JSON"},
-    {ErrorKind::kTooDeep, "too_deep", "the header is nested too deeply"},
-    {ErrorKind::kDuplicateKey, "duplicate_key", "the header has a key twice"},
-    {ErrorKind::kInvalidEntry, "invalid_entry", "the header has a malformed entry"},
+    {ErrorKind::kInvalidUtf8, "invalid_utf8", "not UTF-8"},
+    {ErrorKind::kInvalidJson, "invalid_json", "not valid JSON"},
+    {ErrorKind::kTooDeep, "too_deep", "nested too deeply"},
+    {ErrorKind::kDuplicateKey, "duplicate_key", "a key is given twice"},
+    {ErrorKind::kInvalidEntry, "invalid_entry", "a malformed entry"},
     {ErrorKind::kUnknownDtype, "unknown_dtype", "a tensor has an unknown dtype"},
     {ErrorKind::kSizeOverflow, "size_overflow", "a tensor's size overflows 64 bits"},
     {ErrorKind::kInvalidOffsets, "invalid_offsets", "a tensor ends before it begins"},
@@ -55,6 +58,9 @@ inline constexpr std::array<ErrorText, 18> kErrorTexts{{
     {ErrorKind::kGap, "gap", "bytes between two tensors belong to neither"},
     {ErrorKind::kPastEnd, "past_end", "the file is truncated: a tensor lies past its end"},
     {ErrorKind::kTrailingBytes, "trailing_bytes", "bytes after the last tensor belong to none"},
+    {ErrorKind::kWriteFailed, "write_failed", "cannot be written"},
+    {ErrorKind::kTensorTooLarge, "tensor_too_large", "a tensor does not fit the memory bound"},
+    {ErrorKind::kBuffersHeld, "buffers_held", "tensors that are still held use up the memory bound"},
 }};
 
 constexpr const ErrorText& error_text(ErrorKind kind) {
@@ -66,7 +72,7 @@ constexpr bool table_is_in_order() {
   for (std::size_t i = 0; i < kErrorTexts.size(); ++i) {
     if (kErrorTexts[i].kind != static_cast<ErrorKind>(i)) return false;
   }
-  return static_cast<std::size_t>(ErrorKind::kTrailingBytes) + 1 == kErrorTexts.size();
+  return static_cast<std::size_t>(ErrorKind::kBuffersHeld) + 1 == kErrorTexts.size();
 }
 static_assert(table_is_in_order(), "kErrorTexts must list every ErrorKind, in order");
 }  // namespace detail

@@ -1,13 +1,12 @@
 """The index of a checkpoint: which tensor lies in which file, at which bytes. Nothing but headers is read.
 
 A checkpoint is a ``.safetensors`` file, or a folder with ``model.safetensors`` or with shards that
-``model.safetensors.index.json`` lists. The files may come from anyone: headers are checked in C++
+``model.safetensors.index.json`` lists. The files may come from anyone: headers and index are checked in C++
 (`rlspec._C`), and an index may name files of its own folder only.
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -18,7 +17,6 @@ from rlspec.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-_MAX_INDEX_BYTES = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -72,7 +70,7 @@ def read_header(path: str | Path) -> list[TensorEntry]:
     path = Path(path)
     try:
         tensors, _metadata = _C.read_header(os.fsencode(path))
-    except _C.HeaderError as error:
+    except _C.FileError as error:
         raise CheckpointError(f"{path}: {error}") from None
     return [TensorEntry(name, path, dtype, shape, start, end) for name, dtype, shape, start, end in tensors]
 
@@ -102,24 +100,10 @@ def _read_shards(folder: Path) -> dict[str, TensorEntry]:
 
 
 def _read_weight_map(path: Path) -> dict[str, str]:
-    size = path.stat().st_size
-    if size > _MAX_INDEX_BYTES:
-        raise CheckpointError(f"{path}: {size} bytes, at most {_MAX_INDEX_BYTES} are read")
     try:
-        content = json.loads(path.read_bytes(), object_pairs_hook=_without_duplicates)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
-        raise CheckpointError(f"{path}: expected a weight_map from tensor names to file names")
-    return weight_map
-
-
-def _without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    members = dict(pairs)
-    if len(members) != len(pairs):
-        raise ValueError("a key is given twice")
-    return members
+        return _C.read_weight_map(os.fsencode(path))
+    except _C.FileError as error:
+        raise CheckpointError(f"{path}: {error}") from None
 
 
 def _shard_path(folder: Path, name: str) -> Path:
@@ -134,10 +118,18 @@ def _shard_path(folder: Path, name: str) -> Path:
     if "\0" in name:
         raise CheckpointError(f"{folder / INDEX_FILE}: names a file with a NUL byte")
     path = folder / name
-    root = _cache_root(folder.resolve())
-    if not path.resolve().is_relative_to(root):
-        raise CheckpointError(f"{path}: a symbolic link that leaves the checkpoint's folder")
+    check_link(folder, path)
     return path
+
+
+def check_link(folder: Path, path: Path) -> None:
+    """Refuse a file whose symbolic link leaves the checkpoint's folder.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    if not path.resolve().is_relative_to(_cache_root(folder.resolve())):
+        raise CheckpointError(f"{path}: a symbolic link that leaves the checkpoint's folder")
 
 
 def _cache_root(folder: Path) -> Path:

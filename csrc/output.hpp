@@ -1,0 +1,49 @@
+// Files that are written: their space reserved first, unchanged parts copied inside the kernel, nothing under its
+// final name before it is on the disk.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string>
+
+#include "file.hpp"
+
+namespace rlspec {
+
+// A new file. Every method throws kWriteFailed (a full disk, a limit, a device error).
+class OutputFile {
+ public:
+  explicit OutputFile(const std::string& path);  // replaces what is there
+  ~OutputFile();
+  OutputFile(const OutputFile&) = delete;
+  OutputFile& operator=(const OutputFile&) = delete;
+
+  // Shares all bytes of `from` where the file system can (reflink). False: it cannot, nothing was done.
+  bool clone(const File& from);
+
+  // Gives the file its size and, where the file system can, its space, so that a full disk is found at once.
+  void reserve(std::uint64_t size);
+
+  // Safe to call from several threads on ranges that do not overlap.
+  void write(std::uint64_t offset, const char* data, std::size_t count);
+
+  // Copies `count` bytes from byte `from_offset` of `from`. Throws kReadFailed, too, also where that file ends early.
+  void copy(const File& from, std::uint64_t from_offset, std::uint64_t offset, std::uint64_t count);
+
+  // Everything is on the disk when this returns; nothing can be written afterwards.
+  void finish();
+
+ private:
+  int descriptor_;
+};
+
+// What was created in or renamed into the folder is on the disk when this returns. Throws kWriteFailed.
+void sync_folder(const std::string& path);
+
+// Renames `from`, unless `to` exists. False: the file system has no such operation. Throws kWriteFailed.
+bool rename_new(const std::string& from, const std::string& to);
+
+// Swaps two names at one moment. False and kWriteFailed as above.
+bool exchange(const std::string& a, const std::string& b);
+
+}  // namespace rlspec

@@ -1,0 +1,81 @@
+// Memory that tensors are read into. The bound on it lives here and nowhere else: bytes in use and bytes kept for
+// the next tensor together never pass it.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+
+namespace rlspec {
+
+inline constexpr std::size_t kPageBytes = 4096;
+
+// `bytes` rounded up to whole pages.
+constexpr std::uint64_t whole_pages(std::uint64_t bytes) {
+  return (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
+}
+
+class Pool;
+
+// Pages of a pool, which get them back when this goes out of scope; it may outlive all but the pool's memory.
+class Buffer {
+ public:
+  Buffer(std::shared_ptr<Pool> pool, char* data, std::size_t size) : pool_(std::move(pool)), data_(data), size_(size) {}
+  ~Buffer();
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+
+  char* data() const noexcept { return data_; }  // aligned to kPageBytes
+  std::size_t size() const noexcept { return size_; }
+
+ private:
+  std::shared_ptr<Pool> pool_;
+  char* data_;
+  std::size_t size_;
+};
+
+class Pool : public std::enable_shared_from_this<Pool> {
+ public:
+  explicit Pool(std::uint64_t bound) : bound_(bound) {}
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+
+  using Lock = std::unique_lock<std::mutex>;
+
+  // Room comes and goes with buffers that other threads drop, so whoever waits for it waits here: hold the lock,
+  // look, and wait for changed(), which is notified whenever a buffer comes back.
+  Lock lock() { return Lock(mutex_); }
+  std::condition_variable& changed() { return changed_; }
+
+  bool has_room(const Lock&, std::uint64_t bytes) const { return bytes <= bound_ - in_use_; }
+
+  // A buffer of at least `bytes`, or null where there is no room. Throws std::bad_alloc.
+  std::unique_ptr<Buffer> try_acquire(const Lock&, std::uint64_t bytes);
+
+  // Give memory that nobody uses back to the system, now and from now on.
+  void stop_keeping();
+
+  std::uint64_t bound() const noexcept { return bound_; }
+  std::uint64_t in_use();
+  std::uint64_t high_water();  // the most bytes, in use and kept, there ever were
+
+ private:
+  friend class Buffer;
+  void give_back(char* data, std::size_t size);
+  void unmap_kept(std::multimap<std::size_t, char*>::iterator kept);
+
+  const std::uint64_t bound_;
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::multimap<std::size_t, char*> kept_;  // by size; fresh pages cost more than used ones
+  std::uint64_t kept_bytes_ = 0;
+  std::uint64_t in_use_ = 0;
+  std::uint64_t high_water_ = 0;
+  bool keeping_ = true;
+};
+
+}  // namespace rlspec

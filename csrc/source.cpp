@@ -1,0 +1,109 @@
+#include "source.hpp"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <new>
+
+#include "pool.hpp"
+#include "status.hpp"
+
+namespace rlspec {
+
+Bounce::~Bounce() { std::free(data_); }
+
+char* Bounce::data() {
+  if (data_ == nullptr) data_ = static_cast<char*>(std::aligned_alloc(kPageBytes, kBounceBytes));
+  if (data_ == nullptr) throw std::bad_alloc();
+  return data_;
+}
+
+Source::Source(const std::string& path, Io io) : file_(path), io_(io) {
+  if (io == Io::kBuffered) return;
+  direct_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
+  if (direct_ < 0) return;
+#ifdef STATX_DIOALIGN
+  struct statx info {};
+  if (::statx(direct_, "", AT_EMPTY_PATH, STATX_DIOALIGN, &info) == 0 && (info.stx_mask & STATX_DIOALIGN) != 0) {
+    // Zero: no direct reads of this file. Offsets and lengths are multiples of a page.
+    works_direct_ = info.stx_dio_offset_align != 0 && info.stx_dio_offset_align <= kPageBytes;
+    memory_align_ = std::max<std::size_t>(1, info.stx_dio_mem_align);
+  }
+#endif
+}
+
+Source::~Source() {
+  if (direct_ >= 0) ::close(direct_);
+}
+
+void Source::read(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const {
+  if (io_ == Io::kAuto && direct_ >= 0) {
+    const std::uint64_t cached = read_cached(begin, end, out);
+    begin += cached;
+    out += cached;
+  }
+  if (begin == end || read_direct(begin, end, out, bounce)) return;
+  file_.read(begin, out, end - begin);
+}
+
+// How many bytes from `begin` on the page cache had. Nothing is asked of the device.
+std::uint64_t Source::read_cached(std::uint64_t begin, std::uint64_t end, char* out) const {
+#ifdef RWF_NOWAIT
+  std::uint64_t done = 0;
+  while (tells_cached_ && begin + done < end) {
+    const iovec place{out + done, end - begin - done};
+    const ssize_t got = ::preadv2(file_.descriptor(), &place, 1, static_cast<off_t>(begin + done), RWF_NOWAIT);
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno != EAGAIN) tells_cached_ = false;  // EOPNOTSUPP; real errors come again in a real read
+    if (got <= 0) break;
+    done += static_cast<std::uint64_t>(got);
+  }
+  return done;
+#else
+  return 0;
+#endif
+}
+
+// False, with nothing promised about `out`, where the file system cannot do it.
+bool Source::read_direct(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const {
+  // Where nobody can tell what is cached, reading past a warm cache would be the larger mistake.
+  if (direct_ < 0 || (io_ == Io::kAuto && !tells_cached_)) return false;
+  std::uint64_t page = begin / kPageBytes * kPageBytes;
+  const std::uint64_t last = whole_pages(end);
+  char* place = out - (begin - page);
+  if (reinterpret_cast<std::uintptr_t>(place) % memory_align_ == 0) {
+    return read_pages(page, last - page, end - page, place);
+  }
+  while (page < last) {
+    const std::size_t count = std::min<std::uint64_t>(kBounceBytes, last - page);
+    const std::uint64_t from = std::max(page, begin);
+    const std::uint64_t to = std::min(page + count, end);
+    if (!read_pages(page, count, to - page, bounce.data())) return false;
+    std::memcpy(out + (from - begin), bounce.data() + (from - page), to - from);
+    page += count;
+  }
+  return true;
+}
+
+// Whole pages; the file may end inside the last, but not before `needed` bytes.
+bool Source::read_pages(std::uint64_t begin, std::size_t count, std::size_t needed, char* out) const {
+  std::size_t done = 0;
+  while (works_direct_ && done < needed) {
+    const ssize_t got = ::pread(direct_, out + done, count - done, static_cast<off_t>(begin + done));
+    if (got < 0 && errno == EINTR) continue;
+    if (got < 0 && errno == EINVAL) works_direct_ = false;
+    // After an error, and where the file ends or a read stops inside a page, the plain read that follows decides.
+    if (got <= 0) return false;
+    done += static_cast<std::size_t>(got);
+    if (done < needed && done % kPageBytes != 0) return false;
+  }
+  return done >= needed;
+}
+
+}  // namespace rlspec

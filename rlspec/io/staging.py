@@ -1,0 +1,185 @@
+"""The hidden folder in which an output grows, and the moment at which it becomes the output.
+
+.NAME.rlspec-partial/        beside NAME, on the same file system
+    checkpoint/              becomes NAME in one rename
+    state.json               what is finished; replaced as a whole
+    replaced/                NAME as it was, for a moment, where two names cannot be swapped
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rlspec import _C
+from rlspec.errors import CheckpointError
+
+_VERSION = 1
+
+
+class Staging:
+    """A staging folder, locked against other processes.
+
+    Args:
+        out: the folder that is to appear.
+        fingerprint: of inputs and settings.
+        resume: take over what an interrupted run with the same fingerprint left.
+        overwrite: ``out`` may exist and is replaced.
+
+    Raises:
+        CheckpointError: ``out`` exists, cannot be made, is being written by another process; or there is something
+            to resume and it belongs to other inputs or settings.
+    """
+
+    def __init__(self, out: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
+        self.out = out.resolve() if out.is_symlink() else Path(os.path.abspath(out))
+        self.folder = self.out.parent / f".{self.out.name}.rlspec-partial"
+        self.checkpoint = self.folder / "checkpoint"
+        self._state = self.folder / "state.json"
+        self._replaced = self.folder / "replaced"
+        self._overwrite = overwrite
+        self._fingerprint = fingerprint
+        self._lock = -1
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._recover()
+            if os.path.lexists(self.out) and not overwrite:
+                raise CheckpointError(
+                    f"{self.out}: exists already; choose another name, or allow overwriting"
+                )
+            self.folder.mkdir(exist_ok=True)
+            self._lock = self._locked()
+            self.finished = self._take_over() if resume else {}
+            if not self.finished:
+                self._empty()
+        except OSError as error:
+            self.unlock()
+            raise write_error(error.filename or self.out, error) from None
+        except BaseException:
+            self.unlock()
+            raise
+
+    def finish(self, name: str, size: int) -> None:
+        """Record that a shard, by its name in the folder, is complete and on the disk."""
+        self.finished[name] = size
+        self._save()
+
+    def publish(self) -> Path:
+        """Give the checkpoint its name; whatever had the name before is gone then.
+
+        At every moment either the old or the new folder has the name; where the file system cannot swap two names,
+        there is a moment when none has, and the next writer puts the old one back if we die in it.
+
+        Raises:
+            CheckpointError: the name was taken meanwhile, or the rename fails.
+        """
+        here, there = os.fsencode(self.checkpoint), os.fsencode(self.out)
+        try:
+            if os.path.lexists(self.out):
+                if not self._overwrite:
+                    raise CheckpointError(
+                        f"{self.out}: appeared while its content was written; it is left alone"
+                    )
+                if not _C.exchange(here, there):
+                    os.rename(self.out, self._replaced)
+                    os.rename(self.checkpoint, self.out)
+            elif not _C.rename_new(here, there):
+                os.rename(self.checkpoint, self.out)
+            _C.sync_folder(os.fsencode(self.out.parent))
+        except _C.FileError as error:
+            raise CheckpointError(f"{self.out}: {error}") from None
+        except OSError as error:
+            raise write_error(self.out, error) from None
+        shutil.rmtree(self.folder, ignore_errors=True)  # the output is complete whether or not this succeeds
+        self.unlock()
+        return self.out
+
+    def unlock(self) -> None:
+        if self._lock >= 0:
+            os.close(self._lock)
+        self._lock = -1
+
+    def _locked(self) -> int:
+        descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise CheckpointError(f"{self.out}: another process is writing it ({self.folder})") from None
+        return descriptor
+
+    def _recover(self) -> None:
+        """Put the old folder back where a process died between the two renames."""
+        if self._replaced.exists() and not os.path.lexists(self.out):
+            os.rename(self._replaced, self.out)
+
+    def _take_over(self) -> dict[str, int]:
+        """Finished shards and their sizes; none where there is nothing to go on with.
+
+        Raises:
+            CheckpointError: it belongs to other inputs or settings.
+        """
+        try:
+            state: dict[str, Any] = json.loads(self._state.read_bytes())
+            inode = self.checkpoint.stat().st_ino
+        except (OSError, ValueError):
+            return {}
+        if state.get("version") != _VERSION or state.get("fingerprint") != self._fingerprint:
+            raise CheckpointError(
+                f"{self.folder}: belongs to other inputs or settings; repeat those to resume, or start anew without "
+                "resuming"
+            )
+        # Another folder of that name is the one that was replaced: the process died after it had swapped the two.
+        if state.get("inode") != inode:
+            return {}
+        finished: dict[str, int] = state["finished"]
+        return {name: size for name, size in finished.items() if _size(self.checkpoint / name) == size}
+
+    def _empty(self) -> None:
+        self._state.unlink(missing_ok=True)
+        for folder in (self.checkpoint, self._replaced):
+            if folder.exists():
+                shutil.rmtree(folder)
+        self.checkpoint.mkdir()
+        self._save()
+
+    def _save(self) -> None:
+        content = {
+            "version": _VERSION,
+            "fingerprint": self._fingerprint,
+            "inode": self.checkpoint.stat().st_ino,
+            "finished": self.finished,
+        }
+        write_file(self._state, json.dumps(content).encode())
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a small file under its name at once, on the disk when this returns.
+
+    Raises:
+        CheckpointError: it cannot be written; names it and says why.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _C.sync_folder(os.fsencode(path.parent))
+    except OSError as error:
+        raise write_error(path, error) from None
+    except _C.FileError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def write_error(path: str | Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else -1

@@ -1,0 +1,283 @@
+"""Tensors of a checkpoint one after the other, read ahead by worker threads within a stated bound of memory.
+
+Files, threads and memory are the business of `rlspec._C` (``csrc/reader.hpp``, ``csrc/pool.hpp``).
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from types import TracebackType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlspec import _C
+from rlspec.errors import CheckpointError
+from rlspec.io.dtypes import torch_dtype
+from rlspec.io.index import CheckpointIndex, TensorEntry
+
+Io = Literal["auto", "direct", "buffered"]
+
+# Row blocks per bound: one in use, one asked for, two being read.
+_BLOCKS = 4
+
+
+class MemoryBoundError(CheckpointError):
+    """A tensor does not fit the memory that reading may use, or those still held leave it no room."""
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """A tensor and where it comes from."""
+
+    entry: TensorEntry
+    tensor: Tensor
+    """shape and dtype of ``entry``; writable, on the CPU, 64-byte aligned. Its memory goes back to the reader when
+    the last tensor that shares it is gone."""
+
+
+class TensorStream:
+    """Iterate over tensors of a checkpoint in the order asked for; a context manager.
+
+    Tensors are not copied: each is a view of the buffer that it was read into. So drop a tensor before asking for
+    the next one where the bound is narrow, and clone what is to stay.
+
+    Args:
+        index: the checkpoint.
+        names: which tensors, in which order; None: all, shard by shard, by byte offset.
+        memory_bytes: bound on all buffers together: tensors being read, read ahead, and handed out but still
+            referred to. A tensor takes its own bytes and at most 12 KiB.
+        workers: threads that read. Each may need 1 MiB besides, where the device wants its reads aligned.
+        io: ``auto`` takes what the page cache has from there and reads the rest past it (O_DIRECT) where the file
+            system can; ``direct`` always reads past the cache where it can; ``buffered`` never does.
+
+    Raises:
+        CheckpointError: a name that the checkpoint lacks; a file that cannot be read or became shorter.
+        MemoryBoundError: a tensor larger than the bound; in iteration: tensors still held leave no room for the next.
+    """
+
+    def __init__(
+        self,
+        index: CheckpointIndex,
+        names: Sequence[str] | None = None,
+        *,
+        memory_bytes: int = 1 << 30,
+        workers: int = 4,
+        io: Io = "auto",
+    ) -> None:
+        entries = in_file_order(index) if names is None else [_entry(index, name) for name in names]
+        self._start(entries, memory_bytes, workers, io)
+
+    @classmethod
+    def of_entries(
+        cls, entries: Sequence[TensorEntry], *, memory_bytes: int, workers: int = 4, io: Io = "auto"
+    ) -> TensorStream:
+        """A stream of tensors that may belong to several checkpoints; arguments and errors as above."""
+        stream = cls.__new__(cls)
+        stream._start(list(entries), memory_bytes, workers, io)
+        return stream
+
+    def _start(self, entries: list[TensorEntry], memory_bytes: int, workers: int, io: Io) -> None:
+        if workers < 1:
+            raise ValueError(f"workers {workers} must be at least 1")
+        for entry in entries:
+            torch_dtype(entry)
+            _check_fits([entry], memory_bytes)
+        self._entries = entries
+        self._position = 0
+        files = {shard: number for number, shard in enumerate(dict.fromkeys(e.shard for e in entries))}
+        self.pool = _C.Pool(memory_bytes)  #: what is in use, and the most that ever was
+        self._reader: _C.Reader | None = _C.Reader(
+            [os.fsencode(shard) for shard in files],
+            [(files[entry.shard], entry.start, entry.end) for entry in entries],
+            self.pool,
+            workers,
+            io,
+        )
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __iter__(self) -> TensorStream:
+        return self
+
+    def __next__(self) -> Streamed:
+        if self._reader is None or self._position == len(self._entries):
+            self.close()
+            raise StopIteration
+        entry = self._entries[self._position]
+        try:
+            block = self._next_block(self._reader)
+        except _C.FileError as error:
+            raise self._explained(entry, error) from None
+        except BaseException:
+            self.close()
+            raise
+        self._position += 1
+        return Streamed(entry, _as_tensor(block, entry))
+
+    def _next_block(self, reader: _C.Reader) -> _C.Block:
+        try:
+            return reader.next()
+        except _C.FileError as error:
+            if error.kind != "buffers_held":
+                raise
+        gc.collect()  # tensors in reference cycles are not held by anybody
+        return reader.next()
+
+    def _explained(self, entry: TensorEntry, error: _C.FileError) -> CheckpointError:
+        if error.kind != "buffers_held":
+            self.close()
+            return CheckpointError(f"{entry.shard}: reading {entry.name!r}: {error}")
+        return MemoryBoundError(
+            f"{entry.shard}: no room for {entry.name!r} ({entry.end - entry.start} bytes): tensors handed out before "
+            f"still hold {self.pool.in_use} of {self.pool.bound} bytes; drop them before asking for the next, or "
+            "allow more memory"
+        )
+
+    def close(self) -> None:
+        """Stop reading; tensors that were handed out stay valid. May be called twice."""
+        self._reader = None
+
+    def __enter__(self) -> TensorStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def stream_pairs(
+    base: CheckpointIndex,
+    tuned: CheckpointIndex,
+    names: Sequence[str],
+    *,
+    memory_bytes: int = 1 << 30,
+    workers: int = 4,
+    io: Io = "auto",
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Tensors of two checkpoints in step, matched by name, however each is sharded.
+
+    Args:
+        base, tuned: the checkpoints.
+        names: which tensors, in which order.
+        memory_bytes, workers, io: as of `TensorStream`; the bound is on both checkpoints' tensors together.
+
+    Yields:
+        Name, the base's tensor, the tuned tensor; as `Streamed.tensor`.
+
+    Raises:
+        CheckpointError, MemoryBoundError: as `TensorStream`; a pair must fit the bound.
+    """
+    entries = []
+    for name in names:
+        pair = [_entry(base, name), _entry(tuned, name)]
+        _check_fits(pair, memory_bytes)
+        entries += pair
+    return _pairs(TensorStream.of_entries(entries, memory_bytes=memory_bytes, workers=workers, io=io))
+
+
+def _pairs(stream: TensorStream) -> Iterator[tuple[str, Tensor, Tensor]]:
+    # No name here may keep a pair alive while the next one is asked for.
+    with stream:
+        while (pair := _next_pair(stream)) is not None:
+            yield (pair.pop(), pair.pop(), pair.pop())  # type: ignore[misc]
+
+
+def _next_pair(stream: TensorStream) -> list[Tensor | str] | None:
+    base = next(stream, None)
+    if base is None:
+        return None
+    return [next(stream).tensor, base.tensor, base.entry.name]
+
+
+def stream_rows(
+    index: CheckpointIndex, name: str, *, memory_bytes: int, workers: int = 4, io: Io = "auto"
+) -> Iterator[tuple[int, Tensor]]:
+    """A tensor in blocks of rows, for one larger than the bound. A row is what one index of the first axis gives.
+
+    Args:
+        memory_bytes: bound on all blocks together, see `TensorStream`; a block takes about a quarter.
+
+    Yields:
+        Index of the first row, and the rows (b, ...); of a scalar, 0 and the scalar. Nothing where there is no row.
+
+    Raises:
+        CheckpointError: the checkpoint lacks it, or the file cannot be read.
+        MemoryBoundError: a row is too large.
+    """
+    entry = _entry(index, name)
+    torch_dtype(entry)
+    rows = entry.shape[0] if entry.shape else 1
+    row_bytes = (entry.end - entry.start) // max(rows, 1)
+    overhead = _C.pool_bytes(4095, 4097)
+    if 2 * (row_bytes + overhead) > memory_bytes:
+        raise MemoryBoundError(
+            f"{entry.shard}: a row of {name!r} has {row_bytes} bytes, the bound is {memory_bytes}; two rows must fit, "
+            "allow more memory"
+        )
+    count = max(1, (memory_bytes // _BLOCKS - overhead) // max(row_bytes, 1))
+    blocks = []
+    for first in range(0, rows, count):
+        last = min(first + count, rows)
+        start = entry.start + first * row_bytes
+        shape = (last - first, *entry.shape[1:]) if entry.shape else ()
+        blocks.append(replace(entry, shape=shape, start=start, end=start + (last - first) * row_bytes))
+    stream = TensorStream.of_entries(blocks, memory_bytes=memory_bytes, workers=workers, io=io)
+    return _rows(stream, range(0, rows, count))
+
+
+def _rows(stream: TensorStream, firsts: range) -> Iterator[tuple[int, Tensor]]:
+    with stream:
+        for first in firsts:
+            yield first, next(stream).tensor
+
+
+def read_tensor(index: CheckpointIndex, name: str) -> Tensor:
+    """One tensor, in memory that belongs to it alone.
+
+    Raises:
+        CheckpointError: the checkpoint lacks it, or the file cannot be read.
+    """
+    entry = _entry(index, name)
+    needed = _C.pool_bytes(entry.start, entry.end)
+    with TensorStream.of_entries([entry], memory_bytes=max(needed, 1)) as stream:
+        return next(stream).tensor
+
+
+def in_file_order(index: CheckpointIndex) -> list[TensorEntry]:
+    """All tensors, shards in the order in which the index names them, each by byte offset."""
+    shards: dict[Path, list[TensorEntry]] = {}
+    for entry in index.tensors.values():
+        shards.setdefault(entry.shard, []).append(entry)
+    return [e for shard in shards.values() for e in sorted(shard, key=lambda e: (e.start, e.end, e.name))]
+
+
+def _entry(index: CheckpointIndex, name: str) -> TensorEntry:
+    if name not in index.tensors:
+        raise CheckpointError(f"{index.path}: has no tensor {name!r}")
+    return index.tensors[name]
+
+
+def _check_fits(entries: Sequence[TensorEntry], memory_bytes: int) -> None:
+    needed = sum(_C.pool_bytes(entry.start, entry.end) for entry in entries)
+    if needed > memory_bytes:
+        what = " and its twin" if len(entries) > 1 else ""
+        raise MemoryBoundError(
+            f"{entries[0].shard}: {entries[0].name!r} {list(entries[0].shape)}{what} takes {needed} bytes, the bound "
+            f"is {memory_bytes}; allow more memory or read it in row blocks (stream_rows)"
+        )
+
+
+def _as_tensor(block: _C.Block, entry: TensorEntry) -> Tensor:
+    dtype = torch_dtype(entry)
+    if entry.start == entry.end:
+        return torch.empty(entry.shape, dtype=dtype)
+    return torch.frombuffer(block, dtype=dtype, count=prod(entry.shape)).view(entry.shape)

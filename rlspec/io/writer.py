@@ -1,0 +1,313 @@
+"""Write a checkpoint like another one, with some tensors changed: atomic, resumable, the rest copied in the kernel."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import threading
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from rlspec import _C
+from rlspec.errors import CheckpointError
+from rlspec.io.index import INDEX_FILE, CheckpointIndex
+from rlspec.io.layout import Place, ShardLayout, companions, index_content, lay_out
+from rlspec.io.staging import Staging, write_error, write_file
+
+# How much is copied before the copier looks whether it is to stop.
+_COPY_BYTES = 1 << 28
+_LOG = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """Write the files of ``like`` to a new folder, with the tensors that are put in place of its own.
+
+    Shards, tensor order, metadata and companion files are those of ``like``. A shard of which no tensor changes its
+    dtype keeps its header to the byte. Everything grows in a hidden folder beside ``out`` and appears under that
+    name in one rename, by `commit`. What is not changed is copied by a thread of its own, without passing through
+    Python. Shards that are complete and on the disk are remembered for a resumed run.
+
+    Args:
+        out: folder to make.
+        like: the checkpoint to follow. Of a single file, opened as such, nothing but the file is reproduced, as
+            ``model.safetensors``.
+        changed: tensors that will be put, and the dtype each is written in.
+        fingerprint: identifies inputs and settings; what an interrupted run left is taken over only if it is equal.
+        resume: take it over. Without, it is thrown away.
+        overwrite: replace ``out`` where it exists, at the last moment.
+
+    Raises:
+        CheckpointError: ``out`` exists, or cannot be written, or its disk has no room; or, resuming, another
+            fingerprint. The same for errors while writing: the file, and what is wrong.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        like: CheckpointIndex,
+        *,
+        changed: Mapping[str, torch.dtype],
+        fingerprint: str,
+        resume: bool = False,
+        overwrite: bool = False,
+    ) -> None:
+        layouts = lay_out(like, changed)
+        self._like = like
+        self._layouts = layouts
+        self._companions = companions(like)
+        self._index = index_content(like, layouts)
+        self._staging = Staging(Path(out), fingerprint, resume=resume, overwrite=overwrite)
+        finished = self._staging.finished
+        todo = [layout for layout in layouts if finished.get(layout.name) != layout.size]
+        self._stop = threading.Event()
+        self._lock = threading.Lock()
+        try:
+            self._check_space(todo)
+            self._shards = [_Shard(layout, self._staging, self._stop, self._lock) for layout in todo]
+        except BaseException:
+            self._staging.unlock()
+            raise
+        self._by_name = {name: shard for shard in self._shards for name in shard.layout.changed}
+        #: changed tensors whose shard is not finished, in file order, when the writer was made
+        self.pending: tuple[str, ...] = tuple(self._by_name)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="rlspec-copy")
+        self._copied: list[Future[None]] = [self._thread.submit(shard.copy) for shard in self._shards]
+        self._committed = False
+
+    def _check_space(self, todo: list[ShardLayout]) -> None:
+        # Shards without changes may be shared with the original's and take no space.
+        needed = sum(layout.size for layout in todo if layout.changed)
+        disk = os.statvfs(self._staging.folder)
+        free = disk.f_bavail * disk.f_frsize
+        if needed > free:
+            raise CheckpointError(
+                f"{self._staging.out}: cannot be written: {needed} bytes are needed, the disk has {free} free"
+            )
+
+    def put(self, name: str, tensor: Tensor) -> None:
+        """Write a changed tensor, in any order, from any thread, once.
+
+        Raises:
+            CheckpointError: not the shape or dtype announced, or the disk fails.
+            ValueError: not pending, or written already.
+        """
+        place = self._shard(name).layout.changed[name]
+        if tuple(tensor.shape) != place.shape:
+            raise CheckpointError(f"{name}: shape {list(tensor.shape)}, {list(place.shape)} was announced")
+        self._write(name, place, tensor, 0, place.bytes)
+
+    def put_rows(self, name: str, first_row: int, block: Tensor) -> None:
+        """Write rows ``first_row`` ... of a changed tensor, in any order, each once; of a scalar, row 0.
+
+        Args:
+            block: (b, ...), rows as of the tensor.
+
+        Raises:
+            CheckpointError, ValueError: as `put`.
+        """
+        place = self._shard(name).layout.changed[name]
+        rows = place.shape[0] if place.shape else 1
+        count = len(block) if place.shape and block.ndim else 1
+        fits = tuple(block.shape[1:]) == place.shape[1:] and 0 <= first_row <= rows - count
+        if block.ndim != len(place.shape) or not fits:
+            raise CheckpointError(f"{name}: rows {list(block.shape)} at {first_row} of {list(place.shape)}")
+        row_bytes = place.bytes // max(rows, 1)
+        self._write(name, place, block, first_row * row_bytes, count * row_bytes)
+
+    def _shard(self, name: str) -> _Shard:
+        if name not in self._by_name:
+            raise ValueError(f"{name!r} is not pending")
+        return self._by_name[name]
+
+    def _write(self, name: str, place: Place, tensor: Tensor, start: int, count: int) -> None:
+        if tensor.dtype != place.dtype:
+            raise CheckpointError(f"{name}: {tensor.dtype}, {place.dtype} was announced")
+        self._raise_failed_copies()
+        shard = self._shard(name)
+        shard.claim(name, start, count)
+        if count:
+            data = tensor.detach().to("cpu").contiguous().reshape(-1).view(torch.uint8).numpy()
+            shard.write(place.offset + start, data)
+        if shard.wrote(count):
+            self._copied.append(self._thread.submit(shard.finish))
+
+    def _raise_failed_copies(self) -> None:
+        for future in self._copied:
+            if future.done():
+                future.result()
+
+    def commit(self) -> Path:
+        """Finish all shards, add the other files and the index, and give the folder its name.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError: the disk fails. What is complete stays for a resumed run.
+            ValueError: a changed tensor was not put.
+        """
+        missing = [name for name in self.pending if not self._by_name[name].has(name)]
+        if missing:
+            raise ValueError(f"{len(missing)} tensors were not put, the first is {missing[0]!r}")
+        for future in list(self._copied):
+            future.result()
+        self._thread.shutdown()
+        for path in self._companions:
+            _copy_file(path, self._staging.checkpoint / path.name)
+        if self._index is not None:
+            write_file(self._staging.checkpoint / INDEX_FILE, self._index)
+        try:
+            _C.sync_folder(os.fsencode(self._staging.checkpoint))
+        except _C.FileError as error:
+            raise CheckpointError(f"{self._staging.checkpoint}: {error}") from None
+        out = self._staging.publish()
+        self._committed = True
+        return out
+
+    def close(self) -> None:
+        """Stop. What is complete stays for a resumed run unless it was committed. May be called twice."""
+        self._stop.set()
+        self._thread.shutdown(cancel_futures=True)
+        self._staging.unlock()
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+        if error is not None and not self._committed:
+            _LOG.info("%s: not complete; what is done is kept in %s", self._staging.out, self._staging.folder)
+
+
+class _Shard:
+    """A shard that is being written under a temporary name."""
+
+    def __init__(
+        self, layout: ShardLayout, staging: Staging, stop: threading.Event, lock: threading.Lock
+    ) -> None:
+        self.layout = layout
+        self._staging = staging
+        self._stop = stop
+        self._lock = lock  # of the whole writer: held for moments only
+        self._path = staging.checkpoint / layout.name
+        self._temporary = self._path.with_name(f".{self._path.name}.tmp")
+        self._file: _C.OutputFile | None = None
+        self._claimed: dict[str, list[tuple[int, int]]] = {}
+        self._left = sum(place.bytes for place in layout.changed.values())
+        self._untouched = set(layout.changed)
+        self._is_copied = False
+        self._is_finishing = False
+
+    def copy(self) -> None:
+        """All that comes from the original; finishes the shard if nothing else is missing."""
+        if self._stop.is_set():
+            return
+        layout = self.layout
+        source = os.fsencode(layout.source)
+        try:
+            whole = not layout.changed
+            file = self._opened(reserve=not whole)
+            if not (whole and file.clone(source)):
+                if whole:
+                    file.reserve(layout.size)
+                if layout.header is not None:
+                    file.write(0, layout.header)
+                for there, here, count in layout.copies:
+                    for done in range(0, count, _COPY_BYTES):
+                        if self._stop.is_set():
+                            return
+                        part = min(_COPY_BYTES, count - done)
+                        file.copy(source, there + done, here + done, part)
+        except _C.FileError as error:
+            raise self._explained(error) from None
+        with self._lock:
+            self._is_copied = True
+        if self._is_complete():
+            self.finish()
+
+    def claim(self, name: str, start: int, count: int) -> None:
+        """Remember which bytes of a tensor are written; each may be once."""
+        with self._lock:
+            ranges = self._claimed.setdefault(name, [])
+            written = any(a < start + count and start < b for a, b in ranges)
+            if written or (count == 0 and self.layout.changed[name].bytes == 0 and ranges):
+                raise ValueError(f"{name!r} was written already")
+            ranges.append((start, start + count))
+            self._untouched.discard(name)
+
+    def has(self, name: str) -> bool:
+        with self._lock:
+            ranges = self._claimed.get(name)
+            return ranges is not None and sum(b - a for a, b in ranges) == self.layout.changed[name].bytes
+
+    def write(self, offset: int, data: object) -> None:
+        try:
+            self._opened(reserve=True).write(offset, data)  # type: ignore[arg-type]
+        except _C.FileError as error:
+            raise self._explained(error) from None
+
+    def wrote(self, count: int) -> bool:
+        """Take note; True for the call after which nothing is missing."""
+        with self._lock:
+            self._left -= count
+        return self._is_complete()
+
+    def finish(self) -> None:
+        """On the disk, under its name, remembered."""
+        try:
+            file = self._opened(reserve=False)
+            file.finish()
+            os.replace(self._temporary, self._path)
+            _C.sync_folder(os.fsencode(self._path.parent))
+            self._file = None
+            self._staging.finish(self.layout.name, self.layout.size)
+        except _C.FileError as error:
+            raise self._explained(error) from None
+        except OSError as error:
+            raise write_error(self._path, error) from None
+
+    def _is_complete(self) -> bool:
+        with self._lock:
+            complete = self._is_copied and self._left == 0 and not self._untouched and not self._is_finishing
+            self._is_finishing |= complete
+            return complete
+
+    def _opened(self, *, reserve: bool) -> _C.OutputFile:
+        with self._lock:
+            if self._file is None:
+                try:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                except OSError as error:
+                    raise write_error(self._path.parent, error) from None
+                file = _C.OutputFile(os.fsencode(self._temporary))
+                if reserve:
+                    file.reserve(self.layout.size)
+                self._file = file
+            return self._file
+
+    def _explained(self, error: _C.FileError) -> CheckpointError:
+        path = self._path if error.kind == "write_failed" else self.layout.source
+        return CheckpointError(f"{path}: {error}")
+
+
+def _copy_file(source: Path, target: Path) -> None:
+    """Copy a small file with its permissions; regular also where the source is a link."""
+    mode = stat.S_IMODE(source.stat().st_mode)
+    try:
+        file = _C.OutputFile(os.fsencode(target))
+        file.copy(os.fsencode(source), 0, 0, source.stat().st_size)
+        file.finish()
+        os.chmod(target, mode | stat.S_IWUSR)
+    except _C.FileError as error:
+        path = target if error.kind == "write_failed" else source
+        raise CheckpointError(f"{path}: {error}") from None
+    except OSError as error:
+        raise write_error(target, error) from None
