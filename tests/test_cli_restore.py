@@ -167,7 +167,7 @@ def test_ctrl_c_says_how_to_go_on(
     monkeypatch.undo()
     # Other settings cannot go on with it.
     result = invoke(*arguments(checkpoints, out), "--resume", "--rank", "0.3")
-    check_refused(out, result, "--resume")
+    check_refused(out, result, "belongs to other inputs or settings")
     file = tmp_path / "report.json"
     result = invoke(*arguments(checkpoints, out), "--resume", "--report", file)
     assert result.exit_code == 0, result.output
@@ -189,7 +189,7 @@ def test_changed_inputs_are_not_resumed(
     shard = next(iter(sorted(base.glob("*.safetensors"))))
     status = shard.stat()
     os.utime(shard, ns=(status.st_atime_ns, status.st_mtime_ns + 1))
-    check_refused(out, invoke(*arguments((base, tuned), out), "--resume"), "--resume")
+    check_refused(out, invoke(*arguments((base, tuned), out), "--resume"), "belongs to other inputs")
 
 
 def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +205,8 @@ def stop_after(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def at_begin(action: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Do something once the plan stands and the work begins."""
-    monkeypatch.setattr(restore_text.Bar, "begin", lambda self, steps: action())
+    begin = restore_text.Bar.begin
+    monkeypatch.setattr(restore_text.Bar, "begin", lambda self, steps: (begin(self, steps), action()))
 
 
 def test_a_shard_that_shrinks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,9 @@ def _run(plan: Plan, target: Target, memory_gib: float, report_file: Path | None
             f"Stopped; nothing is at {target.out} yet. To finish it: the same command with --resume", err=True
         )
         raise SystemExit(EXIT_INTERRUPTED) from None
+    except CheckpointError as error:
+        kept = "; what is finished is kept, the same command with --resume goes on" if bar.begun else ""
+        raise CheckpointError(f"{error}{kept}") from None
     finally:
         bar.close()
     if report_file is not None:

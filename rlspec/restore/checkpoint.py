@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
@@ -153,21 +154,23 @@ def run_plan(
         raise OptionError(f"--memory-gib {memory_gib} must be above 0")
     memory = int(memory_gib * GIB)
     check_memory(plan, memory)
-    journal = Journal(target.out.parent / f".{target.out.name}.restored.jsonl")
+    journal = Journal(target.out.parent / f".{target.out.name}.rlspec-restored.jsonl")
     cache = Path(cache_dir) if cache_dir is not None else None
-    with CheckpointWriter(
+    writer = CheckpointWriter(
         target.out,
         plan.like,
         changed=plan.changed,
         fingerprint=fingerprint(plan),
         resume=target.resume,
         overwrite=target.overwrite,
-    ) as writer:
+    )
+    with closing(writer):
         pending = [plan.steps[name] for name in writer.pending]
         left = {step.name for step in pending}
-        earlier = {row.name: row for row in journal.read().values() if row.tensor not in left}
-        if not target.resume:
-            earlier = {}
+        earlier: dict[str, MatrixReport] = {}
+        if target.resume:
+            earlier = {row.name: row for row in journal.read().values() if row.tensor not in left}
+        else:
             journal.clear()
         on_begin(pending)
         done = dict(earlier)

@@ -13,10 +13,11 @@ from rlspec.io.index import TensorEntry
 from rlspec.restore.plan import Plan, Step
 from rlspec.restore.tensors import BLOCK_ENTRIES
 
-# Float64 copies of the matrix, and of its smaller Gram matrix, that are held at the worst moment: measured peaks of
-# square and oblong matrices, and a tenth more.
-_COPIES = (5.0, 3.0)
-_COPIES_EXACT = (6.5, 4.5)
+# Float64 copies of the matrix, and of its smaller Gram matrix, that are held at the worst moment: a float64
+# decomposition of the tuned matrix, which any matrix may turn out to need. Measured peaks of square and oblong
+# matrices, and a tenth more.
+_MATRIX_COPIES = 5.5
+_GRAM_COPIES = 7.5
 # A block of the elementwise modes: its float64 copies.
 _BLOCK_COPIES = 10
 # Row streams and pools get at least this.
@@ -38,8 +39,8 @@ def working_bytes(step: Step, plan: Plan) -> int:
     whole = prod(step.entry.shape) * (4 if plan.adapter is not None else 0) + step.bytes
     if plan.options.elementwise:
         return whole + _BLOCK_COPIES * 8 * BLOCK_ENTRIES
-    matrix, gram = _COPIES_EXACT if plan.options.exact or plan.options.part != "top" else _COPIES
-    return whole + max(int(8 * (matrix * m * n + gram * min(m, n) ** 2)) for _, (m, n) in step.matrices())
+    shapes = [shape for _, shape in step.matrices()]
+    return whole + max(int(8 * (_MATRIX_COPIES * m * n + _GRAM_COPIES * min(m, n) ** 2)) for m, n in shapes)
 
 
 def pool_bytes(plan: Plan, memory: int) -> int:

@@ -13,6 +13,7 @@ import torch
 from rlspec.errors import CheckpointError
 from rlspec.io.index import CheckpointIndex, TensorEntry
 from rlspec.io.projections import Projection, read_config
+from rlspec.io.stream import in_file_order
 from rlspec.restore.adapter import Adapter, is_adapter
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.select import Selection, select
@@ -109,7 +110,7 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
     like = base_index if adapter is not None else CheckpointIndex.open(tuned)
     for index in {id(i): i for i in (base_index, like)}.values():
         _refuse_quantised(index)
-    entries = sorted(like.tensors.values(), key=lambda entry: (str(entry.shard), entry.start, entry.end))
+    entries = in_file_order(like)
     shapes = {entry.name: tuple(entry.shape) for entry in entries}
     selection = select(shapes, options, read_config(like.path))
     steps = {entry.name: _step(entry, selection, options, base_index, like, adapter) for entry in entries}
