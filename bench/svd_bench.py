@@ -18,7 +18,16 @@ from typing import Any
 
 import click
 import torch
-from harness import gemm_peak, machine, peak_memory_mib, plot_error_against_time, summary, table, timed
+from harness import (
+    gemm_peak,
+    machine,
+    peak_memory_mib,
+    plot_error_against_time,
+    reset_peak_memory,
+    summary,
+    table,
+    timed,
+)
 from shapes import SHAPES, Shape, matrix
 from torch import Tensor
 
@@ -100,6 +109,7 @@ def bench_shape(shape: Shape, quick: bool, peak: float) -> list[dict[str, Any]]:
     u, s, v = u[:, :k], s[:k], v[:, :k]
     rows: list[dict[str, Any]] = []
     for name, run in methods(quick).items():
+        reset_peak_memory()
         taken, found = timed(lambda run=run: run(a, k), 1 if quick else 3, 12.0)
         row = {
             "shape": shape.name,

@@ -1,138 +1,248 @@
 """What one tracking event costs, against full decompositions of the same matrices in the same run.
 
-``python bench/track_bench.py`` measures three stacks of attention matrices with synthetic weights (spectrum flat at
-the cut, a Gaussian update of 1 % of the norm), k = 20 %. First the correctness gate: the delta engine must agree
-with float64 decompositions within the bounds it reports. Then medians over a few repetitions:
+``python bench/track_bench.py`` measures the q, k and v projections of models by their shapes (``shapes.py``), k = 20 %,
+an update of 1 % of the norm, in about four minutes on two cores. First the correctness gate: values and angles must
+agree with float64 decompositions within the bounds reported. Then medians over a few repetitions of
 
-* delta: ``SpectralTracker(engine="delta")``, the default of ``rlspec track``;
-* exact: ``SpectralTracker(engine="exact")``, float64 decompositions and the same metrics;
-* two SVDs: ``torch.linalg.svd`` in float32 of reference and current weights, cosines by a product, arccos: the
-  procedure of arXiv 2508.16546.
+* delta: ``SpectralTracker(engine="delta")``, the default of ``rlspec track``, all its metrics included;
+* one SVD: ``torch.linalg.svd`` in float32 of every current weight, nothing else;
+* paper: the procedure of arXiv 2508.16546: float32 SVDs of reference and current weights, cosines of the leading
+  vectors by a product, their SVD, arccos.
+
+GFLOP/s count the matrix products of the delta engine's first order (``flops``), over the time of the whole event, and
+their share of what a float32 product reaches here. Memory is the largest resident size while a contender runs.
 """
 
 from __future__ import annotations
 
 import json
-import platform
-import statistics
-import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import click
 import torch
+from harness import gemm_peak, machine, peak_memory_mib, reset_peak_memory, summary, table, timed
+from shapes import SHAPES, Shape, matrix, real_weight
 from torch import Tensor
 
 from rlspec import SpectralBasis, SpectralTracker
+from rlspec.spectra.measurement import ReferenceStack
+from rlspec.spectra.solve import leading_columns
 
-#: name -> (layers, {projection: (rows, columns)})
-STACKS: dict[str, tuple[int, dict[str, tuple[int, int]]]] = {
-    "embedded model (6 layers)": (6, {"q": (192, 192), "k": (96, 192), "v": (96, 192)}),
-    "SmolLM2-135M (4 of 30 layers)": (4, {"q": (576, 576), "k": (192, 576), "v": (192, 576)}),
-    "Llama-3.2-1B (1 of 16 layers)": (1, {"q": (2048, 2048), "k": (512, 2048), "v": (512, 2048)}),
+Weights = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Case:
+    """Matrices measured together; ``times`` as many make one event of the whole model."""
+
+    title: str
+    weights: Callable[[], tuple[Weights, str]]
+    times: int = 1
+
+
+def name_of(layer: int, projection: str) -> str:
+    return f"model.layers.{layer}.self_attn.{projection}_proj.weight"
+
+
+def registered(
+    model: str, projections: str = "qkv", layers: int | None = None
+) -> Callable[[], tuple[Weights, str]]:
+    """Matrices of a model of the registry: its real weights where they are installed, else planted spectra."""
+
+    def make() -> tuple[Weights, str]:
+        made, label = {}, ""
+        for shape in (SHAPES[f"{model}:{p}"] for p in projections):
+            for layer in range(layers if layers is not None else shape.layers):
+                weight = real_weight(shape.projection, layer) if model == "SmolLM2-135M" else None
+                if weight is not None:
+                    label = "real weights"
+                else:
+                    weight, *_, label = matrix(shape, seed=layer)
+                made[name_of(layer, shape.projection)] = weight
+        return made, label
+
+    return make
+
+
+def embedded() -> tuple[Weights, str]:
+    made, label = {}, ""
+    for layer in range(6):
+        for projection, rows in (("q", 192), ("k", 96), ("v", 96)):
+            made[name_of(layer, projection)], *_, label = matrix(
+                Shape("", projection, rows, 192, 6), seed=layer
+            )
+    return made, label
+
+
+CASES = {
+    "embedded": Case("embedded model: q, k, v of 6 layers", embedded),
+    "135m": Case("SmolLM2-135M: q, k, v of 30 layers", registered("SmolLM2-135M")),
+    "1b": Case("Llama-3.2-1B: q, k, v of one layer (of 16)", registered("Llama-3.2-1B", layers=1), 16),
+    "7b-q": Case("Qwen2.5-7B: one q, 3584 x 3584", registered("Qwen2.5-7B", "q", layers=1)),
+    "7b": Case("Qwen2.5-7B: q, k, v of one layer (of 28)", registered("Qwen2.5-7B", layers=1), 28),
+    "8b": Case("Llama-3.1-8B: q, k, v of one layer (of 32)", registered("Llama-3.1-8B", layers=1), 32),
+    "70b-k": Case("Llama-3.1-70B: one k, 1024 x 8192", registered("Llama-3.1-70B", "k", layers=1)),
 }
+DEFAULT = ("embedded", "135m", "1b", "7b-q", "7b")
 
 
-def weights(layers: int, shapes: dict[str, tuple[int, int]], seed: int) -> dict[str, Tensor]:
-    """Random orthogonal factors around σ_i = 1 / (1 + 3 i / r): ratios like those of real projections at the cut."""
-    generator = torch.Generator().manual_seed(seed)
-    made = {}
-    for layer in range(layers):
-        for name, (m, n) in shapes.items():
-            r = min(m, n)
-            U = torch.linalg.qr(torch.randn(m, r, generator=generator)).Q
-            V = torch.linalg.qr(torch.randn(n, r, generator=generator)).Q
-            sigma = 1 / (1 + 3 * torch.arange(r) / r)
-            made[f"model.layers.{layer}.self_attn.{name}_proj.weight"] = (U * sigma) @ V.T
-    return made
-
-
-def updated(base: dict[str, Tensor], size: float, seed: int) -> dict[str, Tensor]:
+def updated(base: Weights, size: float, rank: int | None, seed: int) -> Weights:
+    """Plus a random update of the given relative size: Gaussian, or of the given rank."""
     generator = torch.Generator().manual_seed(seed)
     tuned = {}
-    for name, W in base.items():
-        E = torch.randn(W.shape, generator=generator)
-        tuned[name] = W + size * W.norm() / E.norm() * E
+    for name, weight in base.items():
+        m, n = weight.shape
+        if rank is None:
+            e = torch.randn(m, n, generator=generator)
+        else:
+            e = torch.randn(m, rank, generator=generator) @ torch.randn(rank, n, generator=generator)
+        tuned[name] = weight + size * weight.norm() / e.norm() * e
     return tuned
 
 
-def two_svds(base: dict[str, Tensor], tuned: dict[str, Tensor], share: float) -> None:
-    for name, W in base.items():
-        k = max(1, round(share * min(W.shape)))
-        U, _, Vh = torch.linalg.svd(W, full_matrices=False)
-        U2, _, Vh2 = torch.linalg.svd(tuned[name], full_matrices=False)
-        for A, B in ((U[:, :k], U2[:, :k]), (Vh[:k].T, Vh2[:k].T)):
-            torch.arccos(torch.linalg.svdvals(A.T @ B).clamp(max=1.0))
+def one_svd(tuned: Weights) -> None:
+    for weight in tuned.values():
+        torch.linalg.svd(weight, full_matrices=False)
 
 
-def seconds(run: Callable[[], object], repeats: int) -> list[float]:
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        run()
-        taken.append(time.perf_counter() - began)
-    return taken
+def paper(base: Weights, tuned: Weights, share: float) -> None:
+    for name, weight in base.items():
+        k = max(1, round(share * min(weight.shape)))
+        u, _, vh = torch.linalg.svd(weight, full_matrices=False)
+        u2, _, vh2 = torch.linalg.svd(tuned[name], full_matrices=False)
+        for a, b in ((u[:, :k], u2[:, :k]), (vh[:k].T, vh2[:k].T)):
+            torch.arccos(torch.linalg.svdvals(a.T @ b).clamp(max=1.0))
 
 
-def gate(delta: SpectralTracker, exact: SpectralTracker, tuned: dict[str, Tensor]) -> float:
-    """The largest (error / reported bound) of a singular value or an angle; at most 1, or the bench stops."""
+def gate(delta: SpectralTracker, exact: SpectralTracker, tuned: Weights) -> dict[str, float]:
+    """The worst errors against float64; stops the bench where one exceeds the bound that goes with it."""
     ours, truth = delta.measure(tuned, step=0), exact.measure(tuned, step=0)
-    worst = 0.0
+    worst = {"error_over_bound": 0.0, "sigma_rel": 0.0, "angles_frobenius_rel": 0.0, "angle_rad": 0.0}
     for row in ours.rows:
         name = row["name"]
-        sigma = (ours.arrays[f"{name}/sigma"] - truth.arrays[f"{name}/sigma"]).abs().max()
-        worst = max(worst, float(sigma) / float(row["sigma_error_bound"] or 1e-300))
-        for side in ("left", "right"):
-            key = f"{name}/sines_{side}"
+        mine, right = ours.arrays[f"{name}/sigma"], truth.arrays[f"{name}/sigma"]
+        error = (mine - right).abs()
+        shares = [float(error.max()) / float(row["sigma_error_bound"] or 1e-300)]
+        worst["sigma_rel"] = max(worst["sigma_rel"], float((error / right).max()))
+        for key in (f"{name}/sines_left", f"{name}/sines_right"):
             if key in ours.arrays:
-                angle = (
-                    (ours.arrays[key].clamp(max=1).asin() - truth.arrays[key].clamp(max=1).asin()).abs().max()
-                )
-                worst = max(worst, float(angle) / float(row["angle_error_bound_rad"] or 1e-300))
-    if worst > 1:
-        raise click.ClickException(f"correctness gate: an error is {worst:.2f} times its reported bound")
+                x, y = (record.arrays[key].clamp(max=1).asin() for record in (ours, truth))
+                angle = float((x - y).abs().max())
+                shares.append(angle / float(row["angle_error_bound_rad"] or 1e-300))
+                worst["angle_rad"] = max(worst["angle_rad"], angle)
+                relative = float((x - y).norm() / y.norm())
+                worst["angles_frobenius_rel"] = max(worst["angles_frobenius_rel"], relative)
+        worst["error_over_bound"] = max(worst["error_over_bound"], *shares)
+    if worst["error_over_bound"] > 1:
+        raise click.ClickException(
+            f"an error is {worst['error_over_bound']:.2f} times the bound reported with it"
+        )
     return worst
 
 
+def flops(basis: SpectralBasis) -> float:
+    """Products of the first-order step: E V1, Eᵀ U1, their coordinates, and five products of the rotations."""
+    total = 0.0
+    for projection in basis.projections:
+        matrix_basis = basis.matrix(projection.name)
+        (m, n), k, r = matrix_basis.shape, matrix_basis.k, len(matrix_basis.S)
+        w = leading_columns(ReferenceStack.of([matrix_basis]))
+        p = r - w
+        total += 4.0 * m * n * w + 2.0 * m * w * w + 2.0 * p * (m + n) * w + 8.0 * p * w * w
+        total += 4.0 * abs(m - n) * r * w + 4.0 * (r - k) * k * k
+    return total
+
+
+def bench(
+    case: Case, size: float, rank: float, update_rank: int | None, repeats: int, peak: float
+) -> dict[str, Any]:
+    base, label = case.weights()
+    tuned = updated(base, size, update_rank, seed=1)
+    basis = SpectralBasis.from_tensors(base, rank=rank)
+    delta, exact = SpectralTracker(basis, engine="delta"), SpectralTracker(basis, engine="exact")
+    errors = gate(delta, exact, tuned)
+    contenders: dict[str, tuple[Callable[[], object], int]] = {
+        "delta": (lambda: delta.measure(tuned, step=0), repeats),
+        "one SVD": (lambda: one_svd(tuned), 1 if case.times > 1 else repeats),
+        "paper": (lambda: paper(base, tuned, rank), 1),
+    }
+    rows = {}
+    for contender, (run, most) in contenders.items():
+        reset_peak_memory()
+        taken, _ = timed(run, most, 20.0)
+        rows[contender] = summary(taken) | {"peak_memory_mib": peak_memory_mib()}
+    gflops = flops(basis) / rows["delta"]["median_seconds"] / 1e9
+    return {
+        "case": case.title,
+        "weights": label,
+        "errors": errors,
+        "contenders": rows,
+        "gflops": gflops,
+        "share_of_gemm_peak": gflops / peak,
+        "whole_event_seconds_scaled": rows["delta"]["median_seconds"] * case.times,
+        "times": case.times,
+    }
+
+
+def report(result: dict[str, Any]) -> str:
+    rows, errors = result["contenders"], result["errors"]
+    ours = rows["delta"]["median_seconds"]
+    cells = [("", "median s", "range s", "of delta", "MiB")]
+    for contender, row in rows.items():
+        seconds = row["median_seconds"]
+        span = f"{row['min_seconds']:.2f}-{row['max_seconds']:.2f}"
+        cells.append(
+            (contender, f"{seconds:.3f}", span, f"{seconds / ours:.1f}x", f"{row['peak_memory_mib']:.0f}")
+        )
+    lines = [
+        f"\n{result['case']} ({result['weights']})" + table(cells),
+        f"errors: values {errors['sigma_rel']:.0e}, angles {errors['angles_frobenius_rel']:.0e} (Frobenius, relative), "
+        f"worst angle {errors['angle_rad']:.0e} rad, at most {errors['error_over_bound']:.2f} of the bound",
+        f"{result['gflops']:.0f} GFLOP/s, {result['share_of_gemm_peak']:.0%} of a float32 product",
+    ]
+    if result["times"] > 1:
+        scaled = result["whole_event_seconds_scaled"]
+        lines.append(f"all layers, scaled by {result['times']}: {scaled:.1f} s an event")
+    return "\n".join(lines)
+
+
 @click.command(help=__doc__)
+@click.option("--cases", default=",".join(DEFAULT), show_default=True, help=f"Any of {', '.join(CASES)}.")
 @click.option("--size", default=1e-2, show_default=True, help="‖ΔW‖ / ‖W‖.")
+@click.option("--update-rank", type=int, help="Rank of the update.  [default: full, Gaussian]")
 @click.option("--rank", default=0.2, show_default=True, help="Share of singular directions tracked.")
 @click.option("--repeats", default=3, show_default=True, help="Repetitions of each measurement.")
 @click.option("--threads", default=None, type=int, help="torch threads; default: all.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the figures there too.")
-def main(size: float, rank: float, repeats: int, threads: int | None, json_file: Path | None) -> None:
+def main(
+    cases: str,
+    size: float,
+    update_rank: int | None,
+    rank: float,
+    repeats: int,
+    threads: int | None,
+    json_file: Path | None,
+) -> None:
+    names = [name.strip() for name in cases.split(",")]
+    unknown = [name for name in names if name not in CASES]
+    if unknown:
+        raise click.BadParameter(
+            f"no case {unknown[0]!r}; choose from {', '.join(CASES)}", param_hint="--cases"
+        )
     if threads is not None:
         torch.set_num_threads(threads)
-    capability = torch.backends.cpu.get_cpu_capability()
-    machine = (
-        f"{platform.machine()}, {capability}, {torch.get_num_threads()} threads, torch {torch.__version__}"
-    )
-    click.echo(machine)
-    click.echo(
-        f"{'stack':<32}{'gate':>6}{'delta':>10}{'exact':>10}{'two SVDs':>10}{'exact/delta':>13}{'SVDs/delta':>12}"
-    )
+    peak = gemm_peak(2048)
+    about = machine() | {"gemm_float32_gflops": peak, "size": size, "update_rank": update_rank, "rank": rank}
+    click.echo(", ".join(f"{k} {v:.0f}" if k.startswith("gemm") else f"{k} {v}" for k, v in about.items()))
     results = []
-    for stack, (layers, shapes) in STACKS.items():
-        base = weights(layers, shapes, seed=0)
-        tuned = updated(base, size, seed=1)
-        basis = SpectralBasis.from_tensors(base, rank=rank)
-        delta, exact = SpectralTracker(basis, engine="delta"), SpectralTracker(basis, engine="exact")
-        worst = gate(delta, exact, tuned)
-        taken = {
-            "delta": seconds(lambda t=delta, w=tuned: t.measure(w, step=0), repeats),
-            "exact": seconds(lambda t=exact, w=tuned: t.measure(w, step=0), repeats),
-            "two_svds": seconds(lambda b=base, w=tuned: two_svds(b, w, rank), repeats),
-        }
-        median = {name: statistics.median(values) for name, values in taken.items()}
-        click.echo(
-            f"{stack:<32}{worst:>6.2f}{median['delta']:>9.3f}s{median['exact']:>9.3f}s{median['two_svds']:>9.3f}s"
-            f"{median['exact'] / median['delta']:>12.1f}x{median['two_svds'] / median['delta']:>11.1f}x"
-        )
-        results.append({"stack": stack, "gate": worst, "seconds": taken})
+    for name in names:
+        results.append(bench(CASES[name], size, rank, update_rank, repeats, peak))
+        click.echo(report(results[-1]))
     if json_file is not None:
-        json_file.write_text(
-            json.dumps({"machine": machine, "size": size, "results": results}, indent=2) + "\n"
-        )
+        json_file.write_text(json.dumps({"machine": about, "results": results}, indent=2) + "\n")
 
 
 if __name__ == "__main__":
