@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 
-.PHONY: help track test lint typecheck cpp-test format clean
+.PHONY: help track test lint typecheck cpp-test cpp-tsan fuzz format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,11 +31,33 @@ lint: $(VENV)/installed-dev ## ruff check and ruff format --check
 typecheck: $(VENV)/installed-dev ## mypy
 	$(BIN)/mypy
 
+# Everything but the bindings, which need Python.
+CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
+CXX_TEST = $(CXX) -std=c++17 -g -O1 -Wall -Wextra -Werror -pthread -fno-sanitize-recover=all -Icsrc
+FUZZ_SECONDS ?= 20
+
 cpp-test: ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	mkdir -p build
-	$(CXX) -std=c++17 -g -O1 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all \
-		-Icsrc csrc/header.cpp csrc/json.cpp csrc/file.cpp csrc/tests/test_header.cpp -o build/test_header
-	build/test_header
+	mkdir -p build/tests
+	$(CXX_TEST) -fsanitize=address,undefined $(CORE) $(wildcard csrc/tests/*.cpp) -o build/test_asan
+	build/test_asan build/tests
+
+cpp-tsan: ## the C++ tests under ThreadSanitizer
+	mkdir -p build/tests
+	$(CXX_TEST) -fsanitize=thread $(CORE) $(wildcard csrc/tests/*.cpp) -o build/test_tsan
+	build/test_tsan build/tests
+
+# Coverage-guided (libFuzzer) with clang; elsewhere random changes to the corpus.
+fuzz: ## fuzz the readers of headers and indices for FUZZ_SECONDS
+	mkdir -p build/corpus
+ifneq ($(shell command -v clang++),)
+	clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc \
+		csrc/header.cpp csrc/json.cpp csrc/file.cpp csrc/weight_map.cpp csrc/fuzz/fuzz.cpp -o build/fuzz
+	build/fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 build/corpus csrc/fuzz/corpus
+else
+	$(CXX_TEST) -fsanitize=address,undefined csrc/header.cpp csrc/json.cpp csrc/file.cpp csrc/weight_map.cpp \
+		csrc/fuzz/fuzz.cpp csrc/fuzz/replay.cpp -o build/fuzz
+	build/fuzz csrc/fuzz/corpus $(FUZZ_SECONDS)
+endif
 
 format: $(VENV)/installed-dev ## ruff format and the fixes that ruff can make
 	$(BIN)/ruff check --fix .

@@ -1,5 +1,4 @@
-// Tests of the JSON reader and the header checks, meant to run under the address and undefined-behaviour
-// sanitizers: `make cpp-test`. Prints "N passed, N failed" and exits with 1 on any failure.
+// Tests of the JSON reader, the header checks and the index.
 #include <cstdint>
 #include <cstdio>
 #include <fstream>
@@ -8,35 +7,14 @@
 #include <string>
 #include <vector>
 
+#include "check.hpp"
 #include "header.hpp"
 #include "json.hpp"
+#include "weight_map.hpp"
 
 using rlspec::ErrorKind;
 
 namespace {
-
-int passed = 0;
-int failed = 0;
-
-void check(bool good, const std::string& what) {
-  ++(good ? passed : failed);
-  if (!good) std::fprintf(stderr, "FAILED: %s\n", what.c_str());
-}
-
-// The kind of error that `action` throws, as its stable name; "none" if it throws none.
-std::string kind_of(const std::function<void()>& action) {
-  try {
-    action();
-  } catch (const rlspec::Error& error) {
-    return std::string(rlspec::error_text(error.kind()).name);
-  }
-  return "none";
-}
-
-void expect_kind(const std::function<void()>& action, const std::string& wanted, const std::string& what) {
-  const std::string found = kind_of(action);
-  check(found == wanted, what + ": wanted " + wanted + ", found " + found);
-}
 
 std::string repeat(const std::string& text, int times) {
   std::string out;
@@ -214,15 +192,30 @@ void test_messages() {
   check(cut.size() < 130 && kind_of([&] { rlspec::check_utf8(cut); }) == "none", "a cut name is still UTF-8");
 }
 
+void test_weight_map() {
+  const auto parse = [](const std::string& text) { return [text] { rlspec::parse_weight_map(text); }; };
+  const rlspec::WeightMap map = rlspec::parse_weight_map(
+      R"({"metadata": {"total_size": 8, "x": [1.5, null]}, "weight_map": {"b": "2.safetensors", "a": "1.safetensors"}})");
+  const rlspec::WeightMap wanted{{"b", "2.safetensors"}, {"a", "1.safetensors"}};
+  check(map == wanted, "the order of the text is kept");
+  for (const char* bad : {"[]", "{}", "1", R"({"weight_map": []})", R"({"weight_map": {"a": 1}})",
+                          R"({"weight_map": {"a": null}})"}) {
+    expect_kind(parse(bad), "invalid_entry", bad);
+  }
+  expect_kind(parse(R"({"weight_map": {}, "weight_map": {}})"), "duplicate_key", "two maps");
+  expect_kind(parse(R"({"weight_map": {"a": "x", "\u0061": "y"}})"), "duplicate_key", "one tensor twice");
+  expect_kind(parse(R"({"weight_map": {}} {})"), "invalid_json", "text behind the index");
+  expect_kind(parse("{\"weight_map\": {\"\xFF\": \"x\"}}"), "invalid_utf8", "not UTF-8");
+  expect_kind(parse("{\"a\":" + repeat("[", 100000)), "too_deep", "deep metadata");
+}
+
 }  // namespace
 
-// The one argument is a folder to write test files in.
-int main(int argc, char** argv) {
+void header_tests(const std::string& folder) {
   test_json();
   test_utf8();
   test_header();
   test_messages();
-  test_file(argc > 1 ? argv[1] : "/tmp");
-  std::printf("%d passed, %d failed\n", passed, failed);
-  return failed == 0 ? 0 : 1;
+  test_file(folder);
+  test_weight_map();
 }
