@@ -4,8 +4,7 @@
 (hidden size 3584, 28 query and 4 key-value heads, vocabulary 152064), with ``--layers`` layers, and runs the true
 command in a process of its own: ``rlspec restore``, 20 % of the directions of q, k and v. The singular values of q, k
 and v are those that ``bench/shapes.py`` names; the tuned weights are off by a Gaussian update of ``--size`` of their
-norm. First the correctness gate: one matrix of each shape must equal the float64 formula up to bfloat16's rounding.
-Then, in the same run:
+norm. The correctness gate holds one matrix of each shape against the float64 formula. In the same run:
 
 * cold: no decomposition of the base in the cache;
 * cached: all of them;
@@ -38,6 +37,11 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from shapes import spectrum
 from torch import Tensor
+
+from rlspec.restore import restore_matrix
+from rlspec.spectra import Rank
+from rlspec.spectra.cache import cached_factors
+from rlspec.spectra.matrix import matrix_basis
 
 HIDDEN, KEY_VALUE, INNER, VOCABULARY = 3584, 512, 18944, 152064
 SHARD_BYTES = 2 << 30
@@ -93,7 +97,7 @@ class Maker:
         base.diagonal().copy_(s)
         for _ in range(2):
             base = self._turn(self._turn(base, draw).T, draw).T
-        base = base.bfloat16()
+        base = base.bfloat16().contiguous()
         if not tuned:
             return base
         noise = torch.randn(shape, generator=draw)
@@ -162,21 +166,28 @@ def leading(weight: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     return (v, s, u / s) if turned else (u / s, s, v)
 
 
-def gate(base: Path, tuned: Path, out: Path) -> dict[str, float]:
-    """Matrix -> error beyond bfloat16's own rounding, as a share of the change; at most 1 %, or the bench stops."""
+def gate(base: Path, tuned: Path, out: Path, cache: Path) -> dict[str, float]:
+    """Matrix -> error of the change before rounding, as a share of it: at most 1 %, or the bench stops.
+
+    The same engine, run here in float64 output, must be that close to the float64 formula, and its bfloat16 output
+    must be what the command wrote, but for one entry in a thousand at a tie.
+    """
     errors = {}
     for kind in "qv":
         name = f"model.layers.0.self_attn.{kind}_proj.weight"
         w_b, w_t, found = (read(folder, name) for folder in (base, tuned, out))
-        k = round(SHARE * min(w_b.shape))
+        basis = matrix_basis(name, w_b, cached_factors(w_b, cache), Rank.parse(SHARE))
+        k = basis.k
         u_b, _, v_b = leading(w_b, k)
         u_t, s_t, v_t = leading(w_t, k)
         change = (u_b * s_t) @ v_b.T - (u_t * s_t) @ v_t.T
-        truth = w_t.double() + change
-        rounding = (truth.bfloat16().double() - truth).norm()
-        errors[kind] = float(((found.double() - truth).norm() - rounding) / change.norm())
-        if not errors[kind] <= 0.01:
-            raise click.ClickException(f"correctness gate: {name} is {errors[kind]:.2%} of the change off")
+        ours = restore_matrix(w_b, w_t, SHARE, basis=basis, dtype=torch.float64).weight
+        errors[kind] = float((ours - w_t.double() - change).norm() / change.norm())
+        differ = float((ours.bfloat16() != found).float().mean())
+        if not errors[kind] <= 0.01 or not differ <= 1e-3:
+            raise click.ClickException(
+                f"correctness gate: {name}: {errors[kind]:.2%} of the change off, {differ:.2%} of the file's entries"
+            )
     return errors
 
 
@@ -280,11 +291,11 @@ def bench(work: Path, layers: int, size: float, memory_gib: float) -> dict[str, 
         f"update {size:g} of the norm; spectra {spectrum('q', HIDDEN)[1]}"
     )
     cold = run_command(base, tuned, out, cache, memory_gib)
-    errors = gate(base, tuned, out)
+    errors = gate(base, tuned, out, cache)
     worst = ", ".join(f"{kind} {error:.2%}" for kind, error in errors.items())
-    click.echo(f"correctness gate: error beyond rounding, of the change: {worst}")
+    click.echo(f"correctness gate: error before rounding, as a share of the change: {worst}")
     cached = run_command(base, tuned, out, cache, memory_gib)
-    gate(base, tuned, out)
+    gate(base, tuned, out, cache)
     copy = run_copy(tuned, work / "copy")
     paper = run_paper(base, tuned)
     estimate = layers * (paper["q"] + 2 * paper["k"])
