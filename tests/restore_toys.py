@@ -32,6 +32,7 @@ _FALCON = {k: v for k, v in SIZES.items() if k != "intermediate_size"}
 
 CONFIGS: dict[str, Callable[[], Any]] = {
     "llama": lambda: transformers.LlamaConfig(**GROUPED),
+    "tied llama": lambda: transformers.LlamaConfig(**GROUPED, tie_word_embeddings=True),
     "qwen2": lambda: transformers.Qwen2Config(**GROUPED),
     "mistral": lambda: transformers.MistralConfig(**GROUPED),
     "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=16),

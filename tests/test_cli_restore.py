@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import resource
@@ -22,6 +23,8 @@ from restore_toys import bytes_of, pair, rewrite, tensors_of
 
 from rlspec.cli import restore_text
 from rlspec.cli.main import main
+from rlspec.restore import RestoreOptions
+from rlspec.restore.plan import plan_restore
 
 
 @pytest.fixture(scope="module")
@@ -82,8 +85,28 @@ def test_summary_and_report(checkpoints: tuple[Path, Path], tmp_path: Path) -> N
         assert abs(float(moved) - row["change_frobenius"]) <= row["rounding_share"] * row["change_frobenius"]
 
 
+def test_bar_on_a_terminal_alone(checkpoints: tuple[Path, Path]) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    plan = plan_restore(*checkpoints, RestoreOptions())
+    steps = plan.chosen("restore")
+    for stream in (Terminal(), io.StringIO()):
+        bar = restore_text.Bar(stream)
+        bar.begin(steps)
+        for step in steps:
+            bar.step(step)
+        bar.finishing()
+        bar.close()
+        text = stream.getvalue()
+        if stream.isatty():
+            assert "restore" in text and "100%" in text and "B/s" in text and "copying the rest" in text
+        else:
+            assert text == ""
+
+
 def test_dry_run_writes_nothing(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
-    before = sorted(tmp_path.parent.rglob("*"))
     rewritten = pair(tmp_path / "odd")
     rewrite(rewritten[0], lambda t: t.pop("lm_head.weight"))
     for folder in rewritten:

@@ -126,7 +126,14 @@ def _run(plan: Plan, target: Target, memory_gib: float, report_file: Path | None
         click.echo(line, err=True)
     bar = Bar()
     try:
-        report = run_plan(plan, target, memory_gib=memory_gib, on_begin=bar.begin, on_step=bar.step)
+        report = run_plan(
+            plan,
+            target,
+            memory_gib=memory_gib,
+            on_begin=bar.begin,
+            on_step=bar.step,
+            on_commit=bar.finishing,
+        )
     except KeyboardInterrupt:
         bar.close()
         click.echo(

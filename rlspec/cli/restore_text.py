@@ -41,6 +41,10 @@ class Bar:
             self._bar.set_postfix_str(step.name[-40:], refresh=False)
             self._bar.update(step.bytes)
 
+    def finishing(self) -> None:
+        if self._bar is not None:
+            self._bar.set_postfix_str("copying the rest, syncing")
+
     def close(self) -> None:
         if self._bar is not None:
             self._bar.close()

@@ -140,12 +140,14 @@ def run_plan(
     cache_dir: str | Path | None = None,
     on_begin: Callable[[list[Step]], None] = lambda steps: None,
     on_step: OnStep = lambda step: None,
+    on_commit: Callable[[], None] = lambda: None,
 ) -> RestoreReport:
     """Carry out a plan. Arguments and errors as :func:`restore_checkpoint`.
 
     Args:
         on_begin: called once with the steps that are left to do.
         on_step: called after every one of them.
+        on_commit: called when they are done, while unchanged tensors may still be on their way.
     """
     from rlspec.io.writer import CheckpointWriter
 
@@ -177,6 +179,7 @@ def run_plan(
         for step, rows in _carry_out(plan, pending, writer, memory, cache, journal):
             done.update({row.name: row for row in rows})
             on_step(step)
+        on_commit()
         writer.commit()
     journal.clear()
     return _report(plan, target, done, len(earlier), time.perf_counter() - began)

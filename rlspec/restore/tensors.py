@@ -78,15 +78,16 @@ def restore_stored(
     for projection, shape in step.matrices():
         there, here = projection.take(base), projection.take(tuned)
         try:
-            if options.elementwise:
-                changes = Changes(min(shape))
-                weight = elementwise(projection.name, there, here, step.dtype, options, changes)
-                rows.append(MatrixReport.of(projection, shape, weight.dtype, changes))
+            if options.elementwise or _nothing_to_do(there, here, options):
+                settings = options if options.elementwise else unchanged(options)
+                changes = Changes(min(shape) if options.elementwise else 0)
+                weight = elementwise(projection.name, there, here, step.dtype, settings, changes)
+                rows.append(MatrixReport.of(projection, shape, step.dtype, changes))
             else:
                 basis = base_factors(projection.name, there, options, cache_dir)
                 result = restore_with(basis, projection.name, here, step.dtype, options)
                 weight = result.weight
-                rows.append(MatrixReport.of(projection, shape, weight.dtype, result))
+                rows.append(MatrixReport.of(projection, shape, step.dtype, result))
         except TensorError as error:
             raise TensorError(f"{step.entry.shard}: {projection.name}: {error}") from None
         if projection.rows is None and not projection.transposed:
@@ -115,22 +116,6 @@ def restore_with(
     r = min(tuned.shape)
     arguments = options.arguments(r)
     assert arguments is not None  # plans leave such matrices out
-    draw = generator(options.seed, label)
-    if basis.W.dtype == tuned.dtype and torch.equal(basis.W, tuned):
-        # Tuning left it alone, so there is nothing to put back.
-        same = restore_matrix(
-            basis.W,
-            tuned,
-            options.rank,
-            mode="copy",
-            strength=0.0,
-            dtype=dtype,
-            rounding=options.rounding,
-            generator=draw,
-        )
-        return replace(
-            same, mode=arguments["mode"], k=options.directions(r) or basis.k, strength=options.strength
-        )
     result = restore_matrix(
         basis.W,
         tuned,
@@ -140,7 +125,7 @@ def restore_with(
         rounding=options.rounding,
         basis=basis,
         exact=options.exact,
-        generator=draw,
+        generator=generator(options.seed, label),
         **arguments,
     )
     return replace(result, weight=basis.W.clone()) if _plain_copy(options, basis.W, dtype) else result
@@ -227,6 +212,11 @@ def generator(seed: int, label: str) -> torch.Generator:
     """A source of draws that belongs to one tensor, whatever was drawn before."""
     digest = hashlib.blake2b(f"{seed} {label}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _nothing_to_do(base: Tensor, tuned: Tensor, options: RestoreOptions) -> bool:
+    """Whether a matrix stays as it is whatever its directions: so asked, or tuning left it alone."""
+    return options.strength == 0.0 or (base.dtype == tuned.dtype and torch.equal(base, tuned))
 
 
 def _plain_copy(options: RestoreOptions, base: Tensor, dtype: torch.dtype) -> bool:
