@@ -64,7 +64,7 @@ def _delta_prep_torch(weight: Tensor, reference: Tensor, eta: float, dtype: torc
             torch.maximum(torch.abs(w, out=larger), torch.abs(ref, out=size), out=larger).mul_(eta)
             torch.le(torch.abs(e, out=size), larger, out=small[: e.shape[0]])
             unchanged[i] += torch.count_nonzero(small[: e.shape[0]])
-    return DeltaSums(delta, *sums, unchanged)
+    return DeltaSums(delta, sums[0], sums[1], sums[2], unchanged)
 
 
 def _delta_prep_triton(weight: Tensor, reference: Tensor, eta: float) -> DeltaSums:

@@ -23,5 +23,5 @@ def delta_prep_ref(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaSum
     w, ref = weight.double(), reference.double()
     delta = w - ref
     unchanged = delta.abs() <= eta * torch.maximum(w.abs(), ref.abs())
-    sums = [x.square().sum((-2, -1)) for x in (delta, w, ref)]
-    return DeltaSums(delta, *sums, unchanged.sum((-2, -1)))
+    delta_sq, weight_sq, reference_sq = (x.square().sum((-2, -1)) for x in (delta, w, ref))
+    return DeltaSums(delta, delta_sq, weight_sq, reference_sq, unchanged.sum((-2, -1)))

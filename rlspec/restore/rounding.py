@@ -58,7 +58,8 @@ def add_rounded(
         for i, x in enumerate((step, moved - step, before)):
             sums[i] += float(x.square().sum())
         changed += int(torch.count_nonzero(moved))
-    return Rounded(weight, *sums, changed)
+    change_sq, lost_sq, tuned_sq = sums
+    return Rounded(weight, change_sq, lost_sq, tuned_sq, changed)
 
 
 def _nearest(original: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from rlspec.spectra.batch import take
+from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
 from rlspec.spectra.bounds import probe_bounds
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement, ReferenceStack, combine
@@ -76,7 +77,8 @@ def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kep
     same = change.delta_frobenius == 0
     column = same.unsqueeze(-1)
     sigma = torch.where(column, reference.S[..., :k], pair.sigma[..., :k])
-    best = _best_cosine(pair.left, k)
+    labels = near_degenerate(reference.S[..., : block.shape[-1]], block)
+    best = _best_cosine(pair.left, labels, k)
     spectrum = _whole_spectrum(reference, change, sigma)
     zero = torch.zeros_like(bounds.sigma)
     return Measurement(
@@ -85,6 +87,8 @@ def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kep
         sines_left=sines(pair.left, k).masked_fill(column, 0.0) if k < m else None,
         sines_right=sines(pair.right, k).masked_fill(column, 0.0) if k < n else None,
         core=block[..., :k, :k],
+        blocks=labels[..., :k],
+        block_at_cut=split_block(labels, k),
         best_cosine=torch.where(column, torch.ones_like(best), best),
         delta_spectral=spectral_norm(change.delta),
         effective_rank=effective_rank(spectrum),
@@ -96,9 +100,9 @@ def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kep
     )
 
 
-def _best_cosine(side: Side, k: int) -> Tensor:
-    """(L, k) float64: the largest |coordinate| of each of the first k columns along any reference vector."""
-    best = side.lead[..., :k].abs().amax(-2)
+def _best_cosine(side: Side, labels: Tensor, k: int) -> Tensor:
+    """(L, k) float64: each of the first k columns' longest projection onto a reference vector, or a leading block."""
+    best = block_cosines(side.lead[..., :k], labels).amax(-2)
     if side.tail.shape[-2] > 0:
         best = torch.maximum(best, side.tail[..., :k].abs().amax(-2).double())
     return best.clamp_max(1.0)

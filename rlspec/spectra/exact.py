@@ -10,9 +10,11 @@ from torch import Tensor
 
 from rlspec.linalg.angles import principal_sines
 from rlspec.linalg.exact import exact_svd
+from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
 from rlspec.spectra.factor import SMALL, full_svd
 from rlspec.spectra.measurement import Measurement, ReferenceStack
 from rlspec.spectra.metrics import effective_rank, update
+from rlspec.spectra.solve import leading_columns
 
 
 def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
@@ -38,8 +40,14 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
         left = principal_sines(u_ref[..., :k], u[..., :k]).masked_fill(same, 0.0)
     if k < n:
         right = principal_sines(v_ref[..., :k], vh.mT[..., :k]).masked_fill(same, 0.0)
-    best = (u_ref.mT @ u[..., :k]).abs().amax(-2)
     delta = change.delta.double()
+    w = leading_columns(reference)
+    block = u_ref[..., :w].mT @ delta @ v_ref[..., :w]
+    labels = near_degenerate(reference.S[..., :w], block)
+    coordinates = u_ref.mT @ u[..., :k]
+    best = block_cosines(coordinates[..., :w, :], labels).amax(-2)
+    if w < coordinates.shape[-2]:
+        best = torch.maximum(best, coordinates[..., w:, :].abs().amax(-2))
     zero = torch.zeros_like(change.delta_frobenius)
     backward = _backward_error(reference, s)
     return Measurement(
@@ -47,8 +55,10 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
         sigma=s[..., :k],
         sines_left=left,
         sines_right=right,
-        core=u_ref[..., :k].mT @ delta @ v_ref[..., :k],
-        best_cosine=torch.where(same, torch.ones_like(best), best),
+        core=block[..., :k, :k],
+        blocks=labels[..., :k],
+        block_at_cut=split_block(labels, k),
+        best_cosine=torch.where(same, torch.ones_like(best), best.clamp_max(1.0)),
         delta_spectral=torch.linalg.matrix_norm(delta, ord=2),
         effective_rank=effective_rank(s),
         effective_rank_error_bound=zero,

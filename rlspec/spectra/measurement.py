@@ -63,7 +63,9 @@ class Measurement:
     sines_left: Tensor | None  # (L, k) descending
     sines_right: Tensor | None  # (L, k) descending
     core: Tensor  # (L, k, k) U_kᵀ ΔW V_k in the reference basis
-    best_cosine: Tensor  # (L, k) each current left vector's best |cosine| with any reference left vector
+    blocks: Tensor  # (L, k) int64, the block of near-degenerate reference vectors of each
+    block_at_cut: Tensor  # (L,) int64, size of the block that the cut at k splits, 0 where it splits none
+    best_cosine: Tensor  # (L, k) best |cosine| of each current left vector with a reference vector or block
     delta_spectral: Tensor  # (L,) ||ΔW||_2
     effective_rank: Tensor  # (L,)
     effective_rank_error_bound: Tensor  # (L,)

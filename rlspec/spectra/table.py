@@ -7,6 +7,7 @@ import math
 from torch import Tensor
 
 from rlspec.io.projections import Projection
+from rlspec.spectra.blocks import block_sizes
 from rlspec.spectra.matrix import MatrixBasis
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.metrics import (
@@ -56,8 +57,12 @@ COLUMNS: dict[str, str] = {
     "energy_diagonal": "share of ||ΔW||²_F on the diagonal of U_kᵀ ΔW V_k",
     "energy_offdiagonal": "share of ||ΔW||²_F off it",
     "update_sparsity": "share of entries moved by at most 1e-3 of their size",
-    "intruder_dimensions": "leading left vectors with |cos| < 0.5 to every reference vector",
+    "intruder_dimensions": "leading left vectors with |cos| < 0.5 to every reference vector and block",
     "intruder_energy": "their share of ||W||²_F",
+    "blocks": "runs of near-degenerate leading reference vectors, which the update mixes with each other",
+    "block_vectors": "leading vectors in such blocks",
+    "block_largest": "size of the largest one, counting what lies past the cut; 1 where there is none",
+    "block_at_cut": "size of the block that the cut at k splits, 0 where it splits none",
     "gap_at_cut_rel": "(σ_k - σ_{k+1}) / σ_k of the reference",
     "sigma_error_bound": "absolute error bound of every singular value reported",
     "angle_error_bound_rad": "error bound of every principal angle reported",
@@ -108,6 +113,7 @@ def measured_row(
         update_sparsity=float(change.sparsity[i]),
         intruder_dimensions=int(number),
         intruder_energy=float(energy),
+        **_blocks(measurement.blocks[i], int(measurement.block_at_cut[i])),
         sigma_error_bound=float(measurement.sigma_error_bound[i]),
         engine=measurement.engine[i],
     )
@@ -124,6 +130,19 @@ def measured_row(
         row["angle_error_bound_rad"] = float(measurement.angle_error_bound_rad[i])
     row["note"] = _join(notes)
     return {name: _finite(value) for name, value in row.items()}
+
+
+def _blocks(labels: Tensor, at_cut: int) -> dict[str, int]:
+    sizes = block_sizes(labels)
+    shared = sizes > 1
+    if at_cut:  # the last one may be alone on this side of the cut
+        shared = shared | (labels == labels[-1])
+    return {
+        "blocks": len(labels[shared].unique()),
+        "block_vectors": int(shared.sum()),
+        "block_largest": max(int(sizes.max()), at_cut),
+        "block_at_cut": at_cut,
+    }
 
 
 def put_nulls(row: Row, nulls: Nulls, index: int) -> None:

@@ -34,9 +34,9 @@ _STACK_ENTRIES = 4_000_000
 class SpectralRecord:
     """The spectra of one checkpoint: one row per matrix (see ``table.COLUMNS``) and the arrays behind them.
 
-    ``arrays`` maps ``"<name>/sigma"``, ``"<name>/sigma_ref"``, ``"<name>/sines_left"`` and
-    ``"<name>/sines_right"`` to (k,) float64 tensors; sines are descending, and missing for a side that is
-    skipped.
+    ``arrays`` maps ``"<name>/sigma"``, ``"<name>/sigma_ref"``, ``"<name>/block"``, ``"<name>/sines_left"``
+    and ``"<name>/sines_right"`` to (k,) float64 tensors; blocks are labels of near-degenerate reference vectors; sines
+    are descending, and missing for a side that is skipped.
     """
 
     stage: str
@@ -149,7 +149,11 @@ def _read(weights: Weights, projection: Projection, matrix: MatrixBasis) -> Tens
 
 
 def _arrays(measurement: Measurement, index: int, matrix: MatrixBasis) -> dict[str, Tensor]:
-    arrays = {"sigma": measurement.sigma[index], "sigma_ref": matrix.S[: matrix.k]}
+    arrays = {
+        "sigma": measurement.sigma[index],
+        "sigma_ref": matrix.S[: matrix.k],
+        "block": measurement.blocks[index],
+    }
     if measurement.sines_left is not None:
         arrays["sines_left"] = measurement.sines_left[index]
     if measurement.sines_right is not None:
