@@ -72,6 +72,22 @@ def test_page_holds_the_figures_and_loads_nothing(tmp_path: Path) -> None:
     assert not list(tmp_path.glob("run/*.tmp"))
 
 
+def test_null_rotations_and_blocks_stand_beside_the_measured_ones(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    assert "more than chance" not in write_report(folder).read_text()
+    rows = [json.loads(line) for line in (folder / "spectra.jsonl").read_text().splitlines()]
+    for row in rows:
+        if (row["stage"], row["step"]) == ("sft", 100):
+            beyond = 100.0 if row["layer"] < 3 else 50.0
+            row |= {"null_random_rad": 0.0123, "null_rounding_rad": 0.0011, "null_random_percentile": beyond}
+            row |= {"rank": 40, "block_vectors": 10 * row["layer"]}
+    (folder / "spectra.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    page = write_report(folder).read_text()
+    assert "more than chance" in page and "0.0123" in page
+    assert "3 of 4" in page
+    assert "38 %" in page  # 60 of 160 vectors
+
+
 def test_every_drawing_is_well_formed(tmp_path: Path) -> None:
     page = write_report(make_run(tmp_path / "run")).read_text()
     drawings = re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)

@@ -246,6 +246,7 @@ def _nulls(run: RunData) -> str:
                     _number(mean(r["null_random_rad"] for r in found), ".4f"),
                     _number(mean(r["null_rounding_rad"] for r in found), ".2g"),
                     f"{beyond} of {len(found)}",
+                    _share_in_blocks(found),
                 ]
             )
     if not rows:
@@ -257,13 +258,24 @@ def _nulls(run: RunData) -> str:
         "random ΔW, rad",
         "bf16 rounding, rad",
         "beyond every random ΔW",
+        "vectors in blocks",
     )
     return (
         "<h2>Is the rotation more than chance?</h2>"
         + _html_table(head, rows)
         + "<p class='note'>Beside the measured rotation: that of random updates of the same size, and that of "
         "rounding the weights to bfloat16. A rotation near the random one says that the weights moved, not where to; "
-        "below it, the update spares the leading directions.</p>"
+        "below it, the update spares the leading directions. Vectors in blocks lie closer together, by their singular "
+        "values, than the update couples them: each by itself could point anywhere in its block.</p>"
+    )
+
+
+def _share_in_blocks(matrices: list[Row]) -> str:
+    """Share of the leading vectors that are in near-degenerate blocks."""
+    if any(row.get("block_vectors") is None for row in matrices):
+        return "–"
+    return (
+        f"{100 * sum(row['block_vectors'] for row in matrices) / sum(row['rank'] for row in matrices):.0f} %"
     )
 
 
