@@ -104,7 +104,7 @@ def test_killed_anywhere_it_ends_the_same(server: Server, tmp_path: Path) -> Non
         "--rounding",
         "stochastic",
         "--modules",
-        "attn",
+        "q,k",
         "--rank",
         0.5,
     ]
@@ -125,7 +125,7 @@ def test_killed_anywhere_it_ends_the_same(server: Server, tmp_path: Path) -> Non
             finished += 1
             if file.exists():
                 report = json.loads(file.read_text())
-                assert len(report["matrices"]) == 8
+                assert len(report["matrices"]) == 4
                 went_on += report["resumed"] > 0
                 file.unlink()
             resume = []
@@ -138,4 +138,4 @@ def test_killed_anywhere_it_ends_the_same(server: Server, tmp_path: Path) -> Non
     # Both kinds of end were seen, and work of killed processes was taken over.
     assert finished >= 1 and went_on >= 1
     left = {path.name for path in tmp_path.iterdir()}
-    assert left <= {"base", "tuned", "out", "whole", "log", "report.json"}, left
+    assert left <= {"base", "tuned", "out", "whole", "log", "report.json", "report.json.tmp"}, left

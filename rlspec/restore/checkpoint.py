@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from rlspec.io.writer import CheckpointWriter
 
 GIB = 1 << 30
-OnStep = Callable[[Step], None]
 
 
 def restore_checkpoint(
@@ -139,7 +138,7 @@ def run_plan(
     memory_gib: float = 2.0,
     cache_dir: str | Path | None = None,
     on_begin: Callable[[list[Step]], None] = lambda steps: None,
-    on_step: OnStep = lambda step: None,
+    on_step: Callable[[Step], None] = lambda step: None,
     on_commit: Callable[[], None] = lambda: None,
 ) -> RestoreReport:
     """Carry out a plan. Arguments and errors as :func:`restore_checkpoint`.
@@ -168,10 +167,10 @@ def run_plan(
     )
     with closing(writer):
         pending = [plan.steps[name] for name in writer.pending]
-        left = {step.name for step in pending}
         earlier: dict[str, MatrixReport] = {}
         if target.resume:
-            earlier = {row.name: row for row in journal.read().values() if row.tensor not in left}
+            finished = plan.changed.keys() - writer.pending
+            earlier = {name: row for name, row in journal.read().items() if row.tensor in finished}
         else:
             journal.clear()
         on_begin(pending)
