@@ -135,7 +135,7 @@ def test_dry_run_writes_nothing(checkpoints: tuple[Path, Path], tmp_path: Path) 
         (("--mode", "svd"), "unknown mode 'svd'; valid: directions, values, both, copy, interpolate"),
         (("--part", "x"), "--part 'x' is not valid"),
         (("--modules", "q,nothing"), "it matches no matrix"),
-        (("--layers", "7"), "is not within the model's 2 layers (0 to 1)"),
+        (("--layers", "7"), "no 7..7 here; the model has 2 layers, 0 to 1"),
         (("--memory-gib", "0.001"), "--memory-gib allows 0.0: raise it to"),
         (("--memory-gib", "0"), "--memory-gib 0.0 must be above 0"),
         (("--strength", "2"), "not in [0, 1]"),

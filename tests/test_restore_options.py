@@ -66,7 +66,7 @@ def test_layers_that_cannot_be_read(layers):
 
 @pytest.mark.parametrize("layers", ["0-28", "28", "5:5", "9-3", "0:29"])
 def test_layers_that_do_not_exist(layers):
-    with pytest.raises(OptionError, match=r"not within the model's 28 layers \(0 to 27\)"):
+    with pytest.raises(OptionError, match="here; the model has 28 layers, 0 to 27"):
         RestoreOptions(layers=layers).chosen_layers(28)
 
 
@@ -136,6 +136,13 @@ def test_every_other_tensor_has_a_reason():
     assert reasons["model.layers.0.extra.mixer.weight"] == "name not known"
     assert reasons["visual.layers.40.self_attn.q_proj.weight"] == "part of the vision or audio model"
     assert selection.unmatched == tuple(f"model.layers.{i}.extra.mixer.weight" for i in range(10))
+
+
+def test_what_a_regular_expression_chooses_counts_as_matched():
+    found = select(NAMES, RestoreOptions(modules="[0-7].extra"), None).unmatched
+    assert found == tuple(f"model.layers.{i}.extra.mixer.weight" for i in (8, 9))
+    with pytest.raises(OptionError, match="no 0..0 here; the model has no numbered layers"):
+        select({"lm_head.weight": (4, 4)}, RestoreOptions(modules="lm_head", layers="0"), None)
 
 
 def test_nothing_is_never_silent():

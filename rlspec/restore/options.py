@@ -120,9 +120,9 @@ class RestoreOptions:
             start, stop = _end(first, count), _end(last, count)
             stop += 0 if half_open else 1
             if stop > count or start >= stop:
-                found = f"{count} layers (0 to {count - 1})" if count else "no numbered layers"
+                found = f"{count} layers, 0 to {count - 1}" if count else "no numbered layers"
                 raise OptionError(
-                    f"--layers {self.layers}: {start}..{stop - 1} is not within the model's {found}"
+                    f"--layers {self.layers}: no {start}..{stop - 1} here; the model has {found}"
                 )
             chosen.update(range(start, stop))
         return frozenset(chosen)

@@ -28,7 +28,7 @@ class Selection:
 
     chosen: dict[str, list[Projection]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
-    unmatched: tuple[str, ...] = ()  #: matrices whose names no pattern knows
+    unmatched: tuple[str, ...] = ()  #: matrices not chosen, whose names no pattern knows
 
 
 def select(shapes: Mapping[str, Shape], options: RestoreOptions, config: Config | None) -> Selection:
@@ -49,14 +49,13 @@ def select(shapes: Mapping[str, Shape], options: RestoreOptions, config: Config 
     pattern = None if known is not None else _pattern(modules)
     if known is not None:
         _check_found(shapes, known, config)
-    layers = options.chosen_layers(1 + max((layer_of(n) or 0 for n in shapes if not in_tower(n)), default=-1))
+    numbers = [layer for n in shapes if not in_tower(n) and (layer := layer_of(n)) is not None]
+    layers = options.chosen_layers(1 + max(numbers, default=-1))
     chosen: dict[str, list[Projection]] = {}
     reasons: dict[str, str] = {}
     unmatched = []
     for name, shape in shapes.items():
         holds = () if in_tower(name) else modules_in(name, shape)
-        if not holds and len(shape) == 2 and not in_tower(name):
-            unmatched.append(name)
         if pattern is not None:
             found = _by_pattern(name, shapes, pattern, config, options)
         else:
@@ -64,6 +63,8 @@ def select(shapes: Mapping[str, Shape], options: RestoreOptions, config: Config 
             found = [] if in_tower(name) else projections_of(name, shapes, config, known)
         layer = layer_of(name)
         if not found:
+            if not holds and len(shape) == 2 and not in_tower(name):
+                unmatched.append(name)
             reasons[name] = _reason(name, shape, holds, pattern is not None, options.elementwise)
         elif layers is not None and layer is not None and not in_tower(name) and layer not in layers:
             reasons[name] = f"layer {layer} is not among --layers {options.layers}"
