@@ -116,13 +116,22 @@ def residual_bounds(
     )
     # The reference's coordinates are exact by definition, so rounding enters relative to E only.
     rounding = torch.finfo(reference.U.dtype).eps * scale
+    # The reference's own decomposition is a float64 one, and turns by its rounding over the gap at the cut.
+    own = 16.0 * torch.finfo(torch.float64).eps * pair.sigma[..., 0] / _gap_at_cut(reference)
     return Bounds(
         sigma=_EXTREME * entry
         + second_order
         + rounding
         + 32.0 * torch.finfo(torch.float64).eps * pair.sigma[..., 0],
-        angle=(turn + mixing + rounding / pair.sigma[..., k - 1] + _ANGLE_FLOOR).clamp_max(math.pi / 2),
+        angle=(turn + mixing + rounding / pair.sigma[..., k - 1] + own + _ANGLE_FLOOR).clamp_max(math.pi / 2),
     )
+
+
+def _gap_at_cut(reference: ReferenceStack) -> Tensor:
+    """(L,) between the last value followed and the next, which is zero past the last."""
+    s, k = reference.S, reference.k
+    below = s[..., k] if k < s.shape[-1] else torch.zeros_like(s[..., 0])
+    return (s[..., k - 1] - below).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _edge_columns(k: int) -> list[int]:

@@ -1,0 +1,92 @@
+"""The bounds that go with every measurement, in a thousand random trials: none is exceeded, and they are not idle."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from rlspec.spectra.delta import measure_delta
+from rlspec.spectra.exact import measure_exact
+from rlspec.spectra.factor import reference_factors
+from rlspec.spectra.matrix import matrix_basis
+from rlspec.spectra.measurement import Measurement, ReferenceStack
+from rlspec.spectra.rank import Rank
+
+F64 = torch.float64
+SHAPES = [(48, 48), (24, 60), (60, 24), (16, 16)]
+SPECTRA = ["flat", "decay", "gap", "clusters", "random"]
+UPDATES = ["gauss", "rank 1", "rank 6", "sparse", "aligned", "scaled"]
+GROUPS, EACH = 50, 20
+
+
+def reference(kind: str, m: int, n: int, g: torch.Generator) -> torch.Tensor:
+    if kind == "random":
+        return torch.randn(m, n, dtype=F64, generator=g)
+    r = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, r, dtype=F64, generator=g)).Q
+    v = torch.linalg.qr(torch.randn(n, r, dtype=F64, generator=g)).Q
+    x = torch.arange(r, dtype=F64) / r
+    s = {
+        "flat": 3.0 * torch.exp(-4.0 * x.sqrt()) + 1.0 - 0.95 * x**1.2,
+        "decay": torch.exp(-6.0 * x),
+        "gap": torch.where(x < 0.2, 2.0 - x, 1.0 - 0.9 * x),
+        "clusters": 1.0 - 0.5 * (5.0 * x).floor() / 5.0 + 1e-4 * torch.rand(r, dtype=F64, generator=g),
+    }[kind]
+    s = s * (1.0 + 1e-3 * torch.rand(r, dtype=F64, generator=g)) if kind == "flat" else s
+    return (u * s.sort(descending=True).values) @ v.T
+
+
+def update(kind: str, weight: torch.Tensor, eps: float, g: torch.Generator) -> torch.Tensor:
+    m, n = weight.shape
+    e = torch.randn(m, n, dtype=F64, generator=g)
+    if kind.startswith("rank"):
+        rank = int(kind.split()[1])
+        e = e[:, :rank] @ torch.randn(rank, n, dtype=F64, generator=g)
+    elif kind == "sparse":
+        e = e * (torch.rand(m, n, generator=g) < 0.05)
+    elif kind == "aligned":
+        e = weight @ torch.randn(n, n, dtype=F64, generator=g)
+    elif kind == "scaled":
+        e = weight.clone()
+    return e * (eps * weight.norm() / e.norm().clamp_min(1e-300))
+
+
+def stack(weights: list[torch.Tensor], rank: float, dtype: torch.dtype) -> ReferenceStack:
+    matrices = []
+    for i, weight in enumerate(weights):
+        u, s, vh = reference_factors(weight)
+        matrices.append(matrix_basis(str(i), weight, (u.to(dtype), s, vh.to(dtype)), Rank.parse(rank)))
+    return ReferenceStack.of(matrices)
+
+
+def errors(found: Measurement, truth: Measurement) -> tuple[torch.Tensor, torch.Tensor]:
+    """(L,) the worst error of a singular value, and of an angle."""
+    sigma = (found.sigma - truth.sigma).abs().amax(-1)
+    angle = torch.zeros_like(sigma)
+    for mine, exact in ((found.sines_left, truth.sines_left), (found.sines_right, truth.sines_right)):
+        if mine is not None and exact is not None:
+            angle = torch.maximum(angle, (mine.asin() - exact.asin()).abs().amax(-1))
+    return sigma, angle
+
+
+def test_bounds_hold_in_every_trial_and_are_near_the_error() -> None:
+    draw, g = random.Random(0), torch.Generator().manual_seed(0)
+    sigma_slack, angle_slack = [], []
+    for _ in range(GROUPS):
+        shape, dtype = draw.choice(SHAPES), draw.choice([torch.float32, F64])
+        spectrum, kind = draw.choice(SPECTRA), draw.choice(UPDATES)
+        eps, rank = 10.0 ** draw.uniform(-5.0, -0.4), draw.choice([0.1, 0.2, 0.5])
+        weights = [reference(spectrum, *shape, g) for _ in range(EACH)]
+        tuned = torch.stack([w + update(kind, w, eps, g) for w in weights])
+        found = measure_delta(stack(weights, rank, dtype), tuned)
+        sigma, angle = errors(found, measure_exact(stack(weights, rank, F64), tuned))
+        case = (shape, dtype, spectrum, kind, eps, rank)
+        assert bool((sigma <= found.sigma_error_bound).all()), case
+        assert bool((angle <= found.angle_error_bound_rad).all()), case
+        delta = torch.tensor([engine == "delta" for engine in found.engine])
+        sigma_slack.append((found.sigma_error_bound / sigma.clamp_min(1e-300))[delta])
+        angle_slack.append((found.angle_error_bound_rad / angle.clamp_min(1e-300))[delta])
+    assert sum(map(len, sigma_slack)) > GROUPS * EACH / 2  # the delta form did most of them
+    assert float(torch.cat(sigma_slack).median()) < 30
+    assert float(torch.cat(angle_slack).median()) < 30
