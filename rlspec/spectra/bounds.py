@@ -116,22 +116,23 @@ def residual_bounds(
     )
     # The reference's coordinates are exact by definition, so rounding enters relative to E only.
     rounding = torch.finfo(reference.U.dtype).eps * scale
-    # The reference's own decomposition is a float64 one, and turns by its rounding over the gap at the cut.
-    own = 16.0 * torch.finfo(torch.float64).eps * pair.sigma[..., 0] / _gap_at_cut(reference)
+    # Rounding turns vectors by its size over the gap at the cut: that of the products with E, and that of the float64
+    # decompositions of the reference and the core.
+    own = 16.0 * torch.finfo(torch.float64).eps * pair.sigma[..., 0]
+    rounding_turn = (rounding + own) / torch.minimum(_gap(reference.S, k), _gap(pair.sigma, k))
     return Bounds(
         sigma=_EXTREME * entry
         + second_order
         + rounding
         + 32.0 * torch.finfo(torch.float64).eps * pair.sigma[..., 0],
-        angle=(turn + mixing + rounding / pair.sigma[..., k - 1] + own + _ANGLE_FLOOR).clamp_max(math.pi / 2),
+        angle=(turn + mixing + rounding_turn + _ANGLE_FLOOR).clamp_max(math.pi / 2),
     )
 
 
-def _gap_at_cut(reference: ReferenceStack) -> Tensor:
-    """(L,) between the last value followed and the next, which is zero past the last."""
-    s, k = reference.S, reference.k
-    below = s[..., k] if k < s.shape[-1] else torch.zeros_like(s[..., 0])
-    return (s[..., k - 1] - below).clamp_min(torch.finfo(torch.float64).tiny)
+def _gap(sigma: Tensor, k: int) -> Tensor:
+    """(L,) between the k-th value and the next, or zero past the last."""
+    below = sigma[..., k] if k < sigma.shape[-1] else torch.zeros_like(sigma[..., 0])
+    return (sigma[..., k - 1] - below).clamp_min(torch.finfo(torch.float64).tiny)
 
 
 def _edge_columns(k: int) -> list[int]:
