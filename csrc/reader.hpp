@@ -23,8 +23,8 @@
 namespace rlspec {
 
 inline constexpr std::size_t kDataAlign = 64;  // of the first byte of every block in memory
-inline constexpr std::uint64_t kChunkBytes = std::uint64_t{4} << 20;
-inline constexpr std::uint64_t kReadAheadBytes = std::uint64_t{128} << 20;
+inline constexpr std::uint64_t kChunkBytes = std::uint64_t{1} << 20;
+inline constexpr std::uint64_t kReadAheadBytes = std::uint64_t{64} << 20;
 
 // Bytes [begin, end) of the file `file` (an index into the reader's paths).
 struct Request {

@@ -45,7 +45,7 @@ class Source {
   void read(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const;
 
  private:
-  std::uint64_t read_cached(std::uint64_t begin, std::uint64_t end, char* out) const;
+  std::uint64_t read_cached(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const;
   bool read_direct(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const;
   bool read_pages(std::uint64_t begin, std::size_t count, std::size_t needed, char* out) const;
 
