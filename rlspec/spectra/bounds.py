@@ -9,9 +9,9 @@ A few columns suffice: random signs over all followed columns (the norm of the w
 range), and, one by one, the columns where trouble sits: next to the cut, where the gap is smallest, and at
 the top, where the values are largest.
 
-These are bounds in practice, not in theory: a norm is sampled, and the spectrum past the candidate span is the reference's,
-shifted. The constants are such that none of some 20,000 random trials exceeded its bound, while the median error is a
-fifteenth of it; a thousand of them are in the tests.
+These are bounds in practice, not in theory: a norm is sampled, and the spectrum past the candidate span is the
+reference's, shifted. The constants are such that none of some 20,000 random trials exceeded its bound, while the
+median error is a fifteenth of it; a thousand such trials are in the tests.
 """
 
 from __future__ import annotations
