@@ -4,7 +4,8 @@
 (hidden size 3584, 28 query and 4 key-value heads, vocabulary 152064), with ``--layers`` layers, and runs the true
 command in a process of its own: ``rlspec restore``, 20 % of the directions of q, k and v. The singular values of q, k
 and v are those that ``bench/shapes.py`` names; the tuned weights are off by a Gaussian update of ``--size`` of their
-norm. The correctness gate holds one matrix of each shape against the float64 formula. In the same run:
+norm. The correctness gate holds one matrix of each shape against the float64 formula, and the two runs against each
+other, byte for byte. In the same run:
 
 * cold: no decomposition of the base in the cache;
 * cached: all of them;
@@ -19,6 +20,7 @@ Peak memory is VmHWM of the process. The page cache is asked to drop the inputs 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -195,6 +197,17 @@ def files(folder: Path) -> Iterator[Path]:
     return (path for path in sorted(folder.rglob("*")) if path.is_file())
 
 
+def digest(folder: Path) -> str:
+    """Of names and contents of all files."""
+    found = hashlib.blake2b()
+    for path in files(folder):
+        found.update(str(path.relative_to(folder)).encode())
+        with path.open("rb") as file:
+            while block := file.read(1 << 24):
+                found.update(block)
+    return found.hexdigest()
+
+
 def evict(*folders: Path) -> None:
     """Ask the page cache to drop what it holds of these files."""
     os.sync()
@@ -294,8 +307,10 @@ def bench(work: Path, layers: int, size: float, memory_gib: float) -> dict[str, 
     errors = gate(base, tuned, out, cache)
     worst = ", ".join(f"{kind} {error:.2%}" for kind, error in errors.items())
     click.echo(f"correctness gate: error before rounding, as a share of the change: {worst}")
+    first = digest(out)
     cached = run_command(base, tuned, out, cache, memory_gib)
-    gate(base, tuned, out, cache)
+    if digest(out) != first:
+        raise click.ClickException("correctness gate: the cached run wrote other bytes than the cold one")
     copy = run_copy(tuned, work / "copy")
     paper = run_paper(base, tuned)
     estimate = layers * (paper["q"] + 2 * paper["k"])
