@@ -33,6 +33,7 @@ _EDGE = 4  # columns taken one by one at the cut and at the top
 # deviations).
 _NORM = 2.0
 _EXTREME = 4.0
+_CHANCE = 1.7  # the largest of some hundred row norms sampled by 16 signs, over the typical one
 _ANGLE_FLOOR = 1e-14  # float64 sines of small angles
 
 
@@ -98,6 +99,7 @@ def residual_bounds(
     core = torch.cat([core_left, core_right], dim=-2)
     core_norm = _sampled_frobenius(core[..., len(edges) :]) / math.sqrt(2.0)
     entry = core_norm / math.sqrt(k * w)
+    entry = entry * _unevenness(core_left[..., len(edges) :]) * _unevenness(core_right[..., len(edges) :])
     if edges:
         largest = torch.maximum(core_left[..., : len(edges)].abs(), core_right[..., : len(edges)].abs())
         entry = torch.maximum(entry, largest.amax((-2, -1)) / _EXTREME)
@@ -116,7 +118,7 @@ def residual_bounds(
     edge_norm = outside[..., : len(edges)].norm(dim=-2)
     typical = _sampled_frobenius(outside[..., len(edges) :]) / math.sqrt(k)
     second_order = torch.maximum(
-        (edge_norm.square() / edge_gaps.squeeze(-2)).amax(-1), _NORM**2 * typical.square() / gaps[..., -1]
+        (edge_norm.square() / edge_gaps.squeeze(-2)).amax(-1), _EXTREME**2 * typical.square() / gaps[..., -1]
     )
     # The reference's coordinates are exact by definition, so rounding enters relative to E only.
     rounding = torch.finfo(reference.U.dtype).eps * scale
@@ -155,6 +157,17 @@ def _sample(k: int, w: int, sigma: Tensor) -> Tensor:
         sample[index, column] = 1.0
     sample[:k, len(edges) :] = signs
     return sample.to(sigma.device).expand(sigma.shape[0], -1, -1)
+
+
+def _unevenness(products: Tensor) -> Tensor:
+    """(L,) how far the longest row of A stands out, from ``A ω`` (L, q, c) for random sign columns: 1 for random ones.
+
+    The two sides see the same error of the core, one by its rows and one by its columns; where it sits in a few
+    entries, as a low-rank update can bring about, the typical entry says little about the largest.
+    """
+    rows = products.square().mean(-1).sqrt()
+    typical = rows.square().mean(-1).sqrt()
+    return (rows.amax(-1) / (_CHANCE * typical).clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(1.0)
 
 
 def _sampled_frobenius(products: Tensor) -> Tensor:
