@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import resource
 import shutil
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -18,66 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.writer import CheckpointWriter
 
-INDEX = "model.safetensors.index.json"
-TENSORS = {
-    **{f"layers.{i}.{part}": (30 + i, 17) for i in range(6) for part in ("q", "mlp")},
-    "scalar": (),
-    "empty": (0, 4),
-}
-
-
-def make(folder: Path, *, shards: int = 3, seed: int = 0) -> CheckpointIndex:
-    """A checkpoint in bfloat16 with what else lies in such folders."""
-    folder.mkdir(parents=True)
-    generator = torch.Generator().manual_seed(seed)
-    tensors = {n: torch.randn(s, generator=generator).to(torch.bfloat16) for n, s in TENSORS.items()}
-    names = list(tensors)
-    weight_map = {}
-    for number in range(shards):
-        group = names[number::shards]
-        file = f"model-{number + 1:05}-of-{shards:05}.safetensors"
-        save_file({n: tensors[n] for n in group}, folder / file, metadata={"format": "pt", "é": "ü"})
-        weight_map |= dict.fromkeys(group, file)
-    size = sum(2 * t.numel() for t in tensors.values())
-    content = {"metadata": {"total_size": size, "total_parameters": size // 2}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    for name in ("config.json", "tokenizer.json", "chat_template.jinja", "LICENSE"):
-        (folder / name).write_text(f'{{"file": "{name}"}}')
-    return CheckpointIndex.open(folder)
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-
-
-def new(name: str, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(sum(name.encode()))
-    return torch.randn(TENSORS[name], generator=generator).to(dtype)
-
-
-def write(out: Path, like: CheckpointIndex, changed: dict[str, torch.dtype], **options: bool) -> Path:
-    with CheckpointWriter(out, like, changed=changed, fingerprint="f", **options) as writer:
-        for name in writer.pending:
-            writer.put(name, new(name, changed[name]))
-        return writer.commit()
-
-
-def partial(out: Path) -> Path:
-    return out.parent / f".{out.name}.rlspec-partial"
-
-
-def load(folder: Path) -> dict[str, torch.Tensor]:
-    return {n: t for p in sorted(folder.glob("*.safetensors")) for n, t in load_file(p).items()}
-
-
-QUERIES = dict.fromkeys((n for n in TENSORS if n.endswith("q")), torch.bfloat16)
+sys.path.insert(0, str(Path(__file__).parent))
+from writer_toys import INDEX, QUERIES, TENSORS, content, load, make, new, partial, write
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -450,92 +396,3 @@ def test_a_folder_without_permission() -> None:
             os.seteuid(user)
         expected = f"{folder}/place/.out.rlspec-partial: cannot be written: Permission denied"
         assert str(caught.value) == expected
-
-
-SERVER = """
-import json, os, signal, sys, time
-from pathlib import Path
-import torch
-from rlspec.io.index import CheckpointIndex
-from rlspec.io.writer import CheckpointWriter
-def work(source, out, resume, overwrite):
-    like = CheckpointIndex.open(source)
-    names = {n: torch.bfloat16 for n in like.tensors if n.endswith("q")}
-    with CheckpointWriter(Path(out), like, changed=names, fingerprint="f", resume=resume, overwrite=overwrite) as writer:
-        for name in writer.pending:
-            e = like.tensors[name]
-            writer.put(name, torch.full(e.shape, 1.5, dtype=torch.bfloat16))
-        writer.commit()
-print("ready", flush=True)
-for line in sys.stdin:
-    order = json.loads(line)
-    began = time.monotonic()
-    child = os.fork()
-    if child == 0:
-        try:
-            work(*order["arguments"])
-            os._exit(0)
-        except BaseException:
-            import traceback; traceback.print_exc()
-            os._exit(1)
-    while True:
-        done, status = os.waitpid(child, os.WNOHANG)
-        if done:
-            break
-        if order["after"] is not None and time.monotonic() - began > order["after"]:
-            os.kill(child, signal.SIGKILL)
-            _, status = os.waitpid(child, 0)
-            break
-    print(json.dumps([os.waitstatus_to_exitcode(status), time.monotonic() - began]), flush=True)
-"""
-
-
-@pytest.mark.parametrize("overwrite", [False, True])
-def test_killed_at_random_moments(overwrite: bool, tmp_path: Path) -> None:
-    """``kill -9``: under its name there is nothing (or the old folder) or the complete result; resuming completes it."""
-    make(tmp_path / "in", shards=6)
-    before = content(tmp_path / "in")
-    old = {}
-    out = tmp_path / "out"
-    if overwrite:
-        make(tmp_path / "old", seed=9)
-        old = content(tmp_path / "old")
-    rng = random.Random(0)
-    server = subprocess.Popen(
-        [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert server.stdin is not None and server.stdout is not None
-    assert server.stdout.readline() == "ready\n"
-
-    def run(target: Path, after: float | None, *, resume: bool) -> tuple[int, float]:
-        order = {"arguments": [str(tmp_path / "in"), str(target), resume, overwrite], "after": after}
-        server.stdin.write(json.dumps(order) + "\n")  # type: ignore[union-attr]
-        server.stdin.flush()  # type: ignore[union-attr]
-        code, seconds = json.loads(server.stdout.readline())  # type: ignore[union-attr]
-        assert code in (0, -signal.SIGKILL)
-        return code, seconds
-
-    def restore_old() -> None:
-        shutil.rmtree(out, ignore_errors=True)
-        if overwrite:
-            shutil.copytree(tmp_path / "old", out)
-
-    _, seconds = run(tmp_path / "whole", None, resume=False)
-    truth = content(tmp_path / "whole")
-    restore_old()
-    killed = complete = 0
-    resume = False
-    while killed < 25:
-        code, _ = run(out, rng.uniform(0, 1.2 * seconds), resume=resume)
-        killed += code != 0
-        found = content(out) if out.exists() else {}
-        assert found in (old, truth)
-        resume = found == old
-        if found == truth:
-            complete += 1
-            restore_old()
-    run(out, None, resume=True)
-    server.stdin.close()
-    server.wait(timeout=60)
-    assert content(out) == truth and content(tmp_path / "in") == before and complete >= 1
-    assert {p.name for p in tmp_path.iterdir()} <= {"in", "out", "old", "whole"}
