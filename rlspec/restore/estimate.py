@@ -101,7 +101,7 @@ def expected_seconds(plan: Plan) -> tuple[float, float]:
         for (_, (m, n)), k in zip(step.matrices(), step.directions):
             r, long = min(m, n), max(m, n)
             if plan.options.elementwise:
-                cached += 40 * m * n * product
+                cached += 1250 * m * n * product
                 continue
             decomposition = eigen * r**3 + product * 8 * long * r * r
             cold += decomposition

@@ -38,9 +38,12 @@ class Changes:
     rotation_sine_rms: float | None = None
     method: str = "none"
 
-    def add(self, tuned: Tensor, result: RestoreResult) -> None:
-        self.change_square += result.change_frobenius**2
+    def add_unchanged(self, tuned: Tensor) -> None:
         self.tuned_square += float(tuned.double().square().sum())
+
+    def add(self, tuned: Tensor, result: RestoreResult) -> None:
+        self.add_unchanged(tuned)
+        self.change_square += result.change_frobenius**2
         self.lost_square += (result.rounding_share * result.change_frobenius) ** 2
         self.entries_changed += result.entries_changed
 
@@ -174,6 +177,11 @@ def restore_rows(
     """
     draw = generator(options.seed, label)
     for first, base, tuned in _small(blocks):
+        copied = _plain_copy(options, base, dtype)
+        if base.dtype == tuned.dtype == dtype and torch.equal(base, tuned):
+            changes.add_unchanged(tuned)
+            yield first, base if copied else tuned  # equal, but for the sign of a zero
+            continue
         sides = (len(tuned), -1) if tuned.ndim > 1 else (1, -1)
         result = restore_matrix(
             base.reshape(sides),
@@ -186,7 +194,6 @@ def restore_rows(
             generator=draw,
         )
         changes.add(tuned, result)
-        copied = _plain_copy(options, base, dtype)
         yield first, base if copied else result.weight.reshape(tuned.shape)
 
 
