@@ -122,7 +122,13 @@ def test_stochastic_rounding_is_unbiased_and_seeded():
 def test_options_and_tensors_are_checked():
     base, tuned = pair(10, 12, 1e-2)
     restore = rlspec.restore_matrix
-    for options in ({"mode": "x"}, {"rounding": "x"}, {"strength": 1.5}, {"mode": "band"}, {"band": (0, 3)}):
+    for options in (
+        {"mode": "x"},
+        {"rounding": "x"},
+        {"strength": 1.5},
+        {"mode": "band"},
+        {"mode": "tail", "band": (0, 3)},
+    ):
         with pytest.raises(OptionError):
             restore(base, tuned, 2, **options)
     with pytest.raises(OptionError, match=r"band \(3, 99\)"):
@@ -171,3 +177,22 @@ def test_the_rotation_undone_is_that_of_the_principal_angles():
         sines.append(float((y - x @ (x.T @ y)).norm()) / 10**0.5)
     assert found.rotation_sine_rms == pytest.approx(max(sines), rel=0.01)
     assert rlspec.restore_matrix(base, tuned, 10, mode="copy").rotation_sine_rms is None
+
+
+@pytest.mark.parametrize("part", [(0, 6), (5, 14), (30, 40)])
+def test_values_and_both_take_a_range_of_indices(part):
+    base, tuned = pair(40, 50, 1e-2)
+    start, stop = part
+    both = rlspec.restore_matrix(base, tuned, 8, mode="directions_and_values", band=part)
+    truth = formula(base, tuned, start, stop, values="base")
+    assert float((both.weight - truth).norm()) <= 0.01 * float((truth - tuned).norm())
+    values = rlspec.restore_matrix(base, tuned, 8, mode="values", band=part)
+    u, s, vh = torch.linalg.svd(tuned, full_matrices=False)
+    s[start:stop] = torch.linalg.svdvals(base)[start:stop]
+    assert float((values.weight - (u * s) @ vh).norm()) <= 0.01 * float(((u * s) @ vh - tuned).norm())
+
+
+def test_a_zero_matrix_can_be_copied_over():
+    base = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    found = rlspec.restore_matrix(base, torch.zeros(6, 8), 2, mode="copy")
+    assert torch.equal(found.weight, base) and found.change_relative == 0.0

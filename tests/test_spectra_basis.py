@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.errors import CheckpointError, OptionError, ProjectionError
@@ -54,6 +54,20 @@ def test_one_folder_shards_tensors_and_the_model_give_one_basis(
     # ... and a folder is measured as the model in it.
     record = SpectralTracker(direct).measure(tmp_path / "shards", step=0)
     assert all(row["delta_frobenius"] == 0.0 and row["angle_left_max_rad"] == 0.0 for row in record.rows)
+
+
+def test_fused_projections_are_found_by_the_configuration(tmp_path: Path) -> None:
+    """GPT-NeoX interleaves q, k and v by head: without the number of heads nobody can tell them apart."""
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=40
+    )
+    model = GPTNeoXForCausalLM(config).to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    same(SpectralBasis.from_model(model), SpectralBasis.from_checkpoint(tmp_path))
+    tensors = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    with pytest.raises(ProjectionError):
+        SpectralBasis.from_tensors(tensors)
 
 
 def test_what_is_missing_is_named(model: LlamaForCausalLM, tmp_path: Path) -> None:

@@ -260,6 +260,11 @@ def read_config(checkpoint: Path) -> Config | None:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object")
+    return text_config(config)
+
+
+def text_config(config: Config) -> Config:
+    """The configuration of a model's text part, which multimodal models keep in a section of its own."""
     text = config.get("text_config")
     return {**config, **text} if isinstance(text, dict) else config
 

@@ -30,8 +30,8 @@ Rounding = Literal["nearest", "stochastic"]
 class RestoreResult:
     """A restored matrix and the report of what was done to it.
 
-    ``weight`` (m, n) in the dtype asked for. ``change_frobenius`` is the norm of the intended change W' -
-    W_t before rounding, ``change_relative`` the same over ||W_t||_F. ``rounding_share`` is the norm of what
+    ``weight`` (m, n) in the dtype asked for. ``change_frobenius`` is the norm of the intended change W' - W_t before
+    rounding, ``change_relative`` the same over ||W_t||_F (0 where that is 0). ``rounding_share`` is the norm of what
     rounding to the dtype added or lost, over ``change_frobenius``. ``error_estimate`` is an estimate, on the safe
     side, of the Frobenius error of the change before rounding. ``k`` counts the directions replaced; ``method`` is
     "delta", "exact" or "none" (no decomposition needed). ``rotation_sine_rms`` is the root mean square of the sines
@@ -82,7 +82,8 @@ def restore_matrix(
     Args:
         W_base, W_tuned: (m, n), floating dtypes, finite.
         rank: share or count of directions, see :class:`rlspec.spectra.Rank`.
-        band: [i, j) with 0 <= i < j <= r, for ``mode="band"``.
+        band: I = [i, j) with 0 <= i < j <= r, needed by ``mode="band"`` and taken by the modes of directions and
+            values, in place of the leading k.
         strength: in [0, 1], share of the change that is made. 0 gives ``W_tuned`` bit for bit.
         dtype: of the result; default that of ``W_tuned``.
         rounding: to nearest, or stochastic (unbiased: small changes survive on average).
@@ -119,7 +120,7 @@ def restore_matrix(
         k=k,
         strength=strength,
         change_frobenius=size,
-        change_relative=size / done.tuned_sq**0.5 if size else 0.0,
+        change_relative=size / done.tuned_sq**0.5 if size and done.tuned_sq else 0.0,
         rounding_share=done.lost_sq**0.5 / size if size else 0.0,
         entries_changed=done.entries_changed,
         error_estimate=strength * change.error,
@@ -147,8 +148,10 @@ def _check(
         raise TensorError(
             f"restoring needs two matrices of one shape, found {tuple(base.shape)} and {tuple(tuned.shape)}"
         )
-    if (mode == "band") != (band is not None):
-        raise OptionError('mode="band" and band=(i, j) go together')
+    if mode == "band" and band is None:
+        raise OptionError('mode="band" needs band=(i, j)')
+    if band is not None and mode in ("tail", "copy", "interpolate"):
+        raise OptionError(f"band={band} says nothing to mode={mode!r}")
     if band is not None and not 0 <= band[0] < band[1] <= min(base.shape):
         raise OptionError(f"band {band} is not within [0, {min(base.shape)})")
     check_finite("W_base", base)

@@ -71,8 +71,8 @@ class RestoreOptions:
             raise OptionError(
                 f"--part {self.part} says nothing to --mode {self.mode}, which takes whole matrices"
             )
-        if self.part != "top" and self.restore_mode != "directions":
-            raise OptionError(f"--part {self.part} goes with --mode directions, not with {self.mode}")
+        if self.part == "tail" and self.restore_mode != "directions" and Rank.parse(self.rank).needs_values:
+            raise OptionError(f"--part tail --mode {self.mode} needs a --rank that is a share or a count")
         if self.layers is not None:
             _pieces(self.layers)
 
@@ -92,10 +92,13 @@ class RestoreOptions:
         """
         if self.part == "top":
             return {"mode": self.restore_mode}
-        if self.part == "tail":
+        if self.part == "tail" and self.restore_mode == "directions":
             return {"mode": "tail"}
+        if self.part == "tail":
+            return {"mode": self.restore_mode, "band": (r - (self.directions(r) or 0), r)}
         start, stop = _band(self.part, r)
-        return {"mode": "band", "band": (start, min(stop, r))} if start < min(stop, r) else None
+        mode = "band" if self.restore_mode == "directions" else self.restore_mode
+        return {"mode": mode, "band": (start, min(stop, r))} if start < min(stop, r) else None
 
     def directions(self, r: int) -> int | None:
         """How many directions of ``r`` are replaced; None where that depends on the singular values."""

@@ -98,7 +98,7 @@ class SpectralBasis:
     ) -> SpectralBasis:
         rule = Rank.parse(rank)
         weights = open_weights(source)
-        projections = find_projections(weights.shapes(), parse_modules(modules))
+        projections = find_projections(weights.shapes(), parse_modules(modules), weights.config())
         matrices = []
         for done, projection in enumerate(projections, start=1):
             weight = read_matrix(weights, projection).cpu().contiguous().clone()

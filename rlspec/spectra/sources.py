@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from rlspec.errors import TensorError
-from rlspec.io.projections import Projection, check_finite
+from rlspec.io.fused import Config
+from rlspec.io.projections import Projection, check_finite, read_config, text_config
 
 WeightSource = nn.Module | Mapping[str, Tensor] | str | Path
 
@@ -26,6 +26,10 @@ class Weights(Protocol):
         """Name to shape of every tensor."""
         ...
 
+    def config(self) -> Config | None:
+        """The model's configuration, which tells how fused projections are laid out; None where there is none."""
+        ...
+
     def tensor(self, name: str) -> Tensor:
         """One tensor, detached; it may share memory with its owner.
 
@@ -38,7 +42,7 @@ class Weights(Protocol):
 def open_weights(source: WeightSource) -> Weights:
     """Give any weight source the same face."""
     if isinstance(source, nn.Module):
-        return _TensorMapping(source.state_dict())
+        return _TensorMapping(source.state_dict(), _module_config(source))
     if isinstance(source, Mapping):
         return _TensorMapping(source)
     return _Checkpoint(Path(source))
@@ -66,8 +70,12 @@ def read_matrix(weights: Weights, projection: Projection) -> Tensor:
 
 
 class _TensorMapping:
-    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+    def __init__(self, tensors: Mapping[str, Tensor], config: Config | None = None) -> None:
         self._tensors = {strip_wrappers(name): t for name, t in tensors.items() if isinstance(t, Tensor)}
+        self._config = config
+
+    def config(self) -> Config | None:
+        return self._config
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(t.shape) for name, t in self._tensors.items()}
@@ -88,13 +96,24 @@ class _Checkpoint:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(entry.shape) for name, entry in self._index.tensors.items()}
 
+    def config(self) -> Config | None:
+        return read_config(self._index.path)
+
     def tensor(self, name: str) -> Tensor:
-        entry = self._index.tensors.get(name)
-        if entry is None:
+        from rlspec.io.stream import read_tensor
+
+        if name not in self._index.tensors:
             raise TensorError(f"{name}: no such tensor in the checkpoint")
-        with safe_open(str(entry.shard), framework="pt") as shard:
-            tensor: Tensor = shard.get_tensor(entry.name)
-        return tensor
+        return read_tensor(self._index, name)
+
+
+def _module_config(module: nn.Module) -> Config | None:
+    """What a Hugging Face model knows of itself, also inside a wrapper such as DistributedDataParallel."""
+    for owner in (module, getattr(module, "module", None), getattr(module, "_orig_mod", None)):
+        config = getattr(owner, "config", None)
+        if config is not None and hasattr(config, "to_dict"):
+            return text_config(config.to_dict())
+    return None
 
 
 def strip_wrappers(name: str) -> str:
