@@ -161,7 +161,8 @@ def bench(
 ) -> dict[str, Any]:
     base, label = case.weights()
     tuned = updated(base, size, update_rank, seed=1)
-    basis = SpectralBasis.from_tensors(base, rank=rank)
+    modules = dict.fromkeys(name.rsplit("_proj", 1)[0][-1] for name in base)
+    basis = SpectralBasis.from_tensors(base, rank=rank, modules=modules)
     delta, exact = SpectralTracker(basis, engine="delta"), SpectralTracker(basis, engine="exact")
     errors = gate(delta, exact, tuned)
     contenders: dict[str, tuple[Callable[[], object], int]] = {

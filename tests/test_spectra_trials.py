@@ -90,3 +90,25 @@ def test_bounds_hold_in_every_trial_and_are_near_the_error() -> None:
     assert sum(map(len, sigma_slack)) > GROUPS * EACH / 2  # the delta form did most of them
     assert float(torch.cat(sigma_slack).median()) < 30
     assert float(torch.cat(angle_slack).median()) < 30
+
+
+def test_an_angle_near_a_right_one_is_not_told_closer_than_its_sine_can() -> None:
+    """Two values at the cut that change places: one direction is replaced, and its angle hangs on its cosine."""
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(30, 30, dtype=F64, generator=g)).Q for _ in range(2))
+    s = torch.cat([torch.tensor([3.0, 2.0, 1.0001, 1.0]).double(), torch.linspace(0.5, 0.1, 26).double()])
+    weight = (u * s) @ v.T
+    for swing in (2e-4, 2e-3):
+        tuned = (
+            weight
+            + swing * torch.outer(u[:, 3], v[:, 3])
+            + 1e-7 * torch.randn(30, 30, dtype=F64, generator=g)
+        )
+        for dtype in (torch.float32, F64):
+            found = measure_delta(stack([weight], 0.1, dtype), tuned[None])
+            truth = measure_exact(stack([weight], 0.1, F64), tuned[None])
+            sigma, angle = errors(found, truth)
+            assert float(truth.sines_left.max()) > 0.99
+            assert bool((angle <= found.angle_error_bound_rad).all()) and bool(
+                (sigma <= found.sigma_error_bound).all()
+            )

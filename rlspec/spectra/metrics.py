@@ -136,6 +136,15 @@ def intruders(
     return found.sum(-1), ratio((sigma.square() * found).sum(-1), weight_frobenius.square())
 
 
+def arcsine_error(sine: Tensor, error: float) -> Tensor:
+    """How far asin(s) can be off, radians, for sines s in [0, 1] known to within ``error``; same shape, float64.
+
+    Near π/2 that is far more than ``error``, up to sqrt(2 error): the sine hardly changes there.
+    """
+    sine = sine.double()
+    return torch.asin((sine + error).clamp_max(1.0)) - torch.asin((sine - error).clamp(0.0, 1.0))
+
+
 def angle_statistics(sines: Tensor) -> dict[str, float]:
     """Maximum, mean and root mean square of the angles (radians) and the projector distance, from (k,) sines.
 
