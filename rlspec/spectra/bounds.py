@@ -145,16 +145,18 @@ def _arcsine(pair: Pair, k: int) -> Tensor:
     An angle gets there under the smallest update, where the k-th value and the next change places.
     """
     rounding = 2.0 * torch.finfo(pair.left.tail.dtype).eps + 8.0 * torch.finfo(torch.float64).eps
-    largest = torch.full_like(pair.sigma[..., 0], _STEEP)
+    largest = torch.zeros_like(pair.sigma[..., 0])
     for side in (pair.left, pair.right):
         beyond = side.rows(k, k)
         # No sine is larger than all of them together.
-        steep = (frobenius(beyond) > _STEEP).nonzero().flatten()
+        together = frobenius(beyond)
+        largest = torch.maximum(largest, together.clamp_max(_STEEP))
+        steep = (together > _STEEP).nonzero().flatten()
         steep = steep[_largest_sine(take(beyond, steep)) > _STEEP]
         if steep.numel() > 0:
             found = sines(side.select(steep), k)[..., 0]
             largest[steep] = torch.maximum(largest[steep], found)
-    return arcsine_error(largest, rounding)
+    return arcsine_error(largest, rounding * largest)  # rounding is relative: small sines lose little
 
 
 def _largest_sine(beyond: Tensor) -> Tensor:

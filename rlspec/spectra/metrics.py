@@ -136,7 +136,7 @@ def intruders(
     return found.sum(-1), ratio((sigma.square() * found).sum(-1), weight_frobenius.square())
 
 
-def arcsine_error(sine: Tensor, error: float) -> Tensor:
+def arcsine_error(sine: Tensor, error: Tensor | float) -> Tensor:
     """How far asin(s) can be off, radians, for sines s in [0, 1] known to within ``error``; same shape, float64.
 
     Near π/2 that is far more than ``error``, up to sqrt(2 error): the sine hardly changes there.
