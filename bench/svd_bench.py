@@ -215,14 +215,9 @@ def main(shapes: str, quick: bool, threads: int | None, json_file: Path | None, 
         )
     if threads is not None:
         torch.set_num_threads(threads)
-    peak = gemm_peak()
-    about = machine() | {"gemm_float32_gflops": peak}
-    click.echo(
-        ", ".join(
-            f"{key} {value:.0f}" if key.startswith("gemm") else f"{key} {value}"
-            for key, value in about.items()
-        )
-    )
+    peak, dtype = gemm_peak()
+    about = machine() | {"gemm_peak_gflops": round(peak), "gemm_peak_dtype": dtype}
+    click.echo(", ".join(f"{key} {value}" for key, value in about.items()))
     results: list[dict[str, Any]] = []
     for name in names:
         rows = bench_shape(SHAPES[name], quick, peak)
