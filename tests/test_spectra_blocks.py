@@ -75,7 +75,8 @@ def test_a_turned_cluster_is_one_block_that_did_not_move(engine):
     left, right = u[:, 1:4], v[:, 1:4]
     weight = reference.W[0] + left @ (turn @ values @ turn.T - values) @ right.T
     found = engine(reference, weight[None])
-    assert found.blocks[0].tolist() == [0, 1, 1, 1, 2, 3] or found.blocks[0].tolist() == [0, 1, 1, 2, 3, 4]
+    # The third one of the cluster is left alone by the update: no block takes it in.
+    assert found.blocks[0].tolist() == [0, 1, 1, 2, 3, 4]
     assert float(found.best_cosine[0].min()) > 1 - 1e-6
     # The twin: vector by vector, two of them are strangers.
     uu = torch.linalg.svd(weight).U[:, :6]
