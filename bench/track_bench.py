@@ -1,7 +1,7 @@
 """What one tracking event costs, against full decompositions of the same matrices in the same run.
 
 ``python bench/track_bench.py`` measures the q, k and v projections of models by their shapes (``shapes.py``), k = 20 %,
-an update of 1 % of the norm, in about four minutes on two cores. First the correctness gate: values and angles must
+an update of 1 % of the norm, in some minutes on two cores. First the correctness gate: values and angles must
 agree with float64 decompositions within the bounds reported. Then medians over a few repetitions of
 
 * delta: ``SpectralTracker(engine="delta")``, the default of ``rlspec track``, all its metrics included;
