@@ -2,7 +2,6 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
-#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -62,7 +61,7 @@ char* Bounce::data() {
   return data_;
 }
 
-Source::Source(const std::string& path, Io io) : file_(path), io_(io) {
+Source::Source(const std::string& path, Io io) : file_(path), cache_(file_), io_(io) {
   if (io == Io::kBuffered) return;
   direct_ = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_DIRECT);
   if (direct_ < 0) return;
@@ -81,12 +80,16 @@ Source::~Source() {
 }
 
 void Source::read(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const {
-  if (io_ == Io::kAuto && direct_ >= 0) {
-    const std::uint64_t cached = read_cached(begin, end, out, bounce);
-    begin += cached;
-    out += cached;
+  if (io_ == Io::kAuto) {
+    const std::uint64_t held = cache_.held(begin, end);
+    read_plain(begin, begin + held, out, bounce);
+    begin += held;
+    out += held;
   }
-  if (begin == end || read_direct(begin, end, out, bounce)) return;
+  if (begin < end && !read_direct(begin, end, out, bounce)) read_plain(begin, end, out, bounce);
+}
+
+void Source::read_plain(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const {
   while (begin < end) {
     const Piece piece(begin, end, out, bounce);
     file_.read(begin, piece.place, piece.size);
@@ -96,28 +99,9 @@ void Source::read(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bou
   }
 }
 
-// How many bytes from `begin` on the page cache had. Nothing is asked of the device.
-std::uint64_t Source::read_cached(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const {
-  std::uint64_t done = 0;
-#ifdef RWF_NOWAIT
-  while (tells_cached_ && begin + done < end) {
-    const Piece piece(begin + done, end, out + done, bounce);
-    const iovec place{piece.place, piece.size};
-    const ssize_t got = ::preadv2(file_.descriptor(), &place, 1, static_cast<off_t>(begin + done), RWF_NOWAIT);
-    if (got < 0 && errno == EINTR) continue;
-    if (got < 0 && errno != EAGAIN) tells_cached_ = false;  // EOPNOTSUPP; real errors come again in a real read
-    if (got <= 0) break;
-    piece.arrived(static_cast<std::size_t>(got));
-    done += static_cast<std::uint64_t>(got);
-  }
-#endif
-  return done;
-}
-
 // False, with nothing promised about `out`, where the file system cannot do it.
 bool Source::read_direct(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const {
-  // Where nobody can tell what is cached, reading past a warm cache would be the larger mistake.
-  if (direct_ < 0 || (io_ == Io::kAuto && !tells_cached_)) return false;
+  if (direct_ < 0) return false;
   std::uint64_t page = begin / kPageBytes * kPageBytes;
   const std::uint64_t last = whole_pages(end);
   char* place = out - (begin - page);

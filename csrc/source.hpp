@@ -8,6 +8,7 @@
 #include <string>
 
 #include "file.hpp"
+#include "page_cache.hpp"
 
 namespace rlspec {
 
@@ -45,15 +46,15 @@ class Source {
   void read(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const;
 
  private:
-  std::uint64_t read_cached(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const;
+  void read_plain(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const;
   bool read_direct(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const;
   bool read_pages(std::uint64_t begin, std::size_t count, std::size_t needed, char* out) const;
 
   File file_;
+  PageCache cache_;
   Io io_;
   int direct_ = -1;                // descriptor for O_DIRECT; -1 where that is refused
   std::size_t memory_align_ = 512;  // of memory that is read into directly
-  mutable std::atomic<bool> tells_cached_{true};
   mutable std::atomic<bool> works_direct_{true};
 };
 

@@ -18,6 +18,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from stream_bench import resident_share
 
 from rlspec.errors import CheckpointError
 from rlspec.io.dtypes import TORCH_DTYPES
@@ -121,6 +122,32 @@ def test_odd_offsets(io: Any, tmp_path: Path) -> None:
         for streamed in TensorStream(CheckpointIndex.open(tmp_path), io=io):
             assert raw(streamed.tensor) == content[streamed.entry.name]
             assert streamed.tensor.data_ptr() % 64 == 0
+
+
+def test_the_page_cache_stays_as_it_was(tmp_path: Path) -> None:
+    """Asking what is cached must not fill the cache, as preadv2 with RWF_NOWAIT does: all would be read twice."""
+    path = tmp_path / "model.safetensors"
+    tensors = {f"t{i}": torch.full((1 << 20,), float(i)) for i in range(8)}
+    save_file(tensors, path)
+    index = CheckpointIndex.open(tmp_path)
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_DIRECT))
+    except OSError:
+        pytest.skip("this file system has no direct reads")
+    for cached in (0, 10_000_000):
+        make_cold(path)
+        with path.open("rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+            file.read(cached)
+        before = resident_share(path)
+        if before > 0.9:
+            pytest.skip("this file system keeps its files in memory")
+        for streamed in TensorStream(index):
+            assert torch.equal(streamed.tensor, tensors[streamed.entry.name])
+        assert resident_share(path) == pytest.approx(before, abs=0.01)
+    for streamed in TensorStream(index, io="buffered"):
+        assert torch.equal(streamed.tensor, tensors[streamed.entry.name])
+    assert resident_share(path) > 0.99
 
 
 def test_order(tmp_path: Path) -> None:
