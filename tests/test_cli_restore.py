@@ -17,8 +17,6 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-
-sys.path.insert(0, str(Path(__file__).parent))
 from restore_toys import bytes_of, pair, rewrite, tensors_of
 
 from rlspec.cli import restore_text

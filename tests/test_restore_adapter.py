@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from restore_toys import bytes_of, expected, rewrite, save_model, svd_formula, tensors_of
+from safetensors.torch import load_file, save_file
 
 import rlspec
 from rlspec.errors import CheckpointError

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import save_file
-
-sys.path.insert(0, str(Path(__file__).parent))
 from restore_toys import (
     CONFIGS,
     bytes_of,
@@ -23,6 +18,8 @@ from restore_toys import (
     svd_formula,
     tensors_of,
 )
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import rlspec
 from rlspec.errors import CheckpointError, OptionError, ProjectionError, TensorError

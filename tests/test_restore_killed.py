@@ -13,8 +13,6 @@ from typing import Any
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from restore_toys import bytes_of, save_model, tune
 
 KILLS = 50

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import copy
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from restore_toys import CONFIGS, expected, save_model, svd_formula
 
 import rlspec

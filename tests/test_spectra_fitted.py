@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
+import shapes
 import torch
+from shapes import fitted_spectrum
 
 import rlspec
 from rlspec.spectra.delta import measure_delta
@@ -26,20 +25,12 @@ TARGETS = {
 }
 
 
-@pytest.fixture(scope="module")
-def shapes():
-    folder = str(Path(__file__).parent.parent / "bench")
-    sys.path.insert(0, folder)
-    yield pytest.importorskip("shapes")
-    sys.path.remove(folder)
-
-
 @pytest.mark.parametrize("rank", [None, 16])
 @pytest.mark.parametrize(("projection", "m"), [("q", 192), ("k", 96), ("v", 96)])
-def test_tracking_and_restoring_meet_their_targets(shapes, projection: str, m: int, rank: int | None) -> None:
+def test_tracking_and_restoring_meet_their_targets(projection: str, m: int, rank: int | None) -> None:
     g = torch.Generator().manual_seed(3)
     n = 192
-    s = shapes.fitted_spectrum(projection, m)
+    s = fitted_spectrum(projection, m)
     u, v = (torch.linalg.qr(torch.randn(size, m, dtype=F64, generator=g)).Q for size in (m, n))
     base = ((u * s) @ v.T).bfloat16()
     factors = tuple(x.to(t) for x, t in zip(reference_factors(base), (torch.float32, F64, torch.float32)))
@@ -65,8 +56,8 @@ def test_tracking_and_restoring_meet_their_targets(shapes, projection: str, m: i
 
 
 @pytest.mark.parametrize("projection", ["q", "k", "v"])
-def test_the_fitted_spectrum_is_that_of_the_weights(shapes, projection: str) -> None:
-    fitted = shapes.fitted_spectrum(projection, 576)
+def test_the_fitted_spectrum_is_that_of_the_weights(projection: str) -> None:
+    fitted = fitted_spectrum(projection, 576)
     assert bool((fitted[1:] < fitted[:-1]).all()) and float(fitted[-1]) > 0
     assert float(1 - fitted[115] / fitted[114]) < 0.01  # flat at the cut
     measured = shapes.measured_quantiles(projection)

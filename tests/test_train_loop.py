@@ -11,10 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-sys.path.insert(0, str(Path(__file__).parent))
 from train_toys import ToyTask, toy_model, toy_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlspec.errors import CheckpointError, OptionError, RunFolderError
 from rlspec.train import (

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from train_toys import ToyTask, toy_model, toy_tokenizer
 
 from rlspec.errors import OptionError

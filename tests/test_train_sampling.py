@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from train_toys import ToyTask, toy_model, toy_prompts, toy_tokenizer
 
 from rlspec.tasks.base import evaluation_problems
