@@ -5,8 +5,9 @@
 Every contender reads each tensor once, in its own process, and sums all its bytes as 64-bit integers, so that no page
 is left untouched and lazily mapped files are paid for. A figure counts only if the sums, and before any timing the
 bytes, equal those of the others. "Cold" means that none of the files is in the page cache, which is checked; "warm",
-that all of it is. The device's rate is that of plain O_DIRECT reads of the same files by parallel threads. Rounds are
-interleaved; the table shows medians and the range. Peers that are not installed are left out: safetensors (its two
+that all of it is. The device's rate is that of plain O_DIRECT reads of the same files by 2, 4 or 8 threads, each a
+contender of its own. In every round all contenders run, in random order, since a device that was just busy may be
+slower; the table shows medians and the range. Peers that are not installed are left out: safetensors (its two
 backends and load_file), runai-model-streamer, fastsafetensors.
 """
 
@@ -20,6 +21,7 @@ import json
 import mmap
 import os
 import platform
+import random
 import shutil
 import statistics
 import subprocess
@@ -39,7 +41,8 @@ from harness import machine, table
 
 MEMORY_BYTES = 1 << 30
 PAGE = 4096
-DEVICE = "device (O_DIRECT)"
+# Plain direct reads -> threads
+DEVICE = {f"device, {threads} threads": threads for threads in (2, 4, 8)}
 # (rows, columns) of a layer of Qwen2.5-1.5B.
 LAYER = {
     "self_attn.q_proj": (1536, 1536),
@@ -181,7 +184,7 @@ def peak_rss_mib() -> float:
     return int(line.split()[1]) / 1024
 
 
-def read_device(shards: list[Path], threads: int = 4, block: int = 1 << 20) -> float:
+def read_device(shards: list[Path], threads: int, block: int = 1 << 20) -> float:
     """Seconds that plain direct reads of all the bytes take."""
     buffers = [mmap.mmap(-1, block) for _ in range(threads)]
     for buffer in buffers:
@@ -205,9 +208,9 @@ def worker(name: str, folder: Path, state: str) -> dict[str, Any]:
     """One run in this process. State "check": a digest of all bytes in place of a time."""
     torch.set_num_threads(1)
     shards = sorted(folder.glob("*.safetensors"))
-    if name == DEVICE:
+    if name in DEVICE:
         prepare(shards, "cold")
-        return {"seconds": min(read_device(shards, threads) for threads in (2, 4, 8))}
+        return {"seconds": read_device(shards, DEVICE[name])}
     module, read = CONTENDERS[name]
     importlib.import_module(module)
     if name == "rlspec":
@@ -253,11 +256,12 @@ def compare(folder: Path, rounds: int) -> dict[str, Any]:
     gates = {name: run(name, folder, "check") for name in names}
     if len({json.dumps(gate, sort_keys=True) for gate in gates.values()}) != 1:
         raise SystemExit(f"the contenders do not read the same bytes: {gates}")
-    runs: dict[str, list[dict[str, Any]]] = {}
+    contenders = [("cold", name) for name in (*DEVICE, *names)] + [("warm", name) for name in names]
+    runs: dict[str, list[dict[str, Any]]] = {f"{state}/{name}": [] for state, name in contenders}
+    draw = random.Random(0)
     for _ in range(rounds):
-        for state in ("cold", "warm"):
-            for name in [*([DEVICE] if state == "cold" else []), *names]:
-                runs.setdefault(f"{state}/{name}", []).append(run(name, folder, state))
+        for state, name in draw.sample(contenders, len(contenders)):
+            runs[f"{state}/{name}"].append(run(name, folder, state))
     if len({r["sum"] for rows in runs.values() for r in rows if "sum" in r}) != 1:
         raise SystemExit("the contenders do not sum the same bytes")
     size = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
