@@ -356,6 +356,10 @@ def test_what_cannot_be_restored_is_named(which: str, tmp_path: Path) -> None:
     rewrite(folder, lambda t: t[Q0].view(-1)[5:7].fill_(torch.nan))
     with pytest.raises(TensorError, match=rf"model.safetensors: {Q0}: .*2 of 4096 values are NaN"):
         run()
+    with pytest.raises(
+        TensorError, match=rf"model.safetensors: {Q0}: {which} rows 0:64: 2 of 4096 values are NaN"
+    ):
+        run(mode="interpolate")
     rewrite(folder, lambda t: t.update({Q0: t[Q0].nan_to_num().to(torch.float8_e4m3fn)}))
     with pytest.raises(CheckpointError, match=rf"{Q0}.* stored as F8_E4M3"):
         run()
@@ -378,6 +382,16 @@ def test_equal_matrices_stay_to_the_bit(llama_bf16: tuple[Path, Path], tmp_path:
     report = rlspec.restore_checkpoint(base, base, tmp_path / "out", rank="energy:0.5")
     assert bytes_of(tmp_path / "out") == bytes_of(base)
     assert [(row.change_frobenius, row.entries_changed, row.k) for row in report.matrices] == [(0, 0, 0)] * 6
+
+
+def test_figures_of_a_copy_over_zeros(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    rewrite(tuned, lambda t: t[Q0].zero_())
+    report = rlspec.restore_checkpoint(base, tuned, tmp_path / "out", mode="copy")
+    (found,) = [row for row in report.matrices if row.name == Q0]
+    size = float(tensors_of(base)[Q0].double().norm())
+    assert found.change_frobenius == pytest.approx(size, rel=1e-12)
+    assert (found.change_relative, found.rounding_share, found.entries_changed) == (0.0, 0.0, 64 * 64)
 
 
 def test_memory_too_small_says_what_is_needed(llama: tuple[Path, Path], tmp_path: Path) -> None:

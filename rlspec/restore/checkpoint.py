@@ -7,7 +7,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rlspec.errors import CheckpointError, OptionError
+from rlspec.errors import CheckpointError, OptionError, TensorError
 from rlspec.restore.estimate import check_memory, pool_bytes, streamed_by_rows
 from rlspec.restore.matrix import Rounding
 from rlspec.restore.options import Dtype, RestoreOptions
@@ -197,20 +197,30 @@ def _carry_out(
         steps = list(group)
         if by_rows:
             for step in steps:
-                rows = _by_rows(plan, step, writer, memory)
+                with _file_named(step):
+                    rows = _by_rows(plan, step, writer, memory)
                 journal.append(rows)
                 yield step, rows
             continue
         for name, base, tuned in _pairs(plan, [step.name for step in steps], pool_bytes(plan, memory)):
             step = plan.steps[name]
-            if step.action == "merge":
-                out, rows = converted(name, tuned, step.dtype or tuned.dtype, plan.options), []
-            else:
-                out, rows = restore_stored(step, base, tuned, plan.options, cache_dir)
+            with _file_named(step):
+                if step.action == "merge":
+                    out, rows = converted(name, tuned, step.dtype or tuned.dtype, plan.options), []
+                else:
+                    out, rows = restore_stored(step, base, tuned, plan.options, cache_dir)
             del base, tuned  # their buffers go back to the reader before the next pair is asked for
             journal.append(rows)
             writer.put(name, out)
             yield step, rows
+
+
+@contextmanager
+def _file_named(step: Step) -> Iterator[None]:
+    try:
+        yield
+    except TensorError as error:
+        raise TensorError(f"{step.entry.shard}: {error}") from None
 
 
 def _pairs(plan: Plan, names: list[str], memory: int) -> Iterator[tuple[str, Tensor, Tensor]]:

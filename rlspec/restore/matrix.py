@@ -70,14 +70,12 @@ def restore_matrix(
 
     With I the indices chosen (the leading k; the last k for ``tail``; [i, j) for ``band``):
 
-    * ``directions``, ``tail``, ``band``: W_t - U_t,I S_t,I V_t,Iᵀ + U_b,I S_t,I V_b,Iᵀ. The tuned singular
-    values
-      stay, the base's directions take the tuned ones' place ("UV restoration", arXiv 2508.16546). With k =
-      r that is U_b S_t V_bᵀ.
+    * ``directions``, ``tail``, ``band``: W_t - U_t,I S_t,I V_t,Iᵀ + U_b,I S_t,I V_b,Iᵀ. The tuned singular values
+      stay, the base's directions take the tuned ones' place ("UV restoration", arXiv 2508.16546). With k = r that
+      is U_b S_t V_bᵀ.
     * ``directions_and_values``: the same with S_b,I.
     * ``values``: the tuned directions with the base's values, W_t + U_t,I (S_b,I - S_t,I) V_t,Iᵀ.
-    * ``copy``, ``interpolate``: W_t + strength (W_b - W_t): the base itself, or WiSE-FT's straight line to
-    it.
+    * ``copy``, ``interpolate``: W_t + strength (W_b - W_t): the base itself, or WiSE-FT's straight line to it.
 
     Args:
         W_base, W_tuned: (m, n), floating dtypes, finite.
@@ -99,7 +97,7 @@ def restore_matrix(
     target = dtype if dtype is not None else W_tuned.dtype
     if mode in ("copy", "interpolate"):
         k = min(W_tuned.shape)
-        change = Change(_difference(W_base, W_tuned), 0.0, 0.0, "none")
+        change = Change(difference(W_base, W_tuned), 0.0, 0.0, "none")
     else:
         base = (
             basis
@@ -110,26 +108,25 @@ def restore_matrix(
         k = stop - start
         with torch.no_grad(), fast_matmul():
             change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
-    done = add_rounded(
+    weight, sums = add_rounded(
         W_tuned, change.delta, strength, target, stochastic=rounding == "stochastic", generator=generator
     )
-    size = done.change_sq**0.5
     return RestoreResult(
-        weight=done.weight,
+        weight=weight,
         mode=mode,
         k=k,
         strength=strength,
-        change_frobenius=size,
-        change_relative=size / done.tuned_sq**0.5 if size and done.tuned_sq else 0.0,
-        rounding_share=done.lost_sq**0.5 / size if size else 0.0,
-        entries_changed=done.entries_changed,
+        change_frobenius=sums.frobenius,
+        change_relative=sums.relative,
+        rounding_share=sums.rounding_share,
+        entries_changed=sums.entries_changed,
         error_estimate=strength * change.error,
         method=change.method,
         rotation_sine_rms=None if change.method == "none" else change.sine_rms,
     )
 
 
-def _difference(base: Tensor, tuned: Tensor) -> Tensor:
+def difference(base: Tensor, tuned: Tensor) -> Tensor:
     """W_b - W_t, exact for two tensors of 16 bits."""
     wide = torch.float32 if base.element_size() <= 2 and tuned.element_size() <= 2 else torch.float64
     return base.to(wide) - tuned.to(wide)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -11,19 +12,39 @@ from torch import Tensor
 _BLOCK = 1 << 17
 
 
-@dataclass(frozen=True)
-class Rounded:
-    """``weight`` (m, n), and squares of Frobenius norms in float64.
+@dataclass
+class ChangeSums:
+    """What a change does to entries: squares of Frobenius norms in float64, and a count.
 
     ``change_sq`` of the change meant, ``lost_sq`` of the difference between it and the change made, ``tuned_sq`` of
     the weight before; ``entries_changed`` counts entries of another value than before.
     """
 
-    weight: Tensor
-    change_sq: float
-    lost_sq: float
-    tuned_sq: float
-    entries_changed: int
+    change_sq: float = 0.0
+    lost_sq: float = 0.0
+    tuned_sq: float = 0.0
+    entries_changed: int = 0
+
+    def add(self, other: ChangeSums) -> None:
+        self.change_sq += other.change_sq
+        self.lost_sq += other.lost_sq
+        self.tuned_sq += other.tuned_sq
+        self.entries_changed += other.entries_changed
+
+    @property
+    def frobenius(self) -> float:
+        """Norm of the change meant."""
+        return math.sqrt(self.change_sq)
+
+    @property
+    def relative(self) -> float:
+        """The same over the norm of the weight before; 0 where that is 0."""
+        return math.sqrt(self.change_sq / self.tuned_sq) if self.tuned_sq else 0.0
+
+    @property
+    def rounding_share(self) -> float:
+        """Norm of what rounding added or lost, over that of the change meant; 0 where that is 0."""
+        return math.sqrt(self.lost_sq / self.change_sq) if self.change_sq else 0.0
 
 
 def add_rounded(
@@ -34,8 +55,8 @@ def add_rounded(
     *,
     stochastic: bool = False,
     generator: torch.Generator | None = None,
-) -> Rounded:
-    """``tuned + strength * change`` in ``dtype``, from float64 sums.
+) -> tuple[Tensor, ChangeSums]:
+    """``tuned + strength * change`` in ``dtype``, from float64 sums, and what came of it.
 
     Args:
         tuned: (m, n), any floating dtype.
@@ -45,7 +66,7 @@ def add_rounded(
     """
     m, n = tuned.shape
     weight = torch.empty(m, n, dtype=dtype, device=tuned.device)
-    sums, changed = [0.0, 0.0, 0.0], 0
+    sums = ChangeSums()
     rows = max(1, _BLOCK // max(n, 1))
     for start in range(0, m, rows):
         block = slice(start, start + rows)
@@ -55,11 +76,9 @@ def add_rounded(
         after = _stochastic(exact, dtype, generator) if stochastic else _nearest(tuned[block], exact, dtype)
         weight[block] = after
         moved = after.double() - before
-        for i, x in enumerate((step, moved - step, before)):
-            sums[i] += float(x.square().sum())
-        changed += int(torch.count_nonzero(moved))
-    change_sq, lost_sq, tuned_sq = sums
-    return Rounded(weight, change_sq, lost_sq, tuned_sq, changed)
+        change_sq, lost_sq, tuned_sq = (float(x.square().sum()) for x in (step, moved - step, before))
+        sums.add(ChangeSums(change_sq, lost_sq, tuned_sq, int(torch.count_nonzero(moved))))
+    return weight, sums
 
 
 def _nearest(original: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from rlspec.errors import TensorError
+from rlspec.io.projections import check_finite
 from rlspec.linalg.exact import exact_svd
-from rlspec.restore.matrix import RestoreResult, restore_matrix
+from rlspec.restore.matrix import RestoreResult, difference, restore_matrix
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import Step
 from rlspec.restore.report import MatrixReport
+from rlspec.restore.rounding import ChangeSums, add_rounded
 from rlspec.spectra.cache import cached_factors
 from rlspec.spectra.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.rank import Rank
@@ -27,37 +29,29 @@ Block = tuple[int, Tensor, Tensor]  # index of the first row; base's rows; tuned
 
 @dataclass
 class Changes:
-    """Sums over row blocks that give the figures of :class:`RestoreResult` for the whole."""
+    """The figures of :class:`RestoreResult` for a tensor restored entry by entry, from sums over its row blocks."""
 
     k: int
-    change_square: float = 0.0
-    tuned_square: float = 0.0
-    lost_square: float = 0.0
-    entries_changed: int = 0
+    sums: ChangeSums = field(default_factory=ChangeSums)
     error_estimate: float = 0.0
     rotation_sine_rms: float | None = None
     method: str = "none"
 
-    def add_unchanged(self, tuned: Tensor) -> None:
-        self.tuned_square += float(tuned.double().square().sum())
-
-    def add(self, tuned: Tensor, result: RestoreResult) -> None:
-        self.add_unchanged(tuned)
-        self.change_square += result.change_frobenius**2
-        self.lost_square += (result.rounding_share * result.change_frobenius) ** 2
-        self.entries_changed += result.entries_changed
-
     @property
     def change_frobenius(self) -> float:
-        return self.change_square**0.5
+        return self.sums.frobenius
 
     @property
     def change_relative(self) -> float:
-        return (self.change_square / self.tuned_square) ** 0.5 if self.change_square else 0.0
+        return self.sums.relative
 
     @property
     def rounding_share(self) -> float:
-        return (self.lost_square / self.change_square) ** 0.5 if self.change_square else 0.0
+        return self.sums.rounding_share
+
+    @property
+    def entries_changed(self) -> int:
+        return self.sums.entries_changed
 
 
 def restore_stored(
@@ -73,26 +67,26 @@ def restore_stored(
         The tensor to store, ``step.dtype``, and a report of each matrix.
 
     Raises:
-        TensorError: NaN or infinity in a matrix; names it and its file.
+        TensorError: NaN or infinity in a matrix; names it.
     """
     assert step.dtype is not None
     rows = []
     out: Tensor | None = None
     for projection, shape in step.matrices():
         there, here = projection.take(base), projection.take(tuned)
-        try:
-            if options.elementwise or _nothing_to_do(there, here, options):
-                settings = options if options.elementwise else unchanged(options)
-                changes = Changes(min(shape) if options.elementwise else 0)
-                weight = elementwise(projection.name, there, here, step.dtype, settings, changes)
-                rows.append(MatrixReport.of(projection, shape, step.dtype, changes))
-            else:
+        if options.elementwise or _nothing_to_do(there, here, options):
+            settings = options if options.elementwise else unchanged(options)
+            changes = Changes(min(shape) if options.elementwise else 0)
+            weight = elementwise(projection.name, there, here, step.dtype, settings, changes)
+            rows.append(MatrixReport.of(projection, shape, step.dtype, changes))
+        else:
+            try:
                 basis = base_factors(projection.name, there, options, cache_dir)
                 result = restore_with(basis, projection.name, here, step.dtype, options)
-                weight = result.weight
-                rows.append(MatrixReport.of(projection, shape, step.dtype, result))
-        except TensorError as error:
-            raise TensorError(f"{step.entry.shard}: {projection.name}: {error}") from None
+            except TensorError as error:
+                raise TensorError(f"{projection.name}: {error}") from None
+            weight = result.weight
+            rows.append(MatrixReport.of(projection, shape, step.dtype, result))
         if projection.rows is None and not projection.transposed:
             return weight, rows
         if out is None:
@@ -175,26 +169,23 @@ def restore_rows(
     Raises:
         TensorError: NaN or infinity.
     """
-    draw = generator(options.seed, label)
+    draw, stochastic = generator(options.seed, label), options.rounding == "stochastic"
     for first, base, tuned in _small(blocks):
         copied = _plain_copy(options, base, dtype)
         if base.dtype == tuned.dtype == dtype and torch.equal(base, tuned):
-            changes.add_unchanged(tuned)
+            changes.sums.add(ChangeSums(tuned_sq=float(tuned.double().square().sum())))
             yield first, base if copied else tuned  # equal, but for the sign of a zero
             continue
+        for whose, rows in (("base", base), ("tuned", tuned)):
+            check_finite(f"{label}: {whose} rows {first}:{first + len(rows)}", rows)
         sides = (len(tuned), -1) if tuned.ndim > 1 else (1, -1)
-        result = restore_matrix(
-            base.reshape(sides),
-            tuned.reshape(sides),
-            options.rank,
-            mode=options.restore_mode,
-            strength=options.strength,
-            dtype=dtype,
-            rounding=options.rounding,
-            generator=draw,
+        here = tuned.reshape(sides)
+        change = difference(base.reshape(sides), here)
+        weight, sums = add_rounded(
+            here, change, options.strength, dtype, stochastic=stochastic, generator=draw
         )
-        changes.add(tuned, result)
-        yield first, base if copied else result.weight.reshape(tuned.shape)
+        changes.sums.add(sums)
+        yield first, base if copied else weight.reshape(tuned.shape)
 
 
 def aligned(base: Iterable[tuple[int, Tensor]], tuned: Iterable[tuple[int, Tensor]]) -> Iterator[Block]:
