@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from rlspec.cli.exits import INTERRUPTED
 from rlspec.errors import CheckpointError
 
 if TYPE_CHECKING:
     from rlspec.restore.checkpoint import Target
     from rlspec.restore.plan import Plan
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _FOLDER = click.Path(path_type=Path)
 
 
@@ -68,21 +68,12 @@ def command(
     base: Path,
     tuned: Path,
     out: Path | None,
-    rank: str,
-    part: str,
-    mode: str,
-    strength: float,
-    modules: str,
-    layers: str | None,
-    dtype: str,
-    rounding: str,
-    seed: int,
     memory_gib: float,
-    exact: bool,
     resume: bool,
     overwrite: bool,
     dry_run: bool,
     report_file: Path | None,
+    **settings: Any,
 ) -> None:
     """Write OUT: the tuned checkpoint with the base's leading singular directions back in its matrices.
 
@@ -91,18 +82,7 @@ def command(
     from rlspec.restore.options import RestoreOptions
     from rlspec.restore.plan import plan_restore
 
-    options = RestoreOptions(
-        rank=rank,
-        part=part,
-        mode=mode,
-        strength=strength,
-        modules=modules,
-        layers=layers,
-        dtype=dtype,  # type: ignore[arg-type]  # checked there
-        rounding=rounding,  # type: ignore[arg-type]
-        seed=seed,
-        exact=exact,
-    )
+    options = RestoreOptions(**settings)
     if dry_run:
         from rlspec.cli.restore_text import plan_lines
 
@@ -139,7 +119,7 @@ def _run(plan: Plan, target: Target, memory_gib: float, report_file: Path | None
         click.echo(
             f"Stopped; nothing is at {target.out} yet. To finish it: the same command with --resume", err=True
         )
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        raise SystemExit(INTERRUPTED) from None
     except CheckpointError as error:
         kept = "; what is finished is kept, the same command with --resume goes on" if bar.begun else ""
         raise CheckpointError(f"{error}{kept}") from None

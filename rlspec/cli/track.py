@@ -7,9 +7,9 @@ from typing import Any
 
 import click
 
+from rlspec.cli.exits import INTERRUPTED
 from rlspec.run.config import TrackConfig, flag, read_config_file
 
-EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells report it
 _DEFAULTS = TrackConfig()
 
 
@@ -85,4 +85,4 @@ def command(out: Path | None, config_file: Path | None, resume: bool, **flags: A
         run_track(config, out, resume=resume)
     except Interrupted as stop:
         click.echo(f"Stopped; the run is saved. To continue it: {stop.command}", err=True)
-        raise SystemExit(EXIT_INTERRUPTED) from None
+        raise SystemExit(INTERRUPTED) from None
