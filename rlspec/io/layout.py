@@ -17,7 +17,7 @@ from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.dtypes import TORCH_DTYPES, stored_name
 from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, TensorEntry, check_link
-from rlspec.io.stream import in_file_order
+from rlspec.io.stream import by_shard
 
 # Weights in other formats, or beside the ones that the index lists: they would be the unchanged ones.
 _WEIGHTS = (
@@ -70,9 +70,7 @@ def lay_out(like: CheckpointIndex, changed: Mapping[str, torch.dtype]) -> list[S
     for name in changed:
         if name not in like.tensors:
             raise CheckpointError(f"{like.path}: has no tensor {name!r} to change")
-    shards: dict[Path, list[TensorEntry]] = {}
-    for entry in in_file_order(like):
-        shards.setdefault(entry.shard, []).append(entry)
+    shards = by_shard(like)
     if not shards:  # a file without tensors is a checkpoint too
         shards[like.path if like.path.is_file() else like.path / SINGLE_FILE] = []
     return [_lay_out(_name(like, path), path, entries, changed) for path, entries in shards.items()]

@@ -9,6 +9,7 @@ import gc
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from math import prod
 from pathlib import Path
 from types import TracebackType
@@ -71,7 +72,7 @@ class TensorStream:
         workers: int = 4,
         io: Io = "auto",
     ) -> None:
-        entries = in_file_order(index) if names is None else [_entry(index, name) for name in names]
+        entries = in_file_order(index) if names is None else [_entry(index, n) for n in names]
         self._start(entries, memory_bytes, workers, io)
 
     @classmethod
@@ -253,11 +254,16 @@ def read_tensor(index: CheckpointIndex, name: str) -> Tensor:
 
 
 def in_file_order(index: CheckpointIndex) -> list[TensorEntry]:
-    """All tensors, shards in the order in which the index names them, each by byte offset."""
+    """All tensors, as :func:`by_shard` orders them."""
+    return list(chain(*by_shard(index).values()))
+
+
+def by_shard(index: CheckpointIndex) -> dict[Path, list[TensorEntry]]:
+    """All tensors: shards in the order in which the index names them, each shard's by byte offset."""
     shards: dict[Path, list[TensorEntry]] = {}
     for entry in index.tensors.values():
         shards.setdefault(entry.shard, []).append(entry)
-    return [e for shard in shards.values() for e in sorted(shard, key=lambda e: (e.start, e.end, e.name))]
+    return {path: sorted(shard, key=lambda e: (e.start, e.end, e.name)) for path, shard in shards.items()}
 
 
 def _entry(index: CheckpointIndex, name: str) -> TensorEntry:
