@@ -147,7 +147,6 @@ void add_writing(py::module_& module) {
              std::uint64_t count) { file.copy(rlspec::File(path), from, to, count); },
           py::arg("path"), py::arg("from_offset"), py::arg("offset"), py::arg("count"), Unlocked())
       .def("finish", &rlspec::OutputFile::finish, Unlocked());
-  module.def("sync_folder", &rlspec::sync_folder, py::arg("path"), Unlocked());
   module.def("rename_new", &rlspec::rename_new, py::arg("source"), py::arg("target"), Unlocked());
   module.def("exchange", &rlspec::exchange, py::arg("a"), py::arg("b"), Unlocked());
 }

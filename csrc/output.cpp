@@ -95,14 +95,6 @@ void OutputFile::finish() {
   if (closed != 0) fail(closed);
 }
 
-void sync_folder(const std::string& path) {
-  const int descriptor = ::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-  if (descriptor < 0) fail(errno);
-  const int synced = ::fsync(descriptor) == 0 ? 0 : errno;
-  ::close(descriptor);
-  if (synced != 0 && synced != EINVAL) fail(synced);  // EINVAL: the file system has nothing to sync
-}
-
 bool rename_new(const std::string& from, const std::string& to) { return rename_with(from, to, RENAME_NOREPLACE); }
 
 bool exchange(const std::string& a, const std::string& b) { return rename_with(a, b, RENAME_EXCHANGE); }

@@ -37,9 +37,6 @@ class OutputFile {
   int descriptor_;
 };
 
-// What was created in or renamed into the folder is on the disk when this returns. Throws kWriteFailed.
-void sync_folder(const std::string& path);
-
 // Renames `from`, unless `to` exists. False: the file system has no such operation. Throws kWriteFailed.
 bool rename_new(const std::string& from, const std::string& to);
 

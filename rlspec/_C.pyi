@@ -79,7 +79,6 @@ class OutputFile:
     def finish(self) -> None:
         """Everything is on the disk when this returns."""
 
-def sync_folder(path: bytes) -> None: ...
 def rename_new(source: bytes, target: bytes) -> bool:
     """Rename unless ``target`` exists (`FileError`); False: the file system has no such operation."""
 

@@ -136,4 +136,4 @@ def test_killed_anywhere_it_ends_the_same(server: Server, tmp_path: Path) -> Non
     # Both kinds of end were seen, and work of killed processes was taken over.
     assert finished >= 1 and went_on >= 1
     left = {path.name for path in tmp_path.iterdir()}
-    assert left <= {"base", "tuned", "out", "whole", "log", "report.json", "report.json.tmp"}, left
+    assert left <= {"base", "tuned", "out", "whole", "log", "report.json", ".report.json.tmp"}, left

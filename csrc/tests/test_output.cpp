@@ -87,8 +87,6 @@ void test_renames(const std::string& folder) {
   const std::string before = content_of(b);
   const std::string kind = kind_of([&] { check(!rlspec::rename_new(a, b), "refused or impossible"); });
   check((kind == "write_failed" || kind == "none") && content_of(b) == before, "what is there stays");
-  rlspec::sync_folder(folder);
-  expect_kind([&] { rlspec::sync_folder(folder + "/none"); }, "write_failed", "no folder to sync");
   expect_kind([&] { rlspec::exchange(a, folder + "/none"); }, "write_failed", "nothing to swap with");
   std::remove(a.c_str());
   std::remove(b.c_str());

@@ -10,7 +10,6 @@ found under any prefix.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rlspec.errors import CheckpointError, OptionError, ProjectionError, TensorError
+from rlspec.errors import OptionError, ProjectionError, TensorError
+from rlspec.io.files import read_json_object
 from rlspec.io.fused import (
     Config,
     Part,
@@ -254,13 +254,7 @@ def read_config(checkpoint: Path) -> Config | None:
     path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
     if not path.is_file():
         return None
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return text_config(config)
+    return text_config(read_json_object(path))
 
 
 def text_config(config: Config) -> Config:

@@ -17,6 +17,7 @@ from typing import Any
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
+from rlspec.io.files import sync_folder, write_atomically, write_error
 
 _VERSION = 1
 
@@ -89,7 +90,7 @@ class Staging:
                     os.rename(self.checkpoint, self.out)
             elif not _C.rename_new(here, there):
                 os.rename(self.checkpoint, self.out)
-            _C.sync_folder(os.fsencode(self.out.parent))
+            sync_folder(self.out.parent)
         except _C.FileError as error:
             raise CheckpointError(f"{self.out}: {error}") from None
         except OSError as error:
@@ -158,27 +159,15 @@ class Staging:
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a small file under its name at once, on the disk when this returns.
+    """As :func:`write_atomically`.
 
     Raises:
         CheckpointError: it cannot be written; names it and says why.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _C.sync_folder(os.fsencode(path.parent))
+        write_atomically(path, content)
     except OSError as error:
         raise write_error(path, error) from None
-    except _C.FileError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def write_error(path: str | Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be written: {error.strerror or error}")
 
 
 def _size(path: Path) -> int:

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
+from rlspec.io.files import sync_folder, write_error
 from rlspec.io.index import INDEX_FILE, CheckpointIndex
 from rlspec.io.layout import Place, ShardLayout, companions, index_content, lay_out
-from rlspec.io.staging import Staging, write_error, write_file
+from rlspec.io.staging import Staging, write_file
 
 # How much is copied before the copier looks whether it is to stop.
 _COPY_BYTES = 1 << 28
@@ -58,8 +59,6 @@ class CheckpointWriter:
         overwrite: bool = False,
     ) -> None:
         layouts = lay_out(like, changed)
-        self._like = like
-        self._layouts = layouts
         self._companions = companions(like)
         self._index = index_content(like, layouts)
         self._staging = Staging(Path(out), fingerprint, resume=resume, overwrite=overwrite)
@@ -163,9 +162,9 @@ class CheckpointWriter:
         if self._index is not None:
             write_file(self._staging.checkpoint / INDEX_FILE, self._index)
         try:
-            _C.sync_folder(os.fsencode(self._staging.checkpoint))
-        except _C.FileError as error:
-            raise CheckpointError(f"{self._staging.checkpoint}: {error}") from None
+            sync_folder(self._staging.checkpoint)
+        except OSError as error:
+            raise write_error(self._staging.checkpoint, error) from None
         out = self._staging.publish()
         self._committed = True
         return out
@@ -266,7 +265,7 @@ class _Shard:
             file = self._opened(reserve=False)
             file.finish()
             os.replace(self._temporary, self._path)
-            _C.sync_folder(os.fsencode(self._path.parent))
+            sync_folder(self._path.parent)
             self._file = None
             self._staging.finish(self.layout.name, self.layout.size)
         except _C.FileError as error:

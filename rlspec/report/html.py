@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from html import escape
 from importlib import resources
 from pathlib import Path
 
+from rlspec.io.files import write_atomically
 from rlspec.report.chart import Series, line_chart
 from rlspec.report.data import Row, RunData, by_event, mean, read_run, rotation, spearman
 from rlspec.report.heatmap import colour_bar, heatmap
@@ -39,9 +39,7 @@ def write_report(run_dir: Path | str) -> Path:
     """
     run = read_run(run_dir)
     target = run.folder / "report.html"
-    temporary = target.with_name("report.html.tmp")
-    temporary.write_text(render(run), encoding="utf-8")
-    os.replace(temporary, target)
+    write_atomically(target, render(run).encode())
     return target
 
 

@@ -7,7 +7,6 @@ adapter's rank, A is (r, in) and B (out, r), and scale = alpha / r, or alpha / s
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import CheckpointError
+from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import in_tower
 
@@ -131,12 +131,7 @@ def is_adapter(folder: Path) -> bool:
 def _read_config(folder: Path) -> Mapping[str, Any]:
     """adapter_config.json, after refusing what is not a plain LoRA adapter."""
     path = folder / CONFIG_FILE
-    try:
-        config = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+    config = read_json_object(path)
     if not (folder / WEIGHTS_FILE).is_file():
         pickled = " (adapter_model.bin is a pickle, which is never loaded)"
         hint = pickled if (folder / "adapter_model.bin").exists() else ""

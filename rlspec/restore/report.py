@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import torch
 
 from rlspec.errors import CheckpointError
+from rlspec.io.files import write_atomically
 from rlspec.io.projections import Projection
 
 
@@ -109,14 +109,9 @@ class RestoreReport:
         Raises:
             CheckpointError: the file cannot be written.
         """
-        temporary = path.with_name(path.name + ".tmp")
-        with _named(path), temporary.open("w", encoding="utf-8") as file:
-            json.dump(self.to_dict(), file, indent=1, allow_nan=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
+        text = json.dumps(self.to_dict(), indent=1, allow_nan=False) + "\n"
         with _named(path):
-            os.replace(temporary, path)
+            write_atomically(path, text.encode())
 
 
 class Journal:

@@ -26,7 +26,8 @@ from typing import IO, Any
 import yaml
 
 from rlspec.errors import RunFolderError
-from rlspec.run.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_atomically
+from rlspec.io.files import write_atomically
+from rlspec.run.jsonl import Row, append_rows, keep_rows, read_rows, repair
 
 _EVENT_NAME = re.compile(r"(?P<stage>[a-z]+)-(?P<step>\d+)(\.safetensors)?")
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rlspec.errors import RunFolderError
+from rlspec.io.files import write_atomically
 
 Row = dict[str, Any]
 
@@ -32,16 +33,6 @@ def _plain(value: Any) -> Any:
 def _encode(rows: Iterable[Mapping[str, Any]]) -> bytes:
     lines = [json.dumps(_plain(row), allow_nan=False, ensure_ascii=False) + "\n" for row in rows]
     return "".join(lines).encode()
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` so that a reader sees the old file or the new one, never a part."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from rlspec.io.files import replacing
 from rlspec.report.data import mean, rotation
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import eval_row, metrics_columns
@@ -179,9 +179,8 @@ class EventRecorder(Callback):
 def save_arrays(arrays: dict[str, torch.Tensor], path: Path) -> None:
     """Write the arrays of a record as one safetensors file, there whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".tmp")
-    save_file(arrays, temporary)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(arrays, temporary)
 
 
 def event_line(metrics: Row, spectra: Sequence[Row], total: int, ood_shift: str | None) -> str:

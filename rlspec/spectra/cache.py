@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import os
-import tempfile
 import zlib
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlspec.io.files import replacing
 from rlspec.spectra.factor import reference_factors
 
 _VERSION = 1
@@ -83,17 +83,9 @@ def _load(path: Path, key: str) -> Factors | None:
 def _store(path: Path, key: str, factors: Factors) -> None:
     u, s, vh = (t.contiguous() for t in factors)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
-    os.close(handle)
-    try:
-        metadata = {"key": key, "checksum": _checksum((u, s, vh))}
+    metadata = {"key": key, "checksum": _checksum((u, s, vh))}
+    with replacing(path, shared=True) as temporary:
         save_file({"U": u, "S": s, "Vh": vh}, temporary, metadata=metadata)
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def _checksum(tensors: Factors) -> str:

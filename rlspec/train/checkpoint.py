@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from rlspec.train.state import sync_folder
+from rlspec.io.files import sync_folder
 
 
 def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:

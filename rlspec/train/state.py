@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import torch
 
 from rlspec.errors import CheckpointError, RunFolderError
+from rlspec.io.files import replacing
 
 FILE_NAME = "resume.pt"
 FORMAT = 1
@@ -34,13 +34,8 @@ class ResumePoint:
 def write_resume_point(folder: Path, point: ResumePoint) -> None:
     """Replace the folder's resume state. A kill at any moment leaves the old state or the new one, whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    temporary = folder / f"{FILE_NAME}.tmp"
-    with open(temporary, "wb") as file:
-        torch.save({"format": FORMAT, **vars(point)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, folder / FILE_NAME)
-    sync_folder(folder)
+    with replacing(folder / FILE_NAME) as temporary:
+        torch.save({"format": FORMAT, **vars(point)}, temporary)
 
 
 def read_resume_point(folder: Path, *, mapped: bool = False) -> ResumePoint | None:
@@ -81,12 +76,3 @@ def check_same_settings(point: ResumePoint, stage: str, settings: Mapping[str, A
             raise RunFolderError(
                 f"{folder}: was begun with {name} = {before!r}, cannot continue with {value!r}"
             )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

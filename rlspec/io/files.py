@@ -1,0 +1,80 @@
+"""Small files: written whole or not at all, and JSON that is read with one clear error."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rlspec.errors import CheckpointError
+
+
+@contextmanager
+def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``. What the block leaves there takes the name at once, when it ends.
+
+    Readers see the old file or the new one; a kill leaves the old one. The file is on the disk afterwards.
+
+    Args:
+        shared: several processes may be writing this file.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    mine = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
+    temporary = path.with_name(f".{path.name}{mine}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """The same for a file whose content is at hand."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def sync_folder(folder: Path) -> None:
+    """What was created in or renamed into the folder is on the disk when this returns.
+
+    Raises:
+        OSError: the disk fails.
+    """
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno != errno.EINVAL:  # the file system has nothing to sync
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_error(path: str | Path, error: OSError) -> CheckpointError:
+    return CheckpointError(f"{path}: cannot be written: {error.strerror or error}")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The JSON object that a file holds.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return content
