@@ -6,15 +6,10 @@ import dataclasses
 
 import pytest
 import torch
+from spectra_toys import F64, errors, stacked
 
 from rlspec.spectra.delta import measure_delta, spectral_norm
 from rlspec.spectra.exact import measure_exact
-from rlspec.spectra.factor import reference_factors
-from rlspec.spectra.matrix import matrix_basis
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.rank import Rank
-
-F64 = torch.float64
 
 
 def flat_at_the_cut(m: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -41,26 +36,6 @@ def random_update(
         )
         e = a @ b
     return e * (eps * weight.norm() / e.norm())
-
-
-def stacked(weights: list[torch.Tensor], rank=0.2, dtype=F64) -> ReferenceStack:
-    matrices = []
-    for i, weight in enumerate(weights):
-        u, s, vh = reference_factors(weight)
-        matrices.append(matrix_basis(str(i), weight, (u.to(dtype), s, vh.to(dtype)), Rank.parse(rank)))
-    return ReferenceStack.of(matrices)
-
-
-def errors(found, truth):
-    """(L,) worst error of a singular value, of an angle; and the relative Frobenius error of the sines."""
-    sigma = (found.sigma - truth.sigma).abs().amax(-1)
-    angle, frobenius = torch.zeros_like(sigma), 0.0
-    for mine, exact in ((found.sines_left, truth.sines_left), (found.sines_right, truth.sines_right)):
-        assert (mine is None) == (exact is None)
-        if mine is not None:
-            angle = torch.maximum(angle, (mine.asin() - exact.asin()).abs().amax(-1))
-            frobenius = max(frobenius, float(((mine - exact).norm(dim=-1) / exact.norm(dim=-1)).max()))
-    return sigma, angle, frobenius
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import torch
+from spectra_toys import F64, errors, stacked
 
 from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
-from rlspec.spectra.factor import reference_factors
-from rlspec.spectra.matrix import matrix_basis
-from rlspec.spectra.measurement import Measurement, ReferenceStack
-from rlspec.spectra.rank import Rank
 
-F64 = torch.float64
 SHAPES = [(48, 48), (24, 60), (60, 24), (16, 16)]
 SPECTRA = ["flat", "decay", "gap", "clusters", "random"]
 UPDATES = ["gauss", "rank 1", "rank 6", "sparse", "aligned", "scaled"]
@@ -52,24 +49,6 @@ def update(kind: str, weight: torch.Tensor, eps: float, g: torch.Generator) -> t
     return e * (eps * weight.norm() / e.norm().clamp_min(1e-300))
 
 
-def stack(weights: list[torch.Tensor], rank: float, dtype: torch.dtype) -> ReferenceStack:
-    matrices = []
-    for i, weight in enumerate(weights):
-        u, s, vh = reference_factors(weight)
-        matrices.append(matrix_basis(str(i), weight, (u.to(dtype), s, vh.to(dtype)), Rank.parse(rank)))
-    return ReferenceStack.of(matrices)
-
-
-def errors(found: Measurement, truth: Measurement) -> tuple[torch.Tensor, torch.Tensor]:
-    """(L,) the worst error of a singular value, and of an angle."""
-    sigma = (found.sigma - truth.sigma).abs().amax(-1)
-    angle = torch.zeros_like(sigma)
-    for mine, exact in ((found.sines_left, truth.sines_left), (found.sines_right, truth.sines_right)):
-        if mine is not None and exact is not None:
-            angle = torch.maximum(angle, (mine.asin() - exact.asin()).abs().amax(-1))
-    return sigma, angle
-
-
 def test_bounds_hold_in_every_trial_and_are_near_the_error() -> None:
     draw, g = random.Random(0), torch.Generator().manual_seed(0)
     sigma_slack, angle_slack = [], []
@@ -79,8 +58,8 @@ def test_bounds_hold_in_every_trial_and_are_near_the_error() -> None:
         eps, rank = 10.0 ** draw.uniform(-5.0, -0.4), draw.choice([0.1, 0.2, 0.5])
         weights = [reference(spectrum, *shape, g) for _ in range(EACH)]
         tuned = torch.stack([w + update(kind, w, eps, g) for w in weights])
-        found = measure_delta(stack(weights, rank, dtype), tuned)
-        sigma, angle = errors(found, measure_exact(stack(weights, rank, F64), tuned))
+        found = measure_delta(stacked(weights, rank, dtype), tuned)
+        sigma, angle, _ = errors(found, measure_exact(stacked(weights, rank), tuned))
         case = (shape, dtype, spectrum, kind, eps, rank)
         assert bool((sigma <= found.sigma_error_bound).all()), case
         assert bool((angle <= found.angle_error_bound_rad).all()), case
@@ -104,11 +83,29 @@ def test_an_angle_near_a_right_one_is_not_told_closer_than_its_sine_can() -> Non
             + swing * torch.outer(u[:, 3], v[:, 3])
             + 1e-7 * torch.randn(30, 30, dtype=F64, generator=g)
         )
+        truth = measure_exact(stacked([weight], 0.1), tuned[None])
+        assert float(truth.sines_left.max()) > 0.99
         for dtype in (torch.float32, F64):
-            found = measure_delta(stack([weight], 0.1, dtype), tuned[None])
-            truth = measure_exact(stack([weight], 0.1, F64), tuned[None])
-            sigma, angle = errors(found, truth)
-            assert float(truth.sines_left.max()) > 0.99
-            assert bool((angle <= found.angle_error_bound_rad).all()) and bool(
-                (sigma <= found.sigma_error_bound).all()
-            )
+            for measure in (measure_delta, measure_exact):
+                found = measure(stacked([weight], 0.1, dtype), tuned[None])
+                sigma, angle, _ = errors(found, truth)
+                case = (swing, dtype, measure.__name__)
+                assert bool((angle <= found.angle_error_bound_rad).all()), case
+                assert bool((sigma <= found.sigma_error_bound).all()), case
+
+
+def test_the_exact_engine_knows_that_too() -> None:
+    """A direction replaced by another: the angle is a hair from π/2, where only its cosine tells it."""
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(30, 30, dtype=F64, generator=g)).Q for _ in range(2))
+    s = torch.cat([torch.tensor([3.0, 2.0, 1.5, 1.0]).double(), torch.linspace(0.5, 0.1, 26).double()])
+    weight = (u * s) @ v.T
+    tuned = weight + torch.outer(u[:, 3], v[:, 3]) + 1e-9 * torch.randn(30, 30, dtype=F64, generator=g)
+    cosine = torch.linalg.svdvals(
+        torch.linalg.svd(weight).U[:, :3].T @ torch.linalg.svd(tuned).U[:, :3]
+    ).amin()
+    for dtype in (torch.float32, F64):
+        found = measure_exact(stacked([weight], 0.1, dtype), tuned[None])
+        assert found.sines_left is not None
+        error = (found.sines_left[0, 0].asin() - (math.pi / 2 - cosine.asin())).abs()
+        assert 0 < float(error) <= float(found.angle_error_bound_rad) <= 1e-3

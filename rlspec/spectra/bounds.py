@@ -23,11 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlspec.linalg.thin import transposed_product
-from rlspec.spectra.batch import take
 from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.metrics import arcsine_error, frobenius
-from rlspec.spectra.subspace import Pair, Side, apply, sines
+from rlspec.spectra.metrics import frobenius
+from rlspec.spectra.subspace import Pair, Side, apply
 
 _PROBES = 16  # random sign combinations
 _EDGE = 4  # columns taken one by one at the cut and at the top
@@ -38,26 +36,15 @@ _NORM = 2.0
 _EXTREME = 4.0
 _CHANCE = 1.7  # the largest of some hundred row norms sampled by 16 signs, over the typical one
 _ANGLE_FLOOR = 1e-14  # float64 sines of small angles
-# Below this largest sine, a sine's rounding is at most doubled by the arcsine; above it, by how much is looked up.
-_STEEP = 0.8
 
 
 @dataclass(frozen=True)
 class Bounds:
-    """Absolute bounds, each (L,) float64: on every singular value and on every principal angle (radians)."""
+    """Absolute bounds, each (L,) float64: on every singular value, and on how far any principal angle (radians) is
+    off by the subspaces; what is lost by taking it from its sine comes on top (:func:`arcsine_rounding`)."""
 
     sigma: Tensor
     angle: Tensor
-
-    def select(self, index: Tensor) -> Bounds:
-        """The matrices of the given positions."""
-        return Bounds(self.sigma[index], self.angle[index])
-
-    def replace(self, index: Tensor, other: Bounds) -> Bounds:
-        """A copy with the given positions taken from other bounds."""
-        return Bounds(
-            self.sigma.index_copy(0, index, other.sigma), self.angle.index_copy(0, index, other.angle)
-        )
 
 
 def probe_bounds(reference: ReferenceStack, delta: Tensor, pair: Pair) -> Bounds:
@@ -136,42 +123,8 @@ def residual_bounds(
         + second_order
         + rounding
         + 32.0 * torch.finfo(torch.float64).eps * pair.sigma[..., 0],
-        angle=(turn + mixing + rounding_turn + _arcsine(pair, k) + _ANGLE_FLOOR).clamp_max(math.pi / 2),
+        angle=(turn + mixing + rounding_turn + _ANGLE_FLOOR).clamp_max(math.pi / 2),
     )
-
-
-def _arcsine(pair: Pair, k: int) -> Tensor:
-    """(L,) radians lost by taking angles from sines, which are rounded as the factors are: the more, the nearer to π/2.
-
-    An angle gets there under the smallest update, where the k-th value and the next change places.
-    """
-    rounding = 2.0 * torch.finfo(pair.left.tail.dtype).eps + 8.0 * torch.finfo(torch.float64).eps
-    largest = torch.zeros_like(pair.sigma[..., 0])
-    for side in (pair.left, pair.right):
-        beyond = side.rows(k, k)
-        # No sine is larger than all of them together.
-        together = frobenius(beyond)
-        largest = torch.maximum(largest, together.clamp_max(_STEEP))
-        steep = (together > _STEEP).nonzero().flatten()
-        steep = steep[_largest_sine(take(beyond, steep)) > _STEEP]
-        if steep.numel() > 0:
-            found = sines(side.select(steep), k)[..., 0]
-            largest[steep] = torch.maximum(largest[steep], found)
-    return arcsine_error(largest, rounding * largest)  # rounding is relative: small sines lose little
-
-
-def _largest_sine(beyond: Tensor) -> Tensor:
-    """(L,) an estimate, from below, of the largest singular value of (L, q, k); near 1 where that is near 1."""
-    q, k = beyond.shape[-2:]
-    if beyond.shape[0] == 0 or q == 0:
-        return beyond.new_zeros(beyond.shape[0], dtype=torch.float64)
-    # The columns at the cut are those that turn so far; random ones for the rest.
-    block = torch.randn(k, min(k, 2 * _EDGE), generator=torch.Generator().manual_seed(k), dtype=torch.float64)
-    block[:, :_EDGE] = torch.eye(k, dtype=torch.float64)[:, -_EDGE:]
-    block = torch.linalg.qr(block.to(beyond)).Q.expand(beyond.shape[0], -1, -1)
-    for _ in range(4):
-        block = torch.linalg.qr(transposed_product(beyond, beyond @ block)).Q
-    return torch.linalg.matrix_norm(beyond @ block, ord=2).double()
 
 
 def _gap(sigma: Tensor, k: int) -> Tensor:

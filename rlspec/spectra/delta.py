@@ -10,6 +10,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
 from rlspec.spectra.bounds import probe_bounds
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement, ReferenceStack, combine
-from rlspec.spectra.metrics import Update, effective_rank, effective_rank_bound, update
+from rlspec.spectra.metrics import Update, arcsine_rounding, effective_rank, effective_rank_bound, update
 from rlspec.spectra.solve import Solution, solve
 from rlspec.spectra.subspace import Side, sines
 
@@ -80,12 +82,15 @@ def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kep
     labels = near_degenerate(reference.S[..., : block.shape[-1]], block)
     best = _best_cosine(pair.left, labels, k)
     spectrum = _whole_spectrum(reference, change, sigma)
+    left = sines(pair.left, k).masked_fill(column, 0.0) if k < m else None
+    right = sines(pair.right, k).masked_fill(column, 0.0) if k < n else None
+    angle = (bounds.angle + arcsine_rounding((left, right), reference.U.dtype)).clamp_max(math.pi / 2)
     zero = torch.zeros_like(bounds.sigma)
     return Measurement(
         update=change,
         sigma=sigma,
-        sines_left=sines(pair.left, k).masked_fill(column, 0.0) if k < m else None,
-        sines_right=sines(pair.right, k).masked_fill(column, 0.0) if k < n else None,
+        sines_left=left,
+        sines_right=right,
         core=block[..., :k, :k],
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
@@ -94,7 +99,7 @@ def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kep
         effective_rank=effective_rank(spectrum),
         effective_rank_error_bound=effective_rank_bound(spectrum, change.delta_frobenius),
         sigma_error_bound=torch.where(same, zero, bounds.sigma),
-        angle_error_bound_rad=torch.where(same, zero, bounds.angle),
+        angle_error_bound_rad=torch.where(same, zero, angle),
         engine=("delta",) * reference.S.shape[0],
         notes=(None,) * reference.S.shape[0],
     )

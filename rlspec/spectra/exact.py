@@ -1,5 +1,4 @@
-"""The exact engine: a full float64 SVD of every current weight. Slow, simple, and the oracle of the fast
-one."""
+"""The exact engine: a full float64 SVD of every current weight. Slow, simple, and the oracle of the fast one."""
 
 from __future__ import annotations
 
@@ -13,7 +12,7 @@ from rlspec.linalg.exact import exact_svd
 from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
 from rlspec.spectra.factor import SMALL, full_svd
 from rlspec.spectra.measurement import Measurement, ReferenceStack
-from rlspec.spectra.metrics import effective_rank, update
+from rlspec.spectra.metrics import arcsine_rounding, effective_rank, update
 from rlspec.spectra.solve import leading_columns
 
 
@@ -50,6 +49,7 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
         best = torch.maximum(best, coordinates[..., w:, :].abs().amax(-2))
     zero = torch.zeros_like(change.delta_frobenius)
     backward = _backward_error(reference, s)
+    angle = _angle_bound(backward, reference, s) + arcsine_rounding((left, right), reference.U.dtype)
     return Measurement(
         update=change,
         sigma=s[..., :k],
@@ -63,7 +63,7 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
         effective_rank=effective_rank(s),
         effective_rank_error_bound=zero,
         sigma_error_bound=torch.where(same.squeeze(-1), zero, backward),
-        angle_error_bound_rad=torch.where(same.squeeze(-1), zero, _angle_bound(backward, reference, s)),
+        angle_error_bound_rad=torch.where(same.squeeze(-1), zero, angle.clamp_max(math.pi / 2)),
         engine=("exact",) * weight.shape[0],
         notes=(None,) * weight.shape[0],
     )
@@ -107,4 +107,4 @@ def _angle_bound(backward: Tensor, reference: ReferenceStack, s: Tensor) -> Tens
         beyond = values[..., k] if k < min(m, n) else torch.zeros_like(backward)
         gap = (values[..., k - 1] - beyond).clamp_min(torch.finfo(torch.float64).tiny)
         total = total + backward / gap
-    return total.clamp(0.0, math.pi / 2)
+    return total
