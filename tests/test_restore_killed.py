@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -12,10 +14,12 @@ import torch
 from kill_server import KillServer
 from restore_toys import bytes_of, save_model, tune
 
-# What a restoration imports late, it is to have when it is forked.
 from rlspec.cli.main import main
 
 KILLS = 50
+# What a restoration imports late, it is to have when it is forked.
+for module in ("cli.restore", "cli.restore_text", "io.stream", "io.writer", "restore.checkpoint"):
+    import_module(f"rlspec.{module}")
 
 
 def restore(*arguments: str) -> None:
@@ -25,12 +29,13 @@ def restore(*arguments: str) -> None:
     assert not end.value.code
 
 
-def test_killed_anywhere_it_ends_the_same(tmp_path: Path) -> None:
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[KillServer]:
     with KillServer("test_restore_killed", "restore", tmp_path / "log") as server:
-        killed_anywhere(server, tmp_path)
+        yield server
 
 
-def killed_anywhere(server: KillServer, tmp_path: Path) -> None:
+def test_killed_anywhere_it_ends_the_same(server: KillServer, tmp_path: Path) -> None:
     base, tuned, out, whole, file = (
         tmp_path / name for name in ("base", "tuned", "out", "whole", "report.json")
     )
