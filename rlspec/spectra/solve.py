@@ -25,6 +25,8 @@ _PROGRESS = 0.5  # a sweep that leaves more than this share of the error does no
 # as long as the error of the subspaces (a share of their rotation) and of the values is below this. A full
 # decomposition in the accuracy of the factors would do no better.
 _STALLED_SUBSPACE, _STALLED_SIGMA = 1e-2, 1e-6
+# Products of so many columns, or a multiple, have rows that begin with a cache line: a third faster than others.
+_ALIGNED = 16
 
 
 @dataclass(frozen=True)
@@ -84,5 +86,6 @@ def leading_columns(reference: ReferenceStack) -> int:
     low, high = k + max(8, k // 4), k + max(12, k // 2)
     if high >= min(rank, round(0.85 * s.shape[-1])):
         return max(k, rank)
-    drop = ((s[..., low - 1 : high] - s[..., low : high + 1]) / s[..., low - 1 : high]).amin(0)
-    return low + int(drop.argmax())
+    drop = ((s[..., low - 1 : high] - s[..., low : high + 1]) / s[..., low - 1 : high]).amin(0).tolist()
+    widths = [w for w in range(low, high + 1) if w % _ALIGNED == 0] or range(low, high + 1)
+    return max(widths, key=lambda w: drop[w - low])

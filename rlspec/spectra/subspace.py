@@ -162,7 +162,7 @@ def apply(reference: ReferenceStack, delta: Tensor, side: Side, *, transpose: bo
     if transpose:
         u, v, delta = v, u, delta.mT
     w, r = side.lead.shape[-2], u.shape[-1]
-    x = v[..., :w] @ side.lead.to(v.dtype) + v[..., w:] @ side.tail
+    x = v @ torch.cat([side.lead.to(v.dtype), side.tail], dim=-2)
     if side.outside is not None:
         x = x + side.outside
     moved = delta @ x

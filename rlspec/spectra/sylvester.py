@@ -51,17 +51,17 @@ def first_order(
         grams: leftᵀ left and rightᵀ right, float64.
         block: U1ᵀ E V1 (L, w, w) float64.
     """
-    u1, u2 = reference.U[..., :w], reference.U[..., w:]
-    v1, v2 = reference.Vh[..., :w, :].mT, reference.Vh[..., w:, :].mT
+    u, v = reference.U, reference.Vh.mT
     s1, s2 = reference.S[..., :w], reference.S[..., w:]
     m, n = reference.shape
     r = reference.S.shape[-1]
-    a, b = delta @ v1, delta.mT @ u1
-    f11, f21, g21 = u1.mT @ a, u2.mT @ a, v2.mT @ b
+    a, b = delta @ v[..., :w], delta.mT @ u[..., :w]
+    f, g21 = u.mT @ a, v[..., w:].mT @ b
+    f11, f21 = f[..., :w, :], f[..., w:, :]
     p, q = rotation(s2, s1, f21, g21)
     scale = s1.to(a.dtype).unsqueeze(-2)
-    left_out = (a - u1 @ f11 - u2 @ f21) / scale if m > r else None
-    right_out = (b - v1 @ f11.mT - v2 @ g21) / scale if n > r else None
+    left_out = (a - u @ f) / scale if m > r else None
+    right_out = (b - v @ torch.cat([f11.mT, g21], dim=-2)) / scale if n > r else None
     gram_left, gram_right = (q.mT @ q).double(), (p.mT @ p).double()
     core = torch.diag_embed(s1) + f11.double()
     core = core + (q.mT @ (s2.to(p.dtype).unsqueeze(-1) * p + f21) + g21.mT @ p).double()
