@@ -58,6 +58,20 @@ py::dict read_weight_map(const py::bytes& path) {
   return out;
 }
 
+// `pin`, `unpin`, `choose`: addresses of functions as rlspec::Pinning has them, or 0.
+std::shared_ptr<rlspec::Pool> make_pool(std::uint64_t bound, std::uintptr_t pin, std::uintptr_t unpin,
+                                        std::uintptr_t choose, int device) {
+  if ((pin == 0) != (unpin == 0) || (pin == 0) != (choose == 0)) {
+    throw py::value_error("pin, unpin and choose go together");
+  }
+  rlspec::Pinning pinning;
+  pinning.pin = reinterpret_cast<decltype(pinning.pin)>(pin);
+  pinning.unpin = reinterpret_cast<decltype(pinning.unpin)>(unpin);
+  pinning.choose = reinterpret_cast<decltype(pinning.choose)>(choose);
+  pinning.device = device;
+  return std::make_shared<rlspec::Pool>(bound, pinning);
+}
+
 rlspec::Io io_named(const std::string& name) {
   if (name == "auto") return rlspec::Io::kAuto;
   if (name == "direct") return rlspec::Io::kDirect;
@@ -107,7 +121,8 @@ void write_bytes(rlspec::OutputFile& file, std::uint64_t offset, const py::buffe
 
 void add_reading(py::module_& module) {
   py::class_<rlspec::Pool, std::shared_ptr<rlspec::Pool>>(module, "Pool")
-      .def(py::init<std::uint64_t>(), py::arg("bound"))
+      .def(py::init(&make_pool), py::arg("bound"), py::arg("pin") = 0, py::arg("unpin") = 0,
+           py::arg("choose") = 0, py::arg("device") = 0)
       .def_property_readonly("bound", &rlspec::Pool::bound)
       .def_property_readonly("in_use", &rlspec::Pool::in_use)
       .def_property_readonly("high_water", &rlspec::Pool::high_water);
@@ -144,7 +159,7 @@ void add_writing(py::module_& module) {
       .def(
           "copy",
           [](rlspec::OutputFile& file, const std::string& path, std::uint64_t from, std::uint64_t to,
-             std::uint64_t count) { file.copy(rlspec::File(path), from, to, count); },
+             std::uint64_t count) { file.copy(rlspec::Source(path, rlspec::Io::kAuto), from, to, count); },
           py::arg("path"), py::arg("from_offset"), py::arg("offset"), py::arg("count"), Unlocked())
       .def("finish", &rlspec::OutputFile::finish, Unlocked());
   module.def("rename_new", &rlspec::rename_new, py::arg("source"), py::arg("target"), Unlocked());

@@ -1,5 +1,5 @@
-// Files that are written: their space reserved first, unchanged parts copied inside the kernel, nothing under its
-// final name before it is on the disk.
+// Files that are written: their space reserved first, unchanged parts shared or copied with as little work as the file
+// system allows, nothing under its final name before it is on the disk.
 #pragma once
 
 #include <cstddef>
@@ -7,6 +7,7 @@
 #include <string>
 
 #include "file.hpp"
+#include "source.hpp"
 
 namespace rlspec {
 
@@ -27,14 +28,21 @@ class OutputFile {
   // Safe to call from several threads on ranges that do not overlap.
   void write(std::uint64_t offset, const char* data, std::size_t count);
 
-  // Copies `count` bytes from byte `from_offset` of `from`. Throws kReadFailed, too, also where that file ends early.
-  void copy(const File& from, std::uint64_t from_offset, std::uint64_t offset, std::uint64_t count);
+  // Copies `count` bytes from byte `from_offset` of `from`. Safe to call from several threads on ranges that do not
+  // overlap. Throws kReadFailed, too, also where that file ends early.
+  void copy(const Source& from, std::uint64_t from_offset, std::uint64_t offset, std::uint64_t count);
 
   // Everything is on the disk when this returns; nothing can be written afterwards.
   void finish();
 
  private:
+  bool share(const File& from, std::uint64_t from_offset, std::uint64_t offset, std::uint64_t count);
+  void copy_pages(const Source& from, std::uint64_t from_offset, std::uint64_t offset, std::uint64_t count);
+  void copy_plainly(const File& from, std::uint64_t from_offset, std::uint64_t offset, std::uint64_t count);
+  void write_pages(std::uint64_t offset, const char* data, std::size_t count);
+
   int descriptor_;
+  int direct_ = -1;  // descriptor for O_DIRECT; -1 where the file system does not say that it takes whole pages
 };
 
 // Renames `from`, unless `to` exists. False: the file system has no such operation. Throws kWriteFailed.

@@ -51,7 +51,7 @@ std::unique_ptr<Buffer> Pool::try_acquire(const Lock& lock, std::uint64_t bytes)
     return buffer;
   }
   while (!kept_.empty() && wanted > bound_ - in_use_ - kept_bytes_) unmap_kept(std::prev(kept_.end()));
-  auto buffer = std::make_unique<Buffer>(shared_from_this(), map_pages(wanted), wanted);
+  auto buffer = std::make_unique<Buffer>(shared_from_this(), map(wanted), wanted);
   in_use_ += wanted;
   high_water_ = std::max(high_water_, in_use_ + kept_bytes_);
   return buffer;
@@ -81,14 +81,29 @@ void Pool::give_back(char* data, std::size_t size) {
       kept_.emplace(size, data);
       kept_bytes_ += size;
     } else {
-      ::munmap(data, size);
+      unmap(data, size);
     }
   }
   changed_.notify_all();
 }
 
+char* Pool::map(std::size_t size) {
+  char* const data = map_pages(size);
+  constexpr unsigned kPortable = 1;  // cudaHostRegisterPortable: for copies to any device
+  // Memory that cannot be pinned is copied from more slowly, no more.
+  if (pinning_.pin != nullptr && pinning_.choose(pinning_.device) == 0 && pinning_.pin(data, size, kPortable) == 0) {
+    pinned_.insert(data);
+  }
+  return data;
+}
+
+void Pool::unmap(char* data, std::size_t size) {
+  if (pinned_.erase(data) > 0) pinning_.unpin(data);
+  ::munmap(data, size);
+}
+
 void Pool::unmap_kept(std::multimap<std::size_t, char*>::iterator kept) {
-  ::munmap(kept->second, kept->first);
+  unmap(kept->second, kept->first);
   kept_bytes_ -= kept->first;
   kept_.erase(kept);
 }

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 
 namespace rlspec {
 
@@ -17,6 +18,15 @@ inline constexpr std::size_t kPageBytes = 4096;
 constexpr std::uint64_t whole_pages(std::uint64_t bytes) {
   return (bytes + kPageBytes - 1) / kPageBytes * kPageBytes;
 }
+
+// How memory is pinned, so that a GPU can copy from it while the program goes on: functions of the GPU's runtime,
+// which whoever makes a pool has loaded. They return 0 when they succeed. Null: nothing is pinned.
+struct Pinning {
+  int (*pin)(void* data, std::size_t size, unsigned flags) = nullptr;
+  int (*unpin)(void* data) = nullptr;
+  int (*choose)(int device) = nullptr;  // called before `pin`: the runtime's choice of a device is a thread's own
+  int device = 0;
+};
 
 class Pool;
 
@@ -39,7 +49,7 @@ class Buffer {
 
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
-  explicit Pool(std::uint64_t bound) : bound_(bound) {}
+  explicit Pool(std::uint64_t bound, Pinning pinning = {}) : bound_(bound), pinning_(pinning) {}
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -67,11 +77,15 @@ class Pool : public std::enable_shared_from_this<Pool> {
   friend class Buffer;
   void give_back(char* data, std::size_t size);
   void unmap_kept(std::multimap<std::size_t, char*>::iterator kept);
+  char* map(std::size_t size);  // pinned where it can be
+  void unmap(char* data, std::size_t size);
 
   const std::uint64_t bound_;
+  const Pinning pinning_;
   std::mutex mutex_;
   std::condition_variable changed_;
-  std::multimap<std::size_t, char*> kept_;  // by size; fresh pages cost more than used ones
+  std::multimap<std::size_t, char*> kept_;  // by size; fresh pages cost more than used ones, pinning them more still
+  std::set<char*> pinned_;
   std::uint64_t kept_bytes_ = 0;
   std::uint64_t in_use_ = 0;
   std::uint64_t high_water_ = 0;

@@ -80,7 +80,7 @@ Source::~Source() {
 }
 
 void Source::read(std::uint64_t begin, std::uint64_t end, char* out, Bounce& bounce) const {
-  if (io_ == Io::kAuto) {
+  if (io_ == Io::kAuto && direct_ >= 0 && works_direct_) {
     const std::uint64_t held = cache_.held(begin, end);
     read_plain(begin, begin + held, out, bounce);
     begin += held;

@@ -40,6 +40,8 @@ class Source {
   Source(const Source&) = delete;
   Source& operator=(const Source&) = delete;
 
+  const File& file() const noexcept { return file_; }
+
   // Reads the bytes [begin, end) to `out`. What lies in memory before `out`, as far as the page of the file that
   // holds `begin` reaches, and behind, to the end of the page that holds `end`, is overwritten. Safe to call from
   // several threads. Throws kReadFailed, also where the file ends early.

@@ -29,7 +29,9 @@ def read_weight_map(path: bytes) -> dict[str, str]:
 class Pool:
     """Memory for tensors, at most ``bound`` bytes of it."""
 
-    def __init__(self, bound: int) -> None: ...
+    def __init__(self, bound: int, pin: int = 0, unpin: int = 0, choose: int = 0, device: int = 0) -> None:
+        """``pin``, ``unpin``, ``choose``: addresses of cudaHostRegister, cudaHostUnregister and cudaSetDevice, or 0 for
+        pageable memory."""
     @property
     def bound(self) -> int: ...
     @property

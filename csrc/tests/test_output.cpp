@@ -1,4 +1,5 @@
 // Tests of the files that are written.
+#include <fcntl.h>
 #include <signal.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
@@ -14,9 +15,13 @@
 #include "check.hpp"
 #include "file.hpp"
 #include "output.hpp"
+#include "pool.hpp"
+#include "source.hpp"
 
 using rlspec::File;
+using rlspec::Io;
 using rlspec::OutputFile;
+using rlspec::Source;
 
 namespace {
 
@@ -41,7 +46,7 @@ void test_parts(const std::string& folder) {
     OutputFile out(to);
     out.reserve(3'000'100);
     std::vector<std::thread> threads;
-    threads.emplace_back([&] { out.copy(File(from), 5, 100, 1'999'995); });
+    threads.emplace_back([&] { out.copy(Source(from, Io::kAuto), 5, 100, 1'999'995); });
     threads.emplace_back([&] { out.write(0, source.data(), 100); });
     threads.emplace_back([&] { out.write(2'000'095, source.data(), 1'000'005); });
     for (std::thread& thread : threads) thread.join();
@@ -52,10 +57,45 @@ void test_parts(const std::string& folder) {
   {
     OutputFile out(to);
     if (out.clone(File(from))) check(content_of(to) == source, "a clone is the same");
-    expect_kind([&] { out.copy(File(from), 2'999'999, 0, 2); }, "read_failed", "the source ends early");
-    expect_kind([&] { out.copy(File(from), 4'000'000, 0, 1); }, "read_failed", "past the source's end");
+    expect_kind([&] { out.copy(Source(from, Io::kAuto), 2'999'999, 0, 2); }, "read_failed", "the source ends early");
+    expect_kind([&] { out.copy(Source(from, Io::kAuto), 4'000'000, 0, 1); }, "read_failed", "past the source's end");
   }
   expect_kind([&] { OutputFile(folder + "/none/x"); }, "write_failed", "no folder");
+  std::remove(from.c_str());
+  std::remove(to.c_str());
+}
+
+// Large copies go past the page cache, page by page; their ends and what is written beside them do not.
+void test_large_copies(const std::string& folder) {
+  const std::string from = folder + "/large.bin";
+  const std::string to = folder + "/large-copy.bin";
+  const std::string source = random_bytes(30'000'001);
+  std::ofstream(from, std::ios::binary) << source;
+  const std::uint64_t shift = 3 * rlspec::kPageBytes;
+  for (const std::uint64_t begin : {std::uint64_t{0}, std::uint64_t{4096}, std::uint64_t{777}}) {
+    for (const bool cold : {false, true}) {
+      if (cold) ::posix_fadvise(File(from).descriptor(), 0, 0, POSIX_FADV_DONTNEED);
+      const std::string beside(shift + begin, 'h'), behind(500, 't');
+      OutputFile out(to);
+      out.reserve(shift + source.size() + behind.size());
+      std::thread writer([&] {
+        out.write(0, beside.data(), beside.size());
+        out.write(shift + source.size(), behind.data(), behind.size());
+      });
+      const std::uint64_t middle = 17'000'000;  // two calls that share a page
+      std::thread first([&] { out.copy(Source(from, Io::kAuto), begin, shift + begin, middle - begin); });
+      out.copy(Source(from, Io::kAuto), middle, shift + middle, source.size() - middle);
+      first.join();
+      writer.join();
+      out.finish();
+      check(content_of(to) == beside + source.substr(begin) + behind, "pages, ends and neighbours");
+    }
+  }
+  {
+    OutputFile out(to);
+    const auto cut = [&] { out.copy(Source(from, Io::kAuto), 4096, 4096, source.size()); };
+    expect_kind(cut, "read_failed", "the source of a large copy ends early");
+  }
   std::remove(from.c_str());
   std::remove(to.c_str());
 }
@@ -96,6 +136,7 @@ void test_renames(const std::string& folder) {
 
 void output_tests(const std::string& folder) {
   test_parts(folder);
+  test_large_copies(folder);
   test_limit(folder);
   test_renames(folder);
 }

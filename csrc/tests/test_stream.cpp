@@ -1,15 +1,20 @@
 // Tests of the pool and the reader: every byte in its place by every way of reading, the bound kept, nothing stuck.
+#include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <fstream>
 #include <random>
 #include <string>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "check.hpp"
+#include "file.hpp"
+#include "page_cache.hpp"
 #include "pool.hpp"
 #include "reader.hpp"
 #include "source.hpp"
@@ -63,6 +68,74 @@ void test_pool() {
   auto c = acquire(5 * rlspec::kPageBytes);
   check(c && pool->high_water() <= pool->bound(), "what is kept makes room for another size");
   pool->stop_keeping();
+}
+
+std::vector<std::pair<void*, std::size_t>> pinned;  // in the order of pinning
+bool can_pin = true;
+int chosen = -1;
+
+int choose(int device) {
+  chosen = device;
+  return 0;
+}
+
+int pin(void* data, std::size_t size, unsigned) {
+  if (!can_pin) return 1;
+  pinned.emplace_back(data, size);
+  return 0;
+}
+
+int unpin(void* data) {
+  const auto is_it = [&](const auto& entry) { return entry.first == data; };
+  const auto found = std::find_if(pinned.begin(), pinned.end(), is_it);
+  check(found != pinned.end() && *static_cast<volatile char*>(data) == 0, "unpinned once, while it is still mapped");
+  if (found != pinned.end()) pinned.erase(found);
+  return 0;
+}
+
+void test_pinning() {
+  {
+    const auto pool = std::make_shared<Pool>(10 * rlspec::kPageBytes, rlspec::Pinning{pin, unpin, choose, 3});
+    auto a = pool->try_acquire(pool->lock(), 4 * rlspec::kPageBytes);
+    check(pinned.size() == 1 && pinned[0].first == a->data() && pinned[0].second == a->size(), "pinned as a whole");
+    check(chosen == 3, "for the device asked for");
+    a.reset();
+    a = pool->try_acquire(pool->lock(), 4 * rlspec::kPageBytes);
+    check(pinned.size() == 1, "used again without pinning it again");
+    a.reset();
+    a = pool->try_acquire(pool->lock(), 8 * rlspec::kPageBytes);
+    check(pinned.size() == 1 && pinned[0].first == a->data(), "what made room is pinned no longer");
+    can_pin = false;
+    auto b = pool->try_acquire(pool->lock(), rlspec::kPageBytes);
+    check(b && pinned.size() == 1, "memory that cannot be pinned is memory");
+    can_pin = true;
+    a.reset();
+    pool->stop_keeping();
+    check(pinned.empty(), "nor is what is given back");
+  }
+  check(pinned.empty(), "and the pool leaves nothing pinned");
+}
+
+// What is not known to be in the cache is taken for cached; what is, is told to the page, whatever became of the file.
+void test_page_cache(const std::string& folder) {
+  const std::string path = folder + "/cache.bin";
+  for (const std::size_t size : {std::size_t{0}, std::size_t{1}, std::size_t{3 * 4096 + 5}, std::size_t{5 << 20}}) {
+    const std::string content = file_of(path, size, 8);
+    const rlspec::File file(path);
+    const rlspec::PageCache cache(file);
+    check(cache.held(0, size) == size, "all of a file just written");
+    check(cache.held(size / 2, size) == size - size / 2, "to the last byte");
+    if (size > 4096) {
+      ::fsync(file.descriptor());
+      ::posix_fadvise(file.descriptor(), 0, 0, POSIX_FADV_DONTNEED);
+      const std::uint64_t held = cache.held(0, size);
+      check(held == 0 || held == size, "none, or all on a file system that keeps its files there");
+    }
+    std::ofstream(path, std::ios::binary | std::ios::app) << std::string(9000, 'x');
+    check(cache.held(0, size + 9000) <= size + 9000 && cache.held(size + 5000, size + 6000) <= 1000, "a grown file");
+    check(::truncate(path.c_str(), 0) == 0 && cache.held(0, size) <= size, "a shrunk file");
+  }
+  std::remove(path.c_str());
 }
 
 void test_every_way(const std::string& folder) {
@@ -174,6 +247,8 @@ void test_abandoned(const std::string& folder) {
 
 void stream_tests(const std::string& folder) {
   test_pool();
+  test_pinning();
+  test_page_cache(folder);
   test_every_way(folder);
   test_held(folder);
   test_errors(folder);

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
+from rlspec.io.device import CopyQueue, copies_to, pinning
 from rlspec.io.dtypes import torch_dtype
 from rlspec.io.index import CheckpointIndex, TensorEntry
 
@@ -39,15 +40,15 @@ class Streamed:
 
     entry: TensorEntry
     tensor: Tensor
-    """shape and dtype of ``entry``; writable, on the CPU, 64-byte aligned. Its memory goes back to the reader when
-    the last tensor that shares it is gone."""
+    """shape and dtype of ``entry``; writable. On the CPU 64-byte aligned, and its memory goes back to the reader when
+    the last tensor that shares it is gone; on another device a tensor of its own."""
 
 
 class TensorStream:
     """Iterate over tensors of a checkpoint in the order asked for; a context manager.
 
-    Tensors are not copied: each is a view of the buffer that it was read into. So drop a tensor before asking for
-    the next one where the bound is narrow, and clone what is to stay.
+    On the CPU tensors are not copied: each is a view of the buffer that it was read into. So drop a tensor before asking
+    for the next one where the bound is narrow, and clone what is to stay.
 
     Args:
         index: the checkpoint.
@@ -56,7 +57,11 @@ class TensorStream:
             referred to. A tensor takes its own bytes and at most 12 KiB.
         workers: threads that read. Each may need 1 MiB besides, where the device wants its reads aligned.
         io: ``auto`` takes what the page cache has from there and reads the rest past it (O_DIRECT) where the file
-            system can; ``direct`` always reads past the cache where it can; ``buffered`` never does.
+            system can (not of files that are neither this user's nor writable: the system does not tell what it has
+            of those); ``direct`` always reads past the cache where it can; ``buffered`` never does.
+        device: where the tensors go. To a CUDA device they are copied from pinned buffers while the next are read; the
+            bound is on the buffers, up to two of which are being copied from, and one tensor more than was asked for is
+            on the device.
 
     Raises:
         CheckpointError: a name that the checkpoint lacks; a file that cannot be read or became shorter.
@@ -71,20 +76,29 @@ class TensorStream:
         memory_bytes: int = 1 << 30,
         workers: int = 4,
         io: Io = "auto",
+        device: torch.device | str = "cpu",
     ) -> None:
         entries = in_file_order(index) if names is None else [_entry(index, n) for n in names]
-        self._start(entries, memory_bytes, workers, io)
+        self._start(entries, memory_bytes, workers, io, torch.device(device))
 
     @classmethod
     def of_entries(
-        cls, entries: Sequence[TensorEntry], *, memory_bytes: int, workers: int = 4, io: Io = "auto"
+        cls,
+        entries: Sequence[TensorEntry],
+        *,
+        memory_bytes: int,
+        workers: int = 4,
+        io: Io = "auto",
+        device: torch.device | str = "cpu",
     ) -> TensorStream:
         """A stream of tensors that may belong to several checkpoints; arguments and errors as above."""
         stream = cls.__new__(cls)
-        stream._start(list(entries), memory_bytes, workers, io)
+        stream._start(list(entries), memory_bytes, workers, io, torch.device(device))
         return stream
 
-    def _start(self, entries: list[TensorEntry], memory_bytes: int, workers: int, io: Io) -> None:
+    def _start(
+        self, entries: list[TensorEntry], memory_bytes: int, workers: int, io: Io, device: torch.device
+    ) -> None:
         if workers < 1:
             raise ValueError(f"workers {workers} must be at least 1")
         for entry in entries:
@@ -93,7 +107,10 @@ class TensorStream:
         self._entries = entries
         self._position = 0
         files = {shard: number for number, shard in enumerate(dict.fromkeys(e.shard for e in entries))}
-        self.pool = _C.Pool(memory_bytes)  #: what is in use, and the most that ever was
+        copies = copies_to(device)
+        self._queue: CopyQueue[TensorEntry] | None = None if copies is None else CopyQueue(copies)
+        #: what is in use, and the most that ever was
+        self.pool = _C.Pool(memory_bytes, *pinning(device))
         self._reader: _C.Reader | None = _C.Reader(
             [os.fsencode(shard) for shard in files],
             [(files[entry.shard], entry.start, entry.end) for entry in entries],
@@ -109,32 +126,50 @@ class TensorStream:
         return self
 
     def __next__(self) -> Streamed:
-        if self._reader is None or self._position == len(self._entries):
+        try:
+            found = self._read() if self._queue is None else self._queue.next(self._read_ahead)
+        except MemoryBoundError:
+            raise  # the caller may make room and ask again
+        except BaseException:  # a GPU without room, too: the tensor that was to go there is read and gone
+            self.close()
+            raise
+        if found is None:
             self.close()
             raise StopIteration
+        return Streamed(*found)
+
+    def _read(self) -> tuple[TensorEntry, Tensor] | None:
+        """The next tensor on the CPU; None after the last."""
+        if self._reader is None or self._position == len(self._entries):
+            return None
         entry = self._entries[self._position]
         try:
             block = self._next_block(self._reader)
         except _C.FileError as error:
             raise self._explained(entry, error) from None
-        except BaseException:
-            self.close()
-            raise
         self._position += 1
-        return Streamed(entry, _as_tensor(block, entry))
+        return entry, _as_tensor(block, entry)
+
+    def _read_ahead(self) -> tuple[TensorEntry, Tensor] | None:
+        """The same; None also where the copies under way leave no room for it."""
+        try:
+            return self._read()
+        except MemoryBoundError:
+            if not self._queue:
+                raise
+            return None
 
     def _next_block(self, reader: _C.Reader) -> _C.Block:
         try:
             return reader.next()
         except _C.FileError as error:
-            if error.kind != "buffers_held":
+            if error.kind != "buffers_held" or self._queue:
                 raise
         gc.collect()  # tensors in reference cycles are not held by anybody
         return reader.next()
 
     def _explained(self, entry: TensorEntry, error: _C.FileError) -> CheckpointError:
         if error.kind != "buffers_held":
-            self.close()
             return CheckpointError(f"{entry.shard}: reading {entry.name!r}: {error}")
         return MemoryBoundError(
             f"{entry.shard}: no room for {entry.name!r} ({entry.end - entry.start} bytes): tensors handed out before "
@@ -144,7 +179,11 @@ class TensorStream:
 
     def close(self) -> None:
         """Stop reading; tensors that were handed out stay valid. May be called twice."""
-        self._reader = None
+        try:
+            if self._queue is not None:
+                self._queue.close()
+        finally:
+            self._reader = None
 
     def __enter__(self) -> TensorStream:
         return self
@@ -163,13 +202,14 @@ def stream_pairs(
     memory_bytes: int = 1 << 30,
     workers: int = 4,
     io: Io = "auto",
+    device: torch.device | str = "cpu",
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Tensors of two checkpoints in step, matched by name, however each is sharded.
 
     Args:
         base, tuned: the checkpoints.
         names: which tensors, in which order.
-        memory_bytes, workers, io: as of `TensorStream`; the bound is on both checkpoints' tensors together.
+        memory_bytes, workers, io, device: as of `TensorStream`; the bound is on both checkpoints' tensors together.
 
     Yields:
         Name, the base's tensor, the tuned tensor; as `Streamed.tensor`.
@@ -182,7 +222,10 @@ def stream_pairs(
         pair = [_entry(base, name), _entry(tuned, name)]
         _check_fits(pair, memory_bytes)
         entries += pair
-    return _pairs(TensorStream.of_entries(entries, memory_bytes=memory_bytes, workers=workers, io=io))
+    stream = TensorStream.of_entries(
+        entries, memory_bytes=memory_bytes, workers=workers, io=io, device=device
+    )
+    return _pairs(stream)
 
 
 def _pairs(stream: TensorStream) -> Iterator[tuple[str, Tensor, Tensor]]:
