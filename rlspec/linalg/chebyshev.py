@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rlspec.linalg.products import aligned
+
 Operator = Callable[[Tensor], Tensor]
 
 
@@ -70,6 +72,7 @@ def filter_correction(
     count = int(active.sum(-1).max())
     if count == 0:
         return z
+    count = aligned(count, z.shape[-1])
     x = x[..., :count].clamp_min(1.0)
     residual = residual[..., :count]
     # With g_i = T_i(x) and correction D_i = T_i(C) z - g_i z, the scaled D_i/g_i needs only the ratios g_{i-1}/g_i.

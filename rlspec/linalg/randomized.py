@@ -21,7 +21,7 @@ from rlspec.linalg.chebyshev import Operator, degree_for, filter_correction, fil
 from rlspec.linalg.estimates import ritz_bound
 from rlspec.linalg.lanczos import norm_bound, random_start, spectrum_quantiles
 from rlspec.linalg.orth import gram, orthonormal, well_conditioned
-from rlspec.linalg.thin import transposed_product
+from rlspec.linalg.products import ALIGNED, transposed_product
 
 _MAX_SKETCH_DEGREE = 6
 _MAX_DEGREE = 12
@@ -198,7 +198,7 @@ def _measure(
     """
     y, image, theta, q = _rayleigh_ritz(y, lambda y: a @ y, lambda _, image: gram(image), torch.float64)
     z = y @ q
-    p = k + (y.shape[-1] - k) // 2
+    p = max(k, (k + y.shape[-1]) // 2 // ALIGNED * ALIGNED)
     image = image @ q[..., :p]
     s = theta[:, :p].clamp_min(0).sqrt().unsqueeze(-2)
     safe = s.clamp_min(torch.finfo(a.dtype).tiny).to(a.dtype)

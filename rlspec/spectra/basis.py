@@ -47,8 +47,8 @@ class SpectralBasis:
             model: any module with Hugging Face parameter names.
             modules: which projections: names, or a text such as ``"q,k,v"``, ``"attn"``, ``"all"``.
             rank: leading directions to follow in each matrix, see :class:`Rank`.
-            cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or
-            ``~/.cache/rlspec``. progress: called with (done, total) after every matrix.
+            cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
+            progress: called with (done, total) after every matrix.
 
         Raises:
             ProjectionError: the model has none of one of the modules.

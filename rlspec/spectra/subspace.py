@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlspec.linalg.thin import transposed_product
+from rlspec.linalg.products import transposed_product
 from rlspec.spectra.batch import take
 from rlspec.spectra.measurement import ReferenceStack
 
