@@ -354,11 +354,9 @@ def test_what_cannot_be_restored_is_named(which: str, tmp_path: Path) -> None:
             assert not (tmp_path / "out").exists()
 
     rewrite(folder, lambda t: t[Q0].view(-1)[5:7].fill_(torch.nan))
-    with pytest.raises(TensorError, match=rf"model.safetensors: {Q0}: .*2 of 4096 values are NaN"):
+    with pytest.raises(TensorError, match=rf"{folder}/model.safetensors: {Q0}: 2 of 4096 values are NaN"):
         run()
-    with pytest.raises(
-        TensorError, match=rf"model.safetensors: {Q0}: {which} rows 0:64: 2 of 4096 values are NaN"
-    ):
+    with pytest.raises(TensorError, match=rf"{folder}/model.safetensors: {Q0}: rows 0:64: 2 of 4096"):
         run(mode="interpolate")
     rewrite(folder, lambda t: t.update({Q0: t[Q0].nan_to_num().to(torch.float8_e4m3fn)}))
     with pytest.raises(CheckpointError, match=rf"{Q0}.* stored as F8_E4M3"):

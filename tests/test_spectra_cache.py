@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from rlspec.spectra import SpectralBasis, cache
 
@@ -96,6 +99,18 @@ def test_a_cache_that_cannot_be_written_is_no_obstacle(tmp_path):
     weight = torch.randn(9, 7)
     u, s, vh = cache.cached_factors(weight, blocked)
     torch.testing.assert_close(((u * s) @ vh).float(), weight)
+
+
+def test_nor_is_a_full_disk(tmp_path, monkeypatch):
+    def full(tensors, path, metadata):
+        Path(path).write_bytes(b"half")
+        raise SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr(cache, "save_file", full)
+    weight = torch.randn(9, 7)
+    u, s, vh = cache.cached_factors(weight, tmp_path)
+    torch.testing.assert_close(((u * s) @ vh).float(), weight)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
 def test_default_folder_follows_the_environment(tmp_path, monkeypatch):

@@ -46,12 +46,15 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """What was created in or renamed into the folder is on the disk when this returns.
+    """What was created in or renamed into the folder is on the disk when this returns, if it may be read.
 
     Raises:
         OSError: the disk fails.
     """
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:
+        return
     try:
         os.fsync(descriptor)
     except OSError as error:

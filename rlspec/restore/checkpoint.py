@@ -22,7 +22,16 @@ from rlspec.restore.matrix import Rounding
 from rlspec.restore.options import Dtype, RestoreOptions
 from rlspec.restore.plan import Plan, Step, plan_restore
 from rlspec.restore.report import Journal, MatrixReport, RestoreReport
-from rlspec.restore.tensors import Block, Changes, aligned, converted, restore_rows, restore_stored, unchanged
+from rlspec.restore.tensors import (
+    Block,
+    Changes,
+    NotFiniteError,
+    aligned,
+    converted,
+    restore_rows,
+    restore_stored,
+    unchanged,
+)
 from rlspec.spectra.rank import RankLike
 
 if TYPE_CHECKING:
@@ -197,14 +206,14 @@ def _carry_out(
         steps = list(group)
         if by_rows:
             for step in steps:
-                with _file_named(step):
+                with _file_named(plan, step):
                     rows = _by_rows(plan, step, writer, memory)
                 journal.append(rows)
                 yield step, rows
             continue
         for name, base, tuned in _pairs(plan, [step.name for step in steps], pool_bytes(plan, memory)):
             step = plan.steps[name]
-            with _file_named(step):
+            with _file_named(plan, step):
                 if step.action == "merge":
                     out, rows = converted(name, tuned, step.dtype or tuned.dtype, plan.options), []
                 else:
@@ -216,11 +225,15 @@ def _carry_out(
 
 
 @contextmanager
-def _file_named(step: Step) -> Iterator[None]:
+def _file_named(plan: Plan, step: Step) -> Iterator[None]:
+    """Say in which file the tensor lies that an error is about."""
     try:
         yield
     except TensorError as error:
-        raise TensorError(f"{step.entry.shard}: {error}") from None
+        file = step.entry.shard if plan.adapter is None else plan.adapter.index.path
+        if isinstance(error, NotFiniteError) and error.side == "base":
+            file = plan.base.tensors[step.name].shard
+        raise TensorError(f"{file}: {error}") from None
 
 
 def _pairs(plan: Plan, names: list[str], memory: int) -> Iterator[tuple[str, Tensor, Tensor]]:

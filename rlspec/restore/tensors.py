@@ -27,6 +27,14 @@ BLOCK_ENTRIES = 1 << 21
 Block = tuple[int, Tensor, Tensor]  # index of the first row; base's rows; tuned rows
 
 
+class NotFiniteError(TensorError):
+    """NaN or infinity in one of the two sides, "base" or "tuned"."""
+
+    def __init__(self, side: str, message: str) -> None:
+        super().__init__(message)
+        self.side = side
+
+
 @dataclass
 class Changes:
     """The figures of :class:`RestoreResult` for a tensor restored entry by entry, from sums over its row blocks."""
@@ -67,13 +75,14 @@ def restore_stored(
         The tensor to store, ``step.dtype``, and a report of each matrix.
 
     Raises:
-        TensorError: NaN or infinity in a matrix; names it.
+        NotFiniteError: in one of the matrices; names it.
     """
     assert step.dtype is not None
     rows = []
     out: Tensor | None = None
     for projection, shape in step.matrices():
         there, here = projection.take(base), projection.take(tuned)
+        _check_sides(projection.name, there, here)
         if options.elementwise or _nothing_to_do(there, here, options):
             settings = options if options.elementwise else unchanged(options)
             changes = Changes(min(shape) if options.elementwise else 0)
@@ -167,7 +176,7 @@ def restore_rows(
         Index of the first row, and the new rows in ``dtype``.
 
     Raises:
-        TensorError: NaN or infinity.
+        NotFiniteError: names the rows.
     """
     draw, stochastic = generator(options.seed, label), options.rounding == "stochastic"
     for first, base, tuned in _small(blocks):
@@ -176,8 +185,7 @@ def restore_rows(
             changes.sums.add(ChangeSums(tuned_sq=float(tuned.double().square().sum())))
             yield first, base if copied else tuned  # equal, but for the sign of a zero
             continue
-        for whose, rows in (("base", base), ("tuned", tuned)):
-            check_finite(f"{label}: {whose} rows {first}:{first + len(rows)}", rows)
+        _check_sides(f"{label}: rows {first}:{first + len(tuned)}", base, tuned)
         sides = (len(tuned), -1) if tuned.ndim > 1 else (1, -1)
         here = tuned.reshape(sides)
         change = difference(base.reshape(sides), here)
@@ -210,6 +218,15 @@ def generator(seed: int, label: str) -> torch.Generator:
     """A source of draws that belongs to one tensor, whatever was drawn before."""
     digest = hashlib.blake2b(f"{seed} {label}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def _check_sides(label: str, base: Tensor, tuned: Tensor) -> None:
+    sides = {"tuned": tuned} if base is tuned else {"base": base, "tuned": tuned}
+    for side, tensor in sides.items():
+        try:
+            check_finite(label, tensor)
+        except TensorError as error:
+            raise NotFiniteError(side, str(error)) from None
 
 
 def _nothing_to_do(base: Tensor, tuned: Tensor, options: RestoreOptions) -> bool:

@@ -54,7 +54,7 @@ def cached_factors(weight: Tensor, cache_dir: str | Path | None = None) -> Facto
     if found is not None:
         return found
     factors = reference_factors(weight)
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, SafetensorError):  # the second is how safetensors tells of the first
         _store(path, key, factors)
     return factors
 
