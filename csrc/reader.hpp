@@ -24,7 +24,7 @@ namespace rlspec {
 
 inline constexpr std::size_t kDataAlign = 64;  // of the first byte of every block in memory
 inline constexpr std::uint64_t kChunkBytes = std::uint64_t{1} << 20;
-inline constexpr std::uint64_t kReadAheadBytes = std::uint64_t{64} << 20;
+inline constexpr std::uint64_t kReadAheadBytes = std::uint64_t{32} << 20;
 
 // Bytes [begin, end) of the file `file` (an index into the reader's paths).
 struct Request {

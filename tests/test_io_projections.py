@@ -244,11 +244,15 @@ def test_parse_modules() -> None:
         parse_modules(())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize(
+    "dtype",
+    [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.complex64, torch.float8_e5m2],
+)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 def test_check_finite(dtype: torch.dtype, bad: float) -> None:
-    tensor = torch.zeros(3, 5, dtype=dtype)
+    tensor = torch.zeros(3, 5).to(dtype)
     check_finite("w", tensor)
+    check_finite("w", tensor[:0])
     tensor[2, 4] = bad
     with pytest.raises(TensorError, match="w: 1 of 15 values are NaN or infinite"):
         check_finite("w", tensor)

@@ -46,6 +46,10 @@ class ReferenceStack:
         names = tuple(self.names[i] for i in index.tolist())
         return ReferenceStack(names, self.W[index], self.U[index], self.S[index], self.Vh[index], self.k)
 
+    def in_float32(self) -> ReferenceStack:
+        """The same with U and Vh in float32."""
+        return replace(self, U=self.U.float(), Vh=self.Vh.float())
+
     @property
     def shape(self) -> tuple[int, int]:
         return int(self.W.shape[-2]), int(self.W.shape[-1])

@@ -163,15 +163,21 @@ def arcsine_rounding(sines: Iterable[Tensor | None], dtype: torch.dtype) -> Tens
     return torch.stack(lost).amax(0) if lost else 0.0
 
 
-def angle_statistics(sines: Tensor) -> dict[str, float]:
-    """Maximum, mean and root mean square of the angles (radians) and the projector distance, from (k,) sines.
+def angle_statistics(sines: Tensor) -> dict[str, Tensor]:
+    """Maximum, mean and root mean square of the angles (radians) and the projector distance.
 
     The projector distance ||U Uᵀ - U' U'ᵀ||_F is sqrt(2) times the norm of the sines.
+
+    Args:
+        sines: (..., k).
+
+    Returns:
+        ``max_rad``, ``mean_rad``, ``rms_rad``, ``projector_distance``, each (...).
     """
     angles = torch.asin(sines.clamp(0.0, 1.0))
     return {
-        "max_rad": float(angles.max()),
-        "mean_rad": float(angles.mean()),
-        "rms_rad": float(angles.square().mean().sqrt()),
-        "projector_distance": float(2.0**0.5 * sines.norm()),
+        "max_rad": angles.amax(-1),
+        "mean_rad": angles.mean(-1),
+        "rms_rad": angles.square().mean(-1).sqrt(),
+        "projector_distance": 2.0**0.5 * sines.norm(dim=-1),
     }

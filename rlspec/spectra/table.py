@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from rlspec.io.projections import Projection
@@ -75,74 +77,85 @@ COLUMNS: dict[str, str] = {
 }
 
 
-def measured_row(
+def measured_rows(
     measurement: Measurement,
-    index: int,
-    matrix: MatrixBasis,
-    projection: Projection,
+    matrices: Sequence[MatrixBasis],
+    projections: Sequence[Projection],
     *,
     stage: str,
     step: int,
-) -> Row:
-    """The row of matrix ``index`` of a measured stack. Undefined values are ``None`` and the note says
-    why."""
-    i = index
-    row = _header(matrix, projection, stage, step)
-    sigma, sigma_ref = measurement.sigma[i], matrix.S[: matrix.k]
+) -> list[Row]:
+    """The rows of a measured stack. Undefined values are ``None`` and the note says why."""
+    k = measurement.sigma.shape[-1]
+    sigma, sigma_ref = measurement.sigma, torch.stack([matrix.S[:k] for matrix in matrices])
     change = measurement.update
     relative = relative_changes(sigma, sigma_ref)
-    rho, diagonal, off = projected_energy(measurement.core[i : i + 1], change.delta_frobenius[i : i + 1])
-    number, energy = intruders(measurement.best_cosine[i], sigma, change.weight_frobenius[i])
-    notes = [matrix.note, measurement.notes[i]]
-    row.update(
-        sigma_max=float(sigma[0]),
-        sigma_max_ref=float(sigma_ref[0]),
-        sigma_k_ref=float(sigma_ref[-1]),
-        sigma_change_rel_max=float(relative.max()),
-        sigma_change_rel_mean=float(relative.mean()),
-        nss_k=float(normalised_spectral_shift(sigma, sigma_ref)),
-        delta_frobenius=float(change.delta_frobenius[i]),
-        delta_relative=float(ratio(change.delta_frobenius[i], change.reference_frobenius[i])),
-        stable_rank=float(stable_rank(change.weight_frobenius[i], sigma[0])),
-        delta_stable_rank=float(stable_rank(change.delta_frobenius[i], measurement.delta_spectral[i])),
-        effective_rank=float(measurement.effective_rank[i]),
-        effective_rank_error_bound=float(measurement.effective_rank_error_bound[i]),
-        rho_k=float(rho),
-        energy_diagonal=float(diagonal),
-        energy_offdiagonal=float(off),
-        update_sparsity=float(change.sparsity[i]),
-        intruder_dimensions=int(number),
-        intruder_energy=float(energy),
-        **_blocks(measurement.blocks[i], int(measurement.block_at_cut[i])),
-        sigma_error_bound=float(measurement.sigma_error_bound[i]),
-        engine=measurement.engine[i],
-    )
+    rho, diagonal, off = projected_energy(measurement.core, change.delta_frobenius)
+    number, energy = intruders(measurement.best_cosine, sigma, change.weight_frobenius)
+    columns: dict[str, Tensor] = {
+        "sigma_max": sigma[:, 0],
+        "sigma_max_ref": sigma_ref[:, 0],
+        "sigma_k_ref": sigma_ref[:, -1],
+        "sigma_change_rel_max": relative.amax(-1),
+        "sigma_change_rel_mean": relative.mean(-1),
+        "nss_k": normalised_spectral_shift(sigma, sigma_ref),
+        "delta_frobenius": change.delta_frobenius,
+        "delta_relative": ratio(change.delta_frobenius, change.reference_frobenius),
+        "stable_rank": stable_rank(change.weight_frobenius, sigma[:, 0]),
+        "delta_stable_rank": stable_rank(change.delta_frobenius, measurement.delta_spectral),
+        "effective_rank": measurement.effective_rank,
+        "effective_rank_error_bound": measurement.effective_rank_error_bound,
+        "rho_k": rho,
+        "energy_diagonal": diagonal,
+        "energy_offdiagonal": off,
+        "update_sparsity": change.sparsity,
+        "intruder_dimensions": number,
+        "intruder_energy": energy,
+        **_blocks(measurement.blocks, measurement.block_at_cut),
+        "sigma_error_bound": measurement.sigma_error_bound,
+    }
     sides = {"left": measurement.sines_left, "right": measurement.sines_right}
+    skipped = []
     for side, sines in sides.items():
         if sines is None:
-            notes.append(
-                f"{side} angles skipped: k = {matrix.k} is the whole {side} space, "
-                "they are zero by construction"
+            skipped.append(
+                f"{side} angles skipped: k = {k} is the whole {side} space, they are zero by construction"
             )
         else:
-            _put_angles(row, side, sines[i])
-    if any(sines is not None for sines in sides.values()):
-        row["angle_error_bound_rad"] = float(measurement.angle_error_bound_rad[i])
-    row["note"] = _join(notes)
-    return {name: _finite(value) for name, value in row.items()}
+            columns |= _angles(side, sines)
+    if len(skipped) < len(sides):
+        columns["angle_error_bound_rad"] = measurement.angle_error_bound_rad
+    values = {name: column.tolist() for name, column in columns.items()}
+    rows = []
+    for i, (matrix, projection) in enumerate(zip(matrices, projections, strict=True)):
+        row = _header(matrix, projection, stage, step)
+        row.update({name: _finite(column[i]) for name, column in values.items()})
+        row["engine"] = measurement.engine[i]
+        row["note"] = _join([matrix.note, measurement.notes[i], *skipped])
+        rows.append(row)
+    return rows
 
 
-def _blocks(labels: Tensor, at_cut: int) -> dict[str, int]:
+def _blocks(labels: Tensor, at_cut: Tensor) -> dict[str, Tensor]:
+    """Columns from the labels (L, k) of blocks and the sizes (L,) of those that the cut splits."""
     sizes = block_sizes(labels)
-    shared = sizes > 1
-    if at_cut:  # the last one may be alone on this side of the cut
-        shared = shared | (labels == labels[-1])
+    last = labels == labels[:, -1:]  # which may be alone on this side of the cut
+    shared = (sizes > 1) | (last & (at_cut > 0).unsqueeze(-1))
+    first = torch.ones_like(shared)
+    first[:, 1:] = labels[:, 1:] != labels[:, :-1]
     return {
-        "blocks": len(labels[shared].unique()),
-        "block_vectors": int(shared.sum()),
-        "block_largest": max(int(sizes.max()), at_cut),
+        "blocks": (shared & first).sum(-1),
+        "block_vectors": shared.sum(-1),
+        "block_largest": torch.maximum(sizes.amax(-1), at_cut),
         "block_at_cut": at_cut,
     }
+
+
+def _angles(side: str, sines: Tensor) -> dict[str, Tensor]:
+    found = angle_statistics(sines)
+    distance = found.pop("projector_distance")
+    columns = {f"angle_{side}_{name}": value for name, value in found.items()}
+    return {**columns, f"projector_distance_{side}": distance}
 
 
 def put_nulls(row: Row, nulls: Nulls, index: int) -> None:
@@ -179,17 +192,11 @@ def _header(matrix: MatrixBasis, projection: Projection, stage: str, step: int) 
     return row
 
 
-def _put_angles(row: Row, side: str, sines: Tensor) -> None:
-    for name, value in angle_statistics(sines).items():
-        key = f"projector_distance_{side}" if name == "projector_distance" else f"angle_{side}_{name}"
-        row[key] = value
-
-
 def _join(notes: list[str | None]) -> str | None:
     text = "; ".join(note for note in notes if note)
     return text or None
 
 
-def _finite(value: float | str | None) -> float | str | None:
+def _finite(value: float) -> float | None:
     """JSON has no NaN and no infinity."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    return value if math.isfinite(value) else None
