@@ -120,7 +120,7 @@ def test_a_single_file(tmp_path: Path) -> None:
 
 
 def test_companions(tmp_path: Path) -> None:
-    """A snapshot of the download cache: links become files; other weights and folders stay behind."""
+    """A snapshot of the download cache: links become files; other weights stay behind, and folders that hold some."""
     make(tmp_path / "plain")
     repository = tmp_path / "models--someone--model"
     (repository / "blobs").mkdir(parents=True)
@@ -132,12 +132,20 @@ def test_companions(tmp_path: Path) -> None:
     others = ("pytorch_model.bin", "consolidated.00.pth", "model.gguf", "other.safetensors", "tf_model.h5")
     for name in (*others, "pytorch_model.bin.index.json"):
         (snapshot / name).write_bytes(b"weights")
-    (snapshot / ".cache").mkdir()
-    (snapshot / ".cache" / "x").write_bytes(b"x")
+    for name in (".cache/x", "checkpoint-5/config.json", "checkpoint-5/deep/optimizer.pt"):
+        (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+        (snapshot / name).write_bytes(b"x")
+    templates = snapshot / "additional_chat_templates"
+    templates.mkdir()
+    (repository / "blobs" / "jinja").write_text("{{ tools }}")
+    (templates / "tool_use.jinja").symlink_to("../../../blobs/jinja")
+    (snapshot / "elsewhere").symlink_to(tmp_path)  # a folder by a link: nobody's to copy
     out = write(tmp_path / "out", CheckpointIndex.open(snapshot), {})
-    expected = {p.name for p in snapshot.iterdir()} - {*others, "pytorch_model.bin.index.json", ".cache"}
-    assert {p.name for p in out.iterdir()} == expected and "tokenizer.json" in expected
-    assert all(p.is_file() and not p.is_symlink() for p in out.iterdir())
+    left = {*others, "pytorch_model.bin.index.json", ".cache", "checkpoint-5", "elsewhere"}
+    assert {p.name for p in out.iterdir()} == {p.name for p in snapshot.iterdir()} - left
+    expected = {str(p.relative_to(out)) for p in out.rglob("*") if not p.is_dir()}
+    assert {"tokenizer.json", "additional_chat_templates/tool_use.jinja"} < expected
+    assert not any(p.is_symlink() for p in out.rglob("*"))
     assert all((out / n).read_bytes() == (snapshot / n).read_bytes() for n in expected)
     (tmp_path / "secret").write_text("key")
     (snapshot / "generation_config.json").symlink_to(tmp_path / "secret")

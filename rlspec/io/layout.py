@@ -162,12 +162,25 @@ def _tensor_bytes(like: CheckpointIndex, shards: list[ShardLayout]) -> dict[str,
 def companions(like: CheckpointIndex) -> list[Path]:
     """The other files of the folder, to be copied: configuration, tokenizer, templates, licence; no other weights.
 
+    Of the folders in it those come along that hold no weights, such as ``additional_chat_templates``; not the training
+    states or other formats that some keep beside the model, and nothing hidden.
+
     Raises:
         CheckpointError: one is a symbolic link that leaves the folder.
     """
     if like.path.is_file():
         return []
-    files = [p for p in sorted(like.path.iterdir()) if p.is_file() and not p.name.endswith(_WEIGHTS)]
+    entries = sorted(like.path.iterdir())
+    files = [p for p in entries if p.is_file() and not _is_weights(p)]
+    for folder in entries:
+        if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith("."):
+            inside = [Path(root, name) for root, _, names in os.walk(folder) for name in sorted(names)]
+            if not any(map(_is_weights, inside)):
+                files += [p for p in inside if p.is_file()]
     for path in files:
         check_link(like.path, path)
     return files
+
+
+def _is_weights(path: Path) -> bool:
+    return path.name.endswith(_WEIGHTS)

@@ -59,6 +59,7 @@ class CheckpointWriter:
         overwrite: bool = False,
     ) -> None:
         layouts = lay_out(like, changed)
+        self._like = like
         self._companions = companions(like)
         self._index = index_content(like, layouts)
         self._staging = Staging(Path(out), fingerprint, resume=resume, overwrite=overwrite)
@@ -158,7 +159,7 @@ class CheckpointWriter:
             future.result()
         self._thread.shutdown()
         for path in self._companions:
-            _copy_file(path, self._staging.checkpoint / path.name)
+            self._copy_companion(path)
         if self._index is not None:
             write_file(self._staging.checkpoint / INDEX_FILE, self._index)
         try:
@@ -168,6 +169,15 @@ class CheckpointWriter:
         out = self._staging.publish()
         self._committed = True
         return out
+
+    def _copy_companion(self, path: Path) -> None:
+        target = self._staging.checkpoint / path.relative_to(self._like.path)
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            _copy_file(path, target)
+            sync_folder(target.parent)
+        except OSError as error:
+            raise write_error(target, error) from None
 
     def close(self) -> None:
         """Stop. What is complete stays for a resumed run unless it was committed. May be called twice."""
