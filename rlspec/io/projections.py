@@ -277,7 +277,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if not (tensor.is_floating_point() or tensor.is_complex()):
         return
     if tensor.is_floating_point() and tensor.element_size() == 1:
-        tensor = tensor.float()  # torch has no tests for some float8 types
+        tensor = tensor.float()  # not every float8 type has what follows
     if tensor.numel() == 0 or (not tensor.is_complex() and _bounded(tensor)):
         return
     bad = int((~torch.isfinite(tensor)).sum())

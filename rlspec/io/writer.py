@@ -309,10 +309,14 @@ class _Shard:
 
 def _copy_file(source: Path, target: Path) -> None:
     """Copy a small file with its permissions; regular also where the source is a link."""
-    mode = stat.S_IMODE(source.stat().st_mode)
+    try:
+        status = source.stat()
+    except OSError as error:
+        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from None
+    mode = stat.S_IMODE(status.st_mode)
     try:
         file = _C.OutputFile(os.fsencode(target))
-        file.copy(os.fsencode(source), 0, 0, source.stat().st_size)
+        file.copy(os.fsencode(source), 0, 0, status.st_size)
         file.finish()
         os.chmod(target, mode | stat.S_IWUSR)
     except _C.FileError as error:
