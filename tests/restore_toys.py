@@ -37,6 +37,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     "gemma2": lambda: transformers.Gemma2Config(**GROUPED, head_dim=16),
     "phi3": lambda: transformers.Phi3Config(**GROUPED),
     "gpt2": lambda: transformers.GPT2Config(**_GPT2),
+    "gpt2-untied": lambda: transformers.GPT2Config(**_GPT2, tie_word_embeddings=False),
     "gpt_neox": lambda: transformers.GPTNeoXConfig(**SIZES),
     "bloom": lambda: transformers.BloomConfig(hidden_size=64, n_layer=2, n_head=4, vocab_size=48),
     "falcon": lambda: transformers.FalconConfig(**_FALCON, new_decoder_architecture=True, num_kv_heads=2),

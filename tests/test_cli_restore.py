@@ -18,6 +18,7 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from restore_toys import bytes_of, pair, rewrite, tensors_of
+from safetensors.torch import save_file
 
 from rlspec.cli import restore_text
 from rlspec.cli.main import main
@@ -158,12 +159,30 @@ def test_paths_that_are_refused(checkpoints: tuple[Path, Path], tmp_path: Path) 
         invoke("--base", tmp_path / "no", "--tuned", tuned, "--out", tmp_path / "o"),
         "no such",
     )
-    for report, named in ((base / "r.json", "inputs are never written"), (tmp_path / "x" / "r", "no folder")):
-        out = tmp_path / "out"
+    out = tmp_path / "out"
+    for report, named in (
+        (base / "r.json", "inputs are never written"),
+        (tmp_path / "x" / "r", "no folder"),
+        (out, "choose a place beside it"),
+        (tmp_path, "is a folder"),
+    ):
         check_refused(out, invoke(*arguments(checkpoints, out), "--report", report), named)
     result = invoke(*arguments(checkpoints, tuned), "--overwrite")
     assert result.exit_code == 2 and "inputs are never written" in result.stderr
     assert bytes_of(base.parent) == before
+
+
+def test_the_report_never_takes_the_place_of_an_input(tmp_path: Path) -> None:
+    one, two = tmp_path / "one.safetensors", tmp_path / "two.safetensors"
+    for path in (one, two):
+        save_file({"model.layers.0.self_attn.q_proj.weight": torch.randn(8, 8)}, path)
+    before = one.read_bytes(), two.read_bytes()
+    for report in (one, two):
+        result = invoke(
+            "--base", one, "--tuned", two, "--out", tmp_path / "out", "--modules", "q", "--report", report
+        )
+        assert result.exit_code == 2 and "inputs are never written" in result.stderr
+    assert (one.read_bytes(), two.read_bytes()) == before and not (tmp_path / "out").exists()
 
 
 def test_ctrl_c_says_how_to_go_on(

@@ -22,6 +22,7 @@ from writer_toys import INDEX, QUERIES, TENSORS, content, load, make, new, parti
 from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.index import CheckpointIndex
+from rlspec.io.stream import read_tensor
 from rlspec.io.writer import CheckpointWriter
 
 
@@ -152,6 +153,18 @@ def test_companions(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="symbolic link that leaves"):
         write(tmp_path / "other", CheckpointIndex.open(snapshot), {})
     assert not (tmp_path / "other").exists()
+
+
+def test_shards_of_any_name_are_no_companions(tmp_path: Path) -> None:
+    """An index may name its shards as it likes; the finished ones are not replaced by the old ones."""
+    like = make(tmp_path / "in")
+    index = (like.path / INDEX).read_text()
+    for shard in {entry.shard for entry in like.tensors.values()}:
+        shard.rename(shard.with_suffix(".st"))
+    (like.path / INDEX).write_text(index.replace(".safetensors", ".st"))
+    out = write(tmp_path / "out", CheckpointIndex.open(like.path), QUERIES)
+    index = CheckpointIndex.open(out)
+    assert torch.equal(read_tensor(index, "layers.0.q"), new("layers.0.q"))
 
 
 @pytest.mark.parametrize("links", [False, True])

@@ -89,6 +89,8 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
         {"target_modules": ["q_proj"], "modules_to_save": ["lm_head", "input_layernorm"]},
     ),
     "embeddings": ("llama", {"target_modules": ["embed_tokens", "k_proj"]}),
+    # PEFT saves the flag of the module adapted last, which is no Conv1D here.
+    "conv1d beside a linear one": ("gpt2-untied", {"target_modules": ["c_attn", "attn.c_proj", "lm_head"]}),
     "conv1d": ("gpt2", {"target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}),
     "fused heads": ("gpt_neox", {"target_modules": ["query_key_value"]}),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,7 +95,7 @@ def command(
     from rlspec.restore.checkpoint import Target
 
     target = Target(out, base, tuned, resume=resume, overwrite=overwrite)
-    _check_report_file(report_file, base, tuned)
+    _check_report_file(report_file, base, tuned, out)
     _run(plan_restore(base, tuned, options), target, memory_gib, report_file)
 
 
@@ -131,11 +132,19 @@ def _run(plan: Plan, target: Target, memory_gib: float, report_file: Path | None
         click.echo(line)
 
 
-def _check_report_file(path: Path | None, base: Path, tuned: Path) -> None:
+def _check_report_file(path: Path | None, base: Path, tuned: Path, out: Path) -> None:
+    """Refuse what could not be written, or must not be, before the work and not after it."""
     if path is None:
         return
+    place = path.resolve()
     for source in (base, tuned):
-        if source.resolve() in path.resolve().parents:
-            raise CheckpointError(f"--report {path} lies in {source}; inputs are never written")
+        if source.resolve() in (place, *place.parents):
+            raise CheckpointError(f"--report {path} is or lies in {source}; inputs are never written")
+    if out.resolve() in (place, *place.parents):
+        raise CheckpointError(f"--report {path} is or lies in --out {out}; choose a place beside it")
+    if path.is_dir():
+        raise CheckpointError(f"--report {path} is a folder")
     if not path.parent.is_dir():
         raise CheckpointError(f"--report {path}: no folder {path.parent}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise CheckpointError(f"--report {path}: no permission to write there")

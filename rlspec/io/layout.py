@@ -170,12 +170,13 @@ def companions(like: CheckpointIndex) -> list[Path]:
     """
     if like.path.is_file():
         return []
-    entries = sorted(like.path.iterdir())
+    shards = {entry.shard for entry in like.tensors.values()}
+    entries = [path for path in sorted(like.path.iterdir()) if path not in shards]
     files = [p for p in entries if p.is_file() and not _is_weights(p)]
     for folder in entries:
         if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith("."):
             inside = [Path(root, name) for root, _, names in os.walk(folder) for name in sorted(names)]
-            if not any(map(_is_weights, inside)):
+            if not any(path in shards or _is_weights(path) for path in inside):
                 files += [p for p in inside if p.is_file()]
     for path in files:
         check_link(like.path, path)

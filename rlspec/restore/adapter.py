@@ -28,6 +28,7 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _EMBEDDING_FACTOR = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")
 _SAVED = re.compile(r"(.+)\.(?:modules_to_save(?:\.default)?|base_layer)\.(weight|bias)")
+_CONV1D = re.compile(r"(.*)(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
 # Initialisations that subtract something from the base's weights, so that base + B A is not the tuned model.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -179,11 +180,29 @@ def _low_rank(
     if rank != a[0]:
         raise CheckpointError(f"{index.path}: {module} has rank {a[0]}, {CONFIG_FILE} says {rank:g}")
     alpha = _setting(config, "alpha_pattern", "lora_alpha", module)
-    transposed = embedding or bool(config.get("fan_in_fan_out"))
     update = (b[0], a[1])
+    transposed = embedding or _stored_transposed(name, update, base, config)
     _same_shape(name, base, update[::-1] if transposed else update, f"the update of {module}", index)
     scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
     return LowRank(pair["A"], pair["B"], scale, transposed)
+
+
+def _stored_transposed(
+    name: str, update: tuple[int, int], base: CheckpointIndex, config: Mapping[str, Any]
+) -> bool:
+    """Whether a tensor is stored (in, out), as GPT-2's Conv1D is.
+
+    The shape tells, and for a square one its layer's c_fc, which is always longer. The configuration's flag is that of
+    the module that PEFT happened to adapt last, so it decides where nothing else does.
+    """
+    shape = tuple(base.tensors[name].shape)
+    if update[0] != update[1]:
+        return shape == update[::-1]
+    match = _CONV1D.fullmatch(name)
+    wider = base.tensors.get(f"{match[1]}mlp.c_fc.weight") if match else None
+    if wider is not None and len(wider.shape) == 2:
+        return wider.shape[0] < wider.shape[1]
+    return bool(config.get("fan_in_fan_out"))
 
 
 def _setting(config: Mapping[str, Any], patterns: str, default: str, module: str) -> float:
