@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import rlspec
+from rlspec import restore_matrix
 from rlspec.errors import OptionError, TensorError
 
 F64 = torch.float64
@@ -196,3 +197,56 @@ def test_a_zero_matrix_can_be_copied_over():
     base = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     found = rlspec.restore_matrix(base, torch.zeros(6, 8), 2, mode="copy")
     assert torch.equal(found.weight, base) and found.change_relative == 0.0
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+def test_directions_that_the_base_does_not_have_are_left_alone(rank: int) -> None:
+    """What LAPACK returns for zero singular values hangs on the order of the columns; the result must not."""
+    g = torch.Generator().manual_seed(rank)
+    base = torch.randn(40, rank, generator=g) @ torch.randn(rank, 32, generator=g)
+    tuned = base + 0.1 * torch.randn(40, 32, generator=g)
+    order = torch.randperm(32, generator=g)
+    found = restore_matrix(base, tuned, 10, dtype=torch.float64)
+    again = restore_matrix(base[:, order], tuned[:, order], 10, dtype=torch.float64)
+    torch.testing.assert_close(again.weight, found.weight[:, order], rtol=0, atol=1e-5)
+    assert found.k == rank and found.note is not None and f"numerical rank {rank}" in found.note
+    assert rank > 0 or torch.equal(found.weight, tuned.double())
+    tail = restore_matrix(base, tuned, 4, mode="tail")
+    assert tail.k == 0 and torch.equal(tail.weight, tuned)
+    values = restore_matrix(base, tuned, 10, mode="values")  # zeros are as good as any values
+    assert values.k == 10 and values.note is None
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1e-3, 1.0])
+def test_estimates_hold_where_the_base_is_small_beside_the_tuned_matrix(scale: float) -> None:
+    g = torch.Generator().manual_seed(2)
+    base, tuned = scale * torch.randn(400, 400, generator=g), torch.randn(400, 400, generator=g)
+    found = restore_matrix(base, tuned, 0.2, dtype=torch.float64)
+    (u, _, v), (x, s, y) = (torch.linalg.svd(a.double(), full_matrices=False) for a in (base, tuned))
+    k = found.k
+    expected = tuned.double() + (u[:, :k] * s[:k]) @ v[:k] - (x[:, :k] * s[:k]) @ y[:k]
+    error = float((found.weight - expected).norm())
+    assert error <= found.error_estimate < 1e-3 * found.change_frobenius
+
+
+def test_only_floating_matrices_and_no_graph() -> None:
+    w = torch.randn(8, 6)
+    for bad in (w.int(), w.to(torch.complex64)):
+        with pytest.raises(TensorError, match="floating dtype"):
+            restore_matrix(bad, bad, 2)
+    with pytest.raises(OptionError, match="int8 is not a floating"):
+        restore_matrix(w, w + 1, 2, dtype=torch.int8)
+    base, tuned = torch.nn.Parameter(w), torch.nn.Parameter(w + 0.1 * torch.randn(8, 6))
+    assert not restore_matrix(base, tuned, 2).weight.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_a_copy_is_the_base_itself(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(0)
+    base, tuned = (
+        torch.randn(50, 50, generator=g).to(dtype),
+        1000 * torch.randn(50, 50, generator=g).to(dtype),
+    )
+    base[0, 0] = -0.0
+    found = restore_matrix(base, tuned, 5, mode="copy").weight
+    assert torch.equal(found, base) and bool(found[0, 0].signbit())

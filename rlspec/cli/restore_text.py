@@ -100,6 +100,7 @@ def report_lines(report: RestoreReport) -> list[str]:
                 f"  {rows[0].dtype} cannot hold a change this small; --rounding stochastic keeps it on average, "
                 "--dtype float32 keeps it"
             )
+    lines += [f"{row.name}: {row.note}" for row in rows if row.note]
     if report.options["dtype"] == "float32":
         lines.append("restored matrices are float32; load with dtype=torch.float32, config.json is unchanged")
     if report.resumed:

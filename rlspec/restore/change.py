@@ -31,7 +31,7 @@ class Change:
 
     ``error`` estimates its Frobenius error. ``sine_rms`` is the root mean square of the sines of the principal
     angles between the tuned and the base's directions I, the larger of the two sides: the rotation that is undone.
-    ``method`` is "delta" or "exact".
+    ``method`` is "delta", "exact" or "none".
     """
 
     delta: Tensor
@@ -51,8 +51,7 @@ def restoring_change(
         mode: "values", "directions_and_values", or else directions.
         exact: decompose the tuned matrix in float64 whatever the update.
     """
-    numerical = base.k if base.note is not None else base.S.shape[0]
-    if not exact and stop <= min(numerical, max(1, int(_DEEPEST * base.S.shape[0]))):
+    if not exact and stop <= min(base.numerical_rank, max(1, int(_DEEPEST * base.S.shape[0]))):
         reference = ReferenceStack.of([replace(base, k=stop)])
         change = update(tuned.unsqueeze(0), reference.W)
         if float(change.delta_frobenius) <= _LARGEST_UPDATE * float(change.reference_frobenius):
@@ -120,6 +119,7 @@ def _split(factor: Tensor, side: Side, start: int, stop: int) -> tuple[Tensor, T
 def _by_decomposition(base: MatrixBasis, tuned: Tensor, start: int, stop: int, mode: str) -> Change:
     """From a float64 decomposition of the tuned matrix."""
     u, s, vh = full_svd(tuned.double())
+    largest = max(float(base.S.norm()), float(s.norm()))
     u, s, v = u[:, start:stop], s[start:stop], vh[start:stop].mT
     u_base, v_base = base.U[:, start:stop].double(), base.Vh[start:stop].double().mT
     values = base.S[start:stop]
@@ -132,6 +132,4 @@ def _by_decomposition(base: MatrixBasis, tuned: Tensor, start: int, stop: int, m
     sine_rms = max(float(x.norm()) for x in outside) / (stop - start) ** 0.5
     # LAPACK's backward error, and that of base factors kept in float32.
     eps = torch.finfo(base.U.dtype).eps + 16.0 * torch.finfo(torch.float64).eps
-    return Change(
-        delta, 4.0 * eps * float(base.S.norm()) * max(u.shape[0], v.shape[0]) ** 0.5, sine_rms, "exact"
-    )
+    return Change(delta, 4.0 * eps * largest * max(u.shape[0], v.shape[0]) ** 0.5, sine_rms, "exact")

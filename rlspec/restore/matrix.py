@@ -36,7 +36,7 @@ class RestoreResult:
     side, of the Frobenius error of the change before rounding. ``k`` counts the directions replaced; ``method`` is
     "delta", "exact" or "none" (no decomposition needed). ``rotation_sine_rms`` is the root mean square of the sines
     of the principal angles between the tuned and the base's replaced directions, the larger of the two sides; None
-    where nothing was decomposed.
+    where nothing was decomposed. ``note`` says what was left out, and why.
     """
 
     weight: Tensor
@@ -50,8 +50,10 @@ class RestoreResult:
     error_estimate: float
     method: str
     rotation_sine_rms: float | None = None
+    note: str | None = None
 
 
+@torch.no_grad()
 def restore_matrix(
     W_base: Tensor,
     W_tuned: Tensor,
@@ -77,6 +79,9 @@ def restore_matrix(
     * ``values``: the tuned directions with the base's values, W_t + U_t,I (S_b,I - S_t,I) V_t,Iᵀ.
     * ``copy``, ``interpolate``: W_t + strength (W_b - W_t): the base itself, or WiSE-FT's straight line to it.
 
+    Directions of the base that belong to no singular value above rounding are arbitrary: the tuned values are not put
+    on them, and ``note`` says so.
+
     Args:
         W_base, W_tuned: (m, n), floating dtypes, finite.
         rank: share or count of directions, see :class:`rlspec.spectra.Rank`.
@@ -91,10 +96,13 @@ def restore_matrix(
 
     Raises:
         OptionError: an unknown mode or rounding, a strength or band out of range.
-        TensorError: shapes differ or are not two-dimensional, NaN or infinity.
+        TensorError: shapes differ or are not two-dimensional, dtypes that are not floating, NaN or infinity.
     """
     _check(W_base, W_tuned, mode, band, strength, rounding)
     target = dtype if dtype is not None else W_tuned.dtype
+    if not target.is_floating_point:
+        raise OptionError(f"dtype {target} is not a floating one")
+    note = None
     if mode in ("copy", "interpolate"):
         k = min(W_tuned.shape)
         change = Change(difference(W_base, W_tuned), 0.0, 0.0, "none")
@@ -105,12 +113,21 @@ def restore_matrix(
             else matrix_basis("base", W_base, reference_factors(W_base), Rank.parse(rank))
         )
         start, stop = _indices(Rank.parse(rank).resolve(base.S), base.S.shape[0], mode, band)
+        numerical = base.numerical_rank
+        if stop > numerical and mode not in ("values", "directions_and_values"):
+            note = f"the base has numerical rank {numerical}: of [{start}, {stop}) only what is below that is restored"
+            start, stop = min(start, numerical), numerical
         k = stop - start
-        with torch.no_grad(), fast_matmul():
-            change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
+        if k == 0:
+            change = Change(torch.zeros_like(W_tuned, dtype=torch.float32), 0.0, 0.0, "none")
+        else:
+            with fast_matmul():
+                change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
     weight, sums = add_rounded(
         W_tuned, change.delta, strength, target, stochastic=rounding == "stochastic", generator=generator
     )
+    if mode == "copy" and strength == 1.0 and W_base.dtype == target:
+        weight = W_base.clone()  # to the bit and the sign of a zero
     return RestoreResult(
         weight=weight,
         mode=mode,
@@ -123,6 +140,7 @@ def restore_matrix(
         error_estimate=strength * change.error,
         method=change.method,
         rotation_sine_rms=None if change.method == "none" else change.sine_rms,
+        note=note,
     )
 
 
@@ -145,6 +163,9 @@ def _check(
         raise TensorError(
             f"restoring needs two matrices of one shape, found {tuple(base.shape)} and {tuple(tuned.shape)}"
         )
+    for tensor in (base, tuned):
+        if not tensor.is_floating_point():
+            raise TensorError(f"restoring needs matrices of a floating dtype, found {tensor.dtype}")
     if mode == "band" and band is None:
         raise OptionError('mode="band" needs band=(i, j)')
     if band is not None and mode in ("tail", "copy", "interpolate"):

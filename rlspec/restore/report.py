@@ -35,6 +35,8 @@ class Figures(Protocol):
     def rotation_sine_rms(self) -> float | None: ...
     @property
     def method(self) -> str: ...
+    @property
+    def note(self) -> str | None: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,7 @@ class MatrixReport:
     entries_changed: int
     rotation_sine_rms: float | None
     method: str
+    note: str | None = None
 
     @classmethod
     def of(
@@ -77,6 +80,7 @@ class MatrixReport:
             entries_changed=result.entries_changed,
             rotation_sine_rms=result.rotation_sine_rms,
             method=result.method,
+            note=result.note,
         )
 
 

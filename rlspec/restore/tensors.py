@@ -44,6 +44,7 @@ class Changes:
     error_estimate: float = 0.0
     rotation_sine_rms: float | None = None
     method: str = "none"
+    note: str | None = None
 
     @property
     def change_frobenius(self) -> float:
@@ -122,7 +123,7 @@ def restore_with(
     r = min(tuned.shape)
     arguments = options.arguments(r)
     assert arguments is not None  # plans leave such matrices out
-    result = restore_matrix(
+    return restore_matrix(
         basis.W,
         tuned,
         options.rank,
@@ -134,7 +135,6 @@ def restore_with(
         generator=generator(options.seed, label),
         **arguments,
     )
-    return replace(result, weight=basis.W.clone()) if _plain_copy(options, basis.W, dtype) else result
 
 
 def elementwise(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +37,15 @@ class MatrixBasis:
         return float(self.S.square().sum().sqrt())
 
     @property
+    def numerical_rank(self) -> int:
+        """Singular values that are more than rounding noise of the stored weight."""
+        if self.S.numel() == 0:
+            return 0
+        wide = self.U.dtype == torch.float64 and self.W.dtype == torch.float64
+        floor = self.S[0] * max(self.W.shape) * torch.finfo(torch.float64 if wide else torch.float32).eps
+        return int(self.S.gt(floor).sum())
+
+    @property
     def gap_at_cut_rel(self) -> float | None:
         """(sigma_k - sigma_{k+1}) / sigma_k; ``None`` where nothing is cut off or nothing is there."""
         if self.k == 0 or self.k >= self.S.shape[0]:
@@ -51,15 +60,9 @@ def matrix_basis(
     u, s, vh = factors
     s = s.double()
     wanted = rank.resolve(s)
-    # Rounding noise of the factorisation: below this a value is zero as far as the stored dtype can tell.
-    eps = torch.finfo(
-        u.dtype if u.dtype == torch.float64 and weight.dtype == torch.float64 else torch.float32
-    ).eps
-    numerical = int((s > s[0] * max(weight.shape) * eps).sum()) if float(s[0]) > 0.0 else 0
-    note = None
-    if numerical < wanted:
-        note = (
-            f"numerical rank {numerical} is below the requested {wanted}; "
-            f"the leading {numerical} are followed"
-        )
-    return MatrixBasis(name, weight, u, s, vh, min(wanted, numerical), note)
+    whole = MatrixBasis(name, weight, u, s, vh, wanted)
+    numerical = whole.numerical_rank
+    if numerical >= wanted:
+        return whole
+    note = f"numerical rank {numerical} is below the requested {wanted}; the leading {numerical} are followed"
+    return replace(whole, k=numerical, note=note)
