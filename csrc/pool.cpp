@@ -74,6 +74,10 @@ std::uint64_t Pool::high_water() {
 }
 
 void Pool::give_back(char* data, std::size_t size) {
+  if (process_ != ::getpid()) {
+    ::munmap(data, size);
+    return;
+  }
   {
     const Lock lock(mutex_);
     in_use_ -= size;

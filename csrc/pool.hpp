@@ -2,6 +2,8 @@
 // the next tensor together never pass it.
 #pragma once
 
+#include <unistd.h>
+
 #include <condition_variable>
 #include <cstddef>
 #include <cstdint>
@@ -49,7 +51,7 @@ class Buffer {
 
 class Pool : public std::enable_shared_from_this<Pool> {
  public:
-  explicit Pool(std::uint64_t bound, Pinning pinning = {}) : bound_(bound), pinning_(pinning) {}
+  explicit Pool(std::uint64_t bound, Pinning pinning = {}) : bound_(bound), pinning_(pinning), process_(::getpid()) {}
   ~Pool();
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
@@ -82,6 +84,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   const std::uint64_t bound_;
   const Pinning pinning_;
+  const pid_t process_;  // in a fork of it the lock may be held for ever
   std::mutex mutex_;
   std::condition_variable changed_;
   std::multimap<std::size_t, char*> kept_;  // by size; fresh pages cost more than used ones, pinning them more still

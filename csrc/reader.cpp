@@ -40,6 +40,7 @@ Reader::~Reader() { stop(); }
 void Reader::stop() {
   if (process_ != ::getpid()) {  // in a fork, where the threads do not exist and the lock may be held for ever
     for (std::thread& thread : threads_) thread.detach();
+    if (!threads_.empty()) new std::shared_ptr<Pool>(pool_);  // stays: what they wait for cannot be destroyed
     return;
   }
   {
@@ -54,6 +55,7 @@ void Reader::stop() {
 }
 
 bool Reader::next(std::chrono::milliseconds patience, Block& out) {
+  if (process_ != ::getpid()) throw Error(ErrorKind::kForked, "begin anew in this one");
   Pool::Lock lock = pool_->lock();
   Item& item = items_.at(delivered_);
   const auto stuck = [&] {

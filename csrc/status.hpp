@@ -30,6 +30,7 @@ enum class ErrorKind {
   kWriteFailed,
   kTensorTooLarge,
   kBuffersHeld,
+  kForked,
 };
 
 struct ErrorText {
@@ -39,7 +40,7 @@ struct ErrorText {
 };
 
 // In the order of the enumeration (checked below).
-inline constexpr std::array<ErrorText, 21> kErrorTexts{{
+inline constexpr std::array<ErrorText, 22> kErrorTexts{{
     {ErrorKind::kOpenFailed, "open_failed", "cannot be opened"},
     {ErrorKind::kReadFailed, "read_failed", "cannot be read"},
     {ErrorKind::kFileTooShort, "file_too_short", "too short for a safetensors file"},
@@ -61,6 +62,7 @@ inline constexpr std::array<ErrorText, 21> kErrorTexts{{
     {ErrorKind::kWriteFailed, "write_failed", "cannot be written"},
     {ErrorKind::kTensorTooLarge, "tensor_too_large", "a tensor does not fit the memory bound"},
     {ErrorKind::kBuffersHeld, "buffers_held", "tensors that are still held use up the memory bound"},
+    {ErrorKind::kForked, "forked", "reading was begun by the process that this one was forked from"},
 }};
 
 constexpr const ErrorText& error_text(ErrorKind kind) {
@@ -72,7 +74,7 @@ constexpr bool table_is_in_order() {
   for (std::size_t i = 0; i < kErrorTexts.size(); ++i) {
     if (kErrorTexts[i].kind != static_cast<ErrorKind>(i)) return false;
   }
-  return static_cast<std::size_t>(ErrorKind::kBuffersHeld) + 1 == kErrorTexts.size();
+  return static_cast<std::size_t>(ErrorKind::kForked) + 1 == kErrorTexts.size();
 }
 static_assert(table_is_in_order(), "kErrorTexts must list every ErrorKind, in order");
 }  // namespace detail

@@ -387,14 +387,29 @@ def test_consumers_on_other_threads(tmp_path: Path) -> None:
     assert good == [True] * 30
 
 
-def test_a_fork_while_reading_ends(tmp_path: Path) -> None:
+@pytest.mark.parametrize("how", ["close", "drop", "next"])
+def test_a_fork_while_reading_ends(how: str, tmp_path: Path) -> None:
+    """The child of a fork has none of the threads, and must not wait for them."""
     save_file(sizes(30), tmp_path / "model.safetensors")
-    stream = TensorStream(CheckpointIndex.open(tmp_path), memory_bytes=450_000)
-    next(stream)
+    stream: TensorStream | None = TensorStream(CheckpointIndex.open(tmp_path), memory_bytes=450_000)
+    assert stream is not None
+    held: list[torch.Tensor] = [next(stream).tensor]
+    time.sleep(0.1)  # the threads wait for room
     child = os.fork()
     if child == 0:
-        stream.close()
-        os._exit(7)
+        code = 7
+        if how == "close":
+            stream.close()
+        elif how == "drop":
+            held.clear()
+            stream = None
+        else:
+            try:
+                next(stream)
+                code = 8
+            except CheckpointError as error:
+                code = 7 if "begin anew" in str(error) else 9
+        os._exit(code)
     for _ in range(500):
         done, status = os.waitpid(child, os.WNOHANG)
         if done:
@@ -405,6 +420,33 @@ def test_a_fork_while_reading_ends(tmp_path: Path) -> None:
         os.waitpid(child, 0)
         pytest.fail("the child hung")
     assert os.waitstatus_to_exitcode(status) == 7
+    held.clear()
+    rest = 0
+    while next(stream, None) is not None:  # the parent goes on
+        rest += 1
+    assert rest == 29
+
+
+def test_threads_may_share_a_stream(tmp_path: Path) -> None:
+    names = [f"t{i:03}" for i in range(200)]
+    save_file(
+        {n: torch.full((50, 40), float(i)) for i, n in enumerate(names)}, tmp_path / "model.safetensors"
+    )
+    stream = TensorStream(CheckpointIndex.open(tmp_path), memory_bytes=1_000_000)
+    found: list[str] = []
+
+    def work() -> None:
+        for streamed in stream:
+            if bool((streamed.tensor == float(streamed.entry.name[1:])).all()):
+                found.append(streamed.entry.name)
+            del streamed
+
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(found) == names
 
 
 def test_bad_options(tmp_path: Path) -> None:

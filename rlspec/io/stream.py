@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -106,6 +107,7 @@ class TensorStream:
             _check_fits([entry], memory_bytes)
         self._entries = entries
         self._position = 0
+        self._one_at_a_time = threading.Lock()  # several threads may share the tensors of one stream
         files = {shard: number for number, shard in enumerate(dict.fromkeys(e.shard for e in entries))}
         copies = copies_to(device)
         self._queue: CopyQueue[TensorEntry] | None = None if copies is None else CopyQueue(copies)
@@ -126,6 +128,10 @@ class TensorStream:
         return self
 
     def __next__(self) -> Streamed:
+        with self._one_at_a_time:
+            return self._next()
+
+    def _next(self) -> Streamed:
         try:
             found = self._read() if self._queue is None else self._queue.next(self._read_ahead)
         except MemoryBoundError:
