@@ -136,7 +136,7 @@ def test_dry_run_writes_nothing(checkpoints: tuple[Path, Path], tmp_path: Path) 
         (("--modules", "q,nothing"), "it matches no matrix"),
         (("--layers", "7"), "no 7..7 here; the model has 2 layers, 0 to 1"),
         (("--memory-gib", "0.001"), "--memory-gib allows 0.0: raise it to"),
-        (("--memory-gib", "0"), "--memory-gib 0.0 must be above 0"),
+        (("--memory-gib", "0"), "--memory-gib 0.0 must be a number above 0"),
         (("--strength", "2"), "not in [0, 1]"),
         (("--dtype", "int8"), "unknown dtype 'int8'"),
     ],
@@ -183,6 +183,56 @@ def test_the_report_never_takes_the_place_of_an_input(tmp_path: Path) -> None:
         )
         assert result.exit_code == 2 and "inputs are never written" in result.stderr
     assert (one.read_bytes(), two.read_bytes()) == before and not (tmp_path / "out").exists()
+
+
+def test_a_base_under_other_prefixes(tmp_path: Path) -> None:
+    """A base saved without its head lacks the prefix that the tuned model's names have."""
+    g = torch.Generator().manual_seed(0)
+    names = [f"h.{i}.attn.{p}.weight" for i in range(2) for p in ("c_attn", "c_proj")]
+    base = {n: torch.randn(16, 48 if "c_attn" in n else 16, generator=g) for n in names}
+    tuned = {f"transformer.{n}": w + 0.01 * torch.randn(w.shape, generator=g) for n, w in base.items()}
+    for folder, tensors in (("bare", base), ("base", {f"transformer.{n}": w for n, w in base.items()})):
+        (tmp_path / folder).mkdir()
+        save_file(tensors, tmp_path / folder / "model.safetensors")
+    (tmp_path / "tuned").mkdir()
+    save_file(tuned, tmp_path / "tuned" / "model.safetensors")
+    outs = [tmp_path / f"out-{folder}" for folder in ("bare", "base")]
+    for folder, out in zip(("bare", "base"), outs):
+        result = invoke("--base", tmp_path / folder, "--tuned", tmp_path / "tuned", "--out", out)
+        assert result.exit_code == 0, result.stderr
+    assert bytes_of(outs[0]) == bytes_of(outs[1]) != bytes_of(tmp_path / "tuned")
+
+
+def test_unknown_names_are_listed(tmp_path: Path) -> None:
+    for name in ("base", "tuned"):
+        (tmp_path / name).mkdir()
+        tensors = {f"enc.block.{i}.{w}.weight": torch.randn(8, 8) for i in range(3) for w in ("wq", "wk")}
+        save_file(tensors | {"bias": torch.zeros(8)}, tmp_path / name / "model.safetensors")
+    result = invoke("--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--out", tmp_path / "out")
+    assert result.exit_code == 2
+    assert "not matched by name: 3 x enc.block.N.wk.weight, 3 x enc.block.N.wq.weight" in result.stderr
+
+
+def test_what_was_asked_for_and_left_is_told(tmp_path: Path) -> None:
+    """A vocabulary that grew."""
+    for name, rows in (("base", 20), ("tuned", 24)):
+        (tmp_path / name).mkdir()
+        tensors = {"model.layers.0.self_attn.q_proj.weight": torch.randn(8, 8)}
+        tensors["model.embed_tokens.weight"] = torch.randn(rows, 8)
+        save_file(tensors, tmp_path / name / "model.safetensors")
+    options = ("--base", tmp_path / "base", "--tuned", tmp_path / "tuned", "--modules", "embed,q")
+    result = invoke(*options, "--out", tmp_path / "out")
+    assert result.exit_code == 0
+    assert "left as it is: 1 x model.embed_tokens.weight: [24, 8] here, [20, 8] in the base" in result.stderr
+
+
+def test_outputs_and_bounds_that_look_odd(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    result = invoke(*arguments(checkpoints, tmp_path / "no" / ".." / "out"))
+    assert result.exit_code == 0 and (tmp_path / "out").is_dir()
+    for bound in ("nan", "inf", "-1"):
+        for more in ((), ("--dry-run",)):
+            result = invoke(*arguments(checkpoints, tmp_path / "other"), "--memory-gib", bound, *more)
+            assert result.exit_code == 2 and "must be a number above 0" in result.stderr
 
 
 def test_ctrl_c_says_how_to_go_on(

@@ -183,10 +183,18 @@ def test_hostile_prefixes(kind: str, content: bytes, tmp_path: Path) -> None:
     assert caught.value.kind == kind
 
 
+def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
+    """Where both are there, transformers loads ``model.safetensors``."""
+    save_file({"a": torch.zeros(2)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "x.safetensors")
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": "x.safetensors"}}')
+    assert CheckpointIndex.open(tmp_path).tensors["a"].shard.name == "model.safetensors"
+
+
 def test_every_kind_of_error_is_tested_here() -> None:
     by_files = {"open_failed", "file_too_short", "header_too_large", "header_truncated"}
     by_races = {"read_failed"}  # a disk error, or a file cut while it is read
-    elsewhere = {"write_failed", "tensor_too_large", "buffers_held"}  # not of headers
+    elsewhere = {"write_failed", "tensor_too_large", "buffers_held", "forked"}  # not of headers
     assert {kind for kind, *_ in HOSTILE} | by_files | by_races | elsewhere == set(_C.ERROR_KINDS)
 
 

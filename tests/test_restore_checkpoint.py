@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 
 import rlspec
 from rlspec.errors import CheckpointError, OptionError, ProjectionError, TensorError
-from rlspec.restore import checkpoint, tensors
+from rlspec.restore import RestoreOptions, checkpoint, tensors
 from rlspec.restore.tensors import aligned
 
 MODES: dict[str, tuple[dict[str, Any], Any]] = {
@@ -272,6 +272,20 @@ def test_row_blocks_of_any_size_give_the_same(
     rlspec.restore_checkpoint(*pairs, tmp_path / "cut", **options)
     assert len({count for _, count in cuts}) > 3 and max(first for first, _ in cuts) > 0
     assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
+
+
+def test_draws_do_not_hang_on_where_blocks_begin() -> None:
+    """Rows that tuning left alone are passed over block by block, and draw all the same."""
+    base = torch.randn(20, 30).bfloat16()
+    tuned = torch.cat([base[:11], base[11:] + 0.1])
+    options = RestoreOptions(mode="interpolate", strength=0.37, rounding="stochastic")
+
+    def run(rows: int) -> torch.Tensor:
+        blocks = [(i, base[i : i + rows], tuned[i : i + rows]) for i in range(0, 20, rows)]
+        found = tensors.restore_rows("w", blocks, torch.bfloat16, options, tensors.Changes(20))
+        return torch.cat([block for _, block in found])
+
+    assert all(torch.equal(run(20), run(rows)) for rows in (1, 3, 7, 11))
 
 
 def test_layers_and_regular_expressions_choose(llama: tuple[Path, Path], tmp_path: Path) -> None:

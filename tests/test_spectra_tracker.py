@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.spectra import SpectralBasis, SpectralTracker
@@ -195,3 +197,23 @@ def test_other_shapes_and_missing_tensors_are_named():
         tracker.measure({"other": torch.randn(8, 8)}, step=1)
     with pytest.raises(OptionError, match="exact"):
         SpectralTracker(basis, engine="nonsense")
+
+
+def test_tied_models_and_other_prefixes(tmp_path: Path) -> None:
+    """A basis of a model measures the checkpoint it saves, which has no head of its own; prefixes may differ."""
+    config = LlamaConfig(
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        vocab_size=40,
+        tie_word_embeddings=True,
+    )
+    model = LlamaForCausalLM(config)
+    basis = SpectralBasis.from_model(model, modules="all", rank=0.2)
+    assert not any("lm_head" in p.name for p in basis.projections)
+    model.save_pretrained(tmp_path / "tied")
+    saved = SpectralTracker(basis).measure(tmp_path / "tied", step=0)
+    assert [row["name"] for row in saved.rows] == [p.name for p in basis.projections]
+    inside = {f"language_model.{name}": w for name, w in model.state_dict().items()}
+    assert len(SpectralTracker(basis).measure(inside, step=0).rows) == len(saved.rows)

@@ -11,10 +11,11 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from rlspec.restore.estimate import check_memory, expected_seconds, plan_bytes
+from rlspec.restore.estimate import check_memory, expected_seconds, memory_bytes, plan_bytes
 from rlspec.restore.options import ELEMENTWISE
 from rlspec.restore.plan import Plan, Step
 from rlspec.restore.report import MatrixReport, RestoreReport
+from rlspec.restore.select import folded
 
 # From this share on, what rounding took away is worth a hint.
 _LOST = 0.1
@@ -53,7 +54,7 @@ class Bar:
 
 def plan_lines(plan: Plan, memory_gib: float) -> list[str]:
     """The table of --dry-run, its totals, and an estimate of the time."""
-    check_memory(plan, int(memory_gib * 2**30))
+    check_memory(plan, memory_bytes(memory_gib))
     rows: list[tuple[str, ...]] = [("tensor", "shape", "dtype", "action", "directions", "bytes", "why")]
     rows += [_plan_row(step, plan) for step in plan.steps.values()]
     lines = [*_table(rows), "", *_totals(plan)]
@@ -70,12 +71,16 @@ def unmatched_lines(plan: Plan) -> list[str]:
     """Matrices whose names no pattern knows, folded over their numbers; nothing where all are known."""
     if not plan.unmatched:
         return []
-
-    folded = Counter(re.sub(r"\d+", "N", name) for name in plan.unmatched)
     lines = [
         f"not matched by name: {len(plan.unmatched)} matrices (a regular expression for --modules chooses them)"
     ]
-    return lines + [f"  {count:>5} x {name}" for name, count in folded.items()]
+    return lines + [f"  {count:>5} x {name}" for name, count in folded(plan.unmatched).items()]
+
+
+def passed_over_lines(plan: Plan) -> list[str]:
+    """Matrices that were asked for and stay as they are all the same, and why."""
+    found = Counter((re.sub(r"\d+", "N", name), reason) for name, reason in plan.passed_over.items())
+    return [f"left as it is: {count} x {name}: {reason}" for (name, reason), count in found.items()]
 
 
 def report_lines(report: RestoreReport) -> list[str]:

@@ -72,10 +72,12 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Raises:
-        CheckpointError: it holds something else.
+        CheckpointError: it cannot be read, or holds something else.
     """
     try:
         content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}") from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):

@@ -54,10 +54,10 @@ class CheckpointIndex:
             return cls(path, _by_name(read_header(path)))
         if not path.is_dir():
             raise CheckpointError(f"{path}: no such checkpoint file or folder")
+        if (path / SINGLE_FILE).is_file():  # which transformers, too, takes before the index
+            return cls(path, _by_name(read_header(path / SINGLE_FILE)))
         if (path / INDEX_FILE).is_file():
             return cls(path, _read_shards(path))
-        if (path / SINGLE_FILE).is_file():
-            return cls(path, _by_name(read_header(path / SINGLE_FILE)))
         raise CheckpointError(_nothing_to_read(path))
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -262,6 +262,25 @@ def text_config(config: Config) -> Config:
     """The configuration of a model's text part, which multimodal models keep in a section of its own."""
     text = config.get("text_config")
     return {**config, **text} if isinstance(text, dict) else config
+
+
+def counterpart(name: str, names: Collection[str]) -> str | None:
+    """``name`` itself, or the only one of ``names`` that differs from it in nothing but its prefix; None where none does.
+
+    Checkpoints on disk, modules in memory and models without their head disagree about prefixes ("transformer.h.0…"
+    and "h.0…", "model.language_model…" and "language_model.model…").
+    """
+    if name in names:
+        return name
+    parts = name.split(".")
+    for start in range(len(parts) - 1):
+        rest = ".".join(parts[start:])
+        found = [n for n in names if (n == rest or n.endswith(f".{rest}")) and in_tower(n) == in_tower(name)]
+        if len(found) == 1:
+            return found[0]
+        if found or parts[start].isdigit():
+            break
+    return None
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from rlspec.errors import CheckpointError
 from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex
-from rlspec.io.projections import in_tower
+from rlspec.io.projections import counterpart
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -29,6 +29,7 @@ _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _EMBEDDING_FACTOR = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")
 _SAVED = re.compile(r"(.+)\.(?:modules_to_save(?:\.default)?|base_layer)\.(weight|bias)")
 _CONV1D = re.compile(r"(.*)(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
+_HEADS = ("lm_head.", "embed_out.")
 # Initialisations that subtract something from the base's weights, so that base + B A is not the tuned model.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -228,22 +229,15 @@ def _same_shape(
 
 
 def _place(path: str, stored: str, base: CheckpointIndex, index: CheckpointIndex) -> str:
-    """The base's name of a tensor that the adapter calls ``path``: the same, or one that differs in its prefix.
-
-    Checkpoints on disk and modules in memory disagree about prefixes ("transformer.h.0…" and "h.0…").
-    """
-    if path in base.tensors:
-        return path
-    parts = path.split(".")
-    for start in range(len(parts) - 1):
-        rest = ".".join(parts[start:])
-        found = [
-            n for n in base.tensors if (n == rest or n.endswith(f".{rest}")) and in_tower(n) == in_tower(path)
-        ]
-        if len(found) == 1:
-            return found[0]
-        if found or parts[start].isdigit():
-            break
+    """The base's name of a tensor that the adapter calls ``path``."""
+    found = counterpart(path, base.tensors)
+    if found is not None:
+        return found
+    if path.startswith(_HEADS):
+        raise CheckpointError(
+            f"{index.path}: {stored} trains a head that {base.path} does not store, since it is tied to the embedding; "
+            "merge the adapter with PEFT and give the merged folder"
+        )
     raise CheckpointError(
         f"{index.path}: {stored} belongs to no tensor of {base.path}: is that the adapter's base model?"
     )

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rlspec.errors import CheckpointError, OptionError, TensorError
-from rlspec.restore.estimate import check_memory, pool_bytes, streamed_by_rows
+from rlspec.errors import CheckpointError, TensorError
+from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, streamed_by_rows
 from rlspec.restore.matrix import Rounding
 from rlspec.restore.options import Dtype, RestoreOptions
 from rlspec.restore.plan import Plan, Step, plan_restore
@@ -36,8 +36,6 @@ from rlspec.spectra.rank import RankLike
 
 if TYPE_CHECKING:
     from rlspec.io.writer import CheckpointWriter
-
-GIB = 1 << 30
 
 
 def restore_checkpoint(
@@ -160,11 +158,10 @@ def run_plan(
     from rlspec.io.writer import CheckpointWriter
 
     began = time.perf_counter()
-    if not memory_gib > 0:
-        raise OptionError(f"--memory-gib {memory_gib} must be above 0")
-    memory = int(memory_gib * GIB)
+    memory = memory_bytes(memory_gib)
     check_memory(plan, memory)
-    journal = Journal(target.out.parent / f".{target.out.name}.rlspec-restored.jsonl")
+    out = Path(os.path.abspath(target.out))
+    journal = Journal(out.parent / f".{out.name}.rlspec-restored.jsonl")
     cache = Path(cache_dir) if cache_dir is not None else None
     writer = CheckpointWriter(
         target.out,
@@ -301,7 +298,7 @@ def fingerprint(plan: Plan) -> str:
         folder = index.path if index.path.is_dir() else index.path.parent
         shards = sorted({entry.shard for entry in index.tensors.values()})
         for path in (*shards, folder / "config.json", folder / "adapter_config.json"):
-            if path.exists():
+            if path.is_file():
                 digest.update(_identity(path, header_only=path in shards))
     return digest.hexdigest()
 

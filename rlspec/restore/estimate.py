@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from math import prod
@@ -47,6 +48,17 @@ def pool_bytes(plan: Plan, memory: int) -> int:
     """What the reader may hold: all that the largest computation leaves, up to four of the largest pairs."""
     work = max((working_bytes(step, plan) for step in _steps(plan)), default=0)
     return max(_smallest_pool(plan), min(memory - work, 2 * _smallest_pool(plan)))
+
+
+def memory_bytes(memory_gib: float) -> int:
+    """The bound in bytes.
+
+    Raises:
+        OptionError: not a number above 0.
+    """
+    if not (math.isfinite(memory_gib) and memory_gib > 0):
+        raise OptionError(f"--memory-gib {memory_gib} must be a number above 0")
+    return int(memory_gib * 2**30)
 
 
 def check_memory(plan: Plan, memory: int) -> None:

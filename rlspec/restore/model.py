@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlspec.errors import OptionError, TensorError
+from rlspec.io.projections import counterpart
 from rlspec.restore.matrix import Rounding
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.report import MatrixReport
@@ -79,10 +80,11 @@ def restore_(
 
 def _whole(tensors: dict[str, nn.Parameter], name: str) -> Tensor:
     """The parameter's own storage, which writing to changes the model."""
-    if name not in tensors:
+    found = counterpart(name, tensors)
+    if found is None:
         raise TensorError(f"{name}: no such parameter in the model; it is in the basis")
-    tensor = tensors[name].data
-    if hasattr(tensors[name], "full_tensor"):
+    tensor = tensors[found].data
+    if hasattr(tensors[found], "full_tensor"):
         raise TensorError(f"{name}: sharded over processes; restore the gathered model or its checkpoint")
     if tensor.is_meta:
         raise TensorError(f"{name}: on the meta device, it has no values")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -12,7 +12,7 @@ import torch
 
 from rlspec.errors import CheckpointError
 from rlspec.io.index import CheckpointIndex, TensorEntry
-from rlspec.io.projections import Projection, read_config
+from rlspec.io.projections import Projection, counterpart, read_config
 from rlspec.io.stream import in_file_order
 from rlspec.restore.adapter import Adapter, is_adapter
 from rlspec.restore.options import RestoreOptions
@@ -34,6 +34,10 @@ _QUANTISED = (
     ".weight_scale",
     ".weight_scale_inv",
 )
+
+_NOT_ADAPTED = "the adapter does not change it"
+_NO_STRENGTH = "strength 0 changes nothing"
+_AS_ASKED = (_NOT_ADAPTED, _NO_STRENGTH)
 
 
 @dataclass(frozen=True)
@@ -84,6 +88,7 @@ class Plan:
     options: RestoreOptions
     steps: dict[str, Step]
     unmatched: tuple[str, ...]
+    passed_over: dict[str, str]  #: tensors that were chosen and cannot be restored, and why
 
     @property
     def changed(self) -> dict[str, torch.dtype]:
@@ -108,15 +113,32 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
     base_index = CheckpointIndex.open(base)
     adapter = Adapter.open(tuned, base_index) if is_adapter(tuned) else None
     like = base_index if adapter is not None else CheckpointIndex.open(tuned)
+    base_index = _under_names_of(like, base_index)
     for index in {id(i): i for i in (base_index, like)}.values():
         _refuse_quantised(index)
     entries = in_file_order(like)
     shapes = {entry.name: tuple(entry.shape) for entry in entries}
     selection = select(shapes, options, read_config(like.path))
     steps = {entry.name: _step(entry, selection, options, base_index, like, adapter) for entry in entries}
-    plan = Plan(base_index, like, adapter, options, steps, selection.unmatched)
+    passed_over = {
+        name: steps[name].reason
+        for name in selection.chosen
+        if steps[name].action != "restore" and steps[name].reason not in _AS_ASKED
+    }
+    plan = Plan(base_index, like, adapter, options, steps, selection.unmatched, passed_over)
     _refuse_nothing(plan, selection)
     return plan
+
+
+def _under_names_of(like: CheckpointIndex, base: CheckpointIndex) -> CheckpointIndex:
+    """The base with its tensors also under the names that ``like`` has for them, where those differ in the prefix."""
+    found = {
+        name: base.tensors[there]
+        for name in like.tensors
+        if name not in base.tensors and (there := counterpart(name, base.tensors)) is not None
+    }
+    renamed = {name: replace(entry, name=name) for name, entry in found.items()}
+    return replace(base, tensors={**base.tensors, **renamed}) if renamed else base
 
 
 def _step(
@@ -133,7 +155,7 @@ def _step(
     if projections:
         reason = _unusable(entry, projections, base, like)
         if not reason and adapter is not None and not merged:
-            reason = "the adapter does not change it"
+            reason = _NOT_ADAPTED
     if not reason:
         kept, directions = [], []
         for projection in projections:
@@ -144,7 +166,7 @@ def _step(
         if not kept:
             reason = f"--part {options.part} lies past its directions"
         elif options.strength == 0 and not merged and options.dtype == "keep":
-            reason = "strength 0 changes nothing"
+            reason = _NO_STRENGTH
         else:
             return Step(entry, "restore", _result_dtype(entry, options), tuple(kept), tuple(directions))
     if merged:

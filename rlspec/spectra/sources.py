@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from rlspec.errors import TensorError
 from rlspec.io.fused import Config
-from rlspec.io.projections import Projection, check_finite, read_config, text_config
+from rlspec.io.projections import Projection, check_finite, counterpart, read_config, text_config
 
 WeightSource = nn.Module | Mapping[str, Tensor] | str | Path
 
@@ -78,12 +78,23 @@ class _TensorMapping:
         return self._config
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: tuple(t.shape) for name, t in self._tensors.items()}
+        """Tied tensors count once, under the first of their names, as in the checkpoint that would be saved."""
+        seen = set()
+        shapes = {}
+        for name, tensor in self._tensors.items():
+            if not (tensor.is_meta or hasattr(tensor, "full_tensor")):
+                memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+                if tensor.numel() > 0 and memory in seen:
+                    continue
+                seen.add(memory)
+            shapes[name] = tuple(tensor.shape)
+        return shapes
 
     def tensor(self, name: str) -> Tensor:
-        if name not in self._tensors:
+        found = counterpart(name, self._tensors)
+        if found is None:
             raise TensorError(f"{name}: no such tensor in the weights given")
-        return self._tensors[name].detach()
+        return self._tensors[found].detach()
 
 
 class _Checkpoint:
@@ -102,9 +113,10 @@ class _Checkpoint:
     def tensor(self, name: str) -> Tensor:
         from rlspec.io.stream import read_tensor
 
-        if name not in self._index.tensors:
+        found = counterpart(name, self._index.tensors)
+        if found is None:
             raise TensorError(f"{name}: no such tensor in the checkpoint")
-        return read_tensor(self._index, name)
+        return read_tensor(self._index, found)
 
 
 def _module_config(module: nn.Module) -> Config | None:
