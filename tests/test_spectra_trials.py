@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 
+import pytest
 import torch
 from spectra_toys import F64, errors, stacked
 
@@ -109,3 +110,43 @@ def test_the_exact_engine_knows_that_too() -> None:
         assert found.sines_left is not None
         error = (found.sines_left[0, 0].asin() - (math.pi / 2 - cosine.asin())).abs()
         assert 0 < float(error) <= float(found.angle_error_bound_rad) <= 1e-3
+
+
+@pytest.mark.parametrize(
+    ("update", "rank", "eps"), [("row", 96, 2e-6), ("mixed", 38, 4e-7), ("tail", 96, 3e-8)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_a_cut_inside_equal_values(update: str, rank: int, eps: float, dtype: torch.dtype) -> None:
+    """Whatever the update, it turns such vectors anywhere, and a first-order formula does not see how far."""
+    g = torch.Generator().manual_seed(0)
+    u, v = (torch.linalg.qr(torch.randn(192, 192, dtype=F64, generator=g)).Q for _ in range(2))
+    s = torch.ones(192, dtype=F64)
+    s[:64] = 2.0
+    weight = ((u * s) @ v.T).float()
+    u, _, vh = torch.linalg.svd(weight.double())
+    e = torch.outer(u[:, rank], vh[rank - 1]) if update == "mixed" else torch.outer(u[:, -1], vh[-1])
+    if update == "row":
+        e = torch.zeros(192, 192, dtype=F64)
+        e[7] = torch.randn(192, dtype=F64, generator=g)
+    tuned = (weight.double() + eps * weight.norm() / e.norm() * e).float().unsqueeze(0)
+    found = measure_delta(stacked([weight], rank, dtype), tuned)
+    sigma, angle, _ = errors(found, measure_exact(stacked([weight], rank), tuned))
+    assert bool((sigma <= found.sigma_error_bound).all())
+    assert bool((angle <= found.angle_error_bound_rad).all())
+
+
+@pytest.mark.parametrize("kind", ["scaled", "row"])
+def test_the_effective_rank_of_a_matrix_of_low_rank(kind: str) -> None:
+    """Its trailing values are rounding; what the energies leave for them is, too."""
+    g = torch.Generator().manual_seed(0)
+    base = (torch.randn(48, 6, generator=g) @ torch.randn(6, 48, generator=g)).float()
+    e = base.clone() if kind == "scaled" else torch.zeros(48, 48)
+    if kind == "row":
+        e[3] = torch.randn(48, generator=g)
+    tuned = (base + 1e-6 * base.norm() / e.norm() * e).unsqueeze(0)
+    found = measure_delta(stacked([base], 6), tuned)
+    p = torch.linalg.svdvals(tuned.double())
+    p = p / p.sum()
+    true = torch.special.entr(p).sum(-1).exp()
+    assert bool(((found.effective_rank - true).abs() <= found.effective_rank_error_bound).all())
+    assert float(found.effective_rank_error_bound) < 1e-3

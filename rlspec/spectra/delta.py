@@ -67,7 +67,7 @@ def _perturbative(reference: ReferenceStack, weight: Tensor, change: Update) -> 
 
 
 def _exactly(reference: ReferenceStack, weight: Tensor) -> Measurement:
-    note = "update too large for the delta form: measured by a full decomposition"
+    note = "no small rotation: measured by a full decomposition"
     return measure_exact(reference, weight).with_notes(note)
 
 
@@ -97,7 +97,8 @@ def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kep
         best_cosine=torch.where(column, torch.ones_like(best), best),
         delta_spectral=spectral_norm(change.delta),
         effective_rank=effective_rank(spectrum),
-        effective_rank_error_bound=effective_rank_bound(spectrum, change.delta_frobenius),
+        # Scaled and true trailing values both lie within ||E|| of the reference's.
+        effective_rank_error_bound=effective_rank_bound(spectrum, 2.0 * change.delta_frobenius),
         sigma_error_bound=torch.where(same, zero, bounds.sigma),
         angle_error_bound_rad=torch.where(same, zero, angle),
         engine=("delta",) * reference.S.shape[0],
@@ -114,14 +115,15 @@ def _best_cosine(side: Side, labels: Tensor, k: int) -> Tensor:
 
 
 def _whole_spectrum(reference: ReferenceStack, change: Update, sigma: Tensor) -> Tensor:
-    """(L, r) the measured leading values and the reference's trailing ones, scaled to the weight's exact
-    energy."""
+    """(L, r) the measured leading values and the reference's trailing ones, scaled to what the weight's energy leaves
+    for them, at most as far as the update's norm can move them (Mirsky)."""
     k = reference.k
     tail = reference.S[..., k:]
     left_over = (change.weight_frobenius.square() - sigma.square().sum(-1)).clamp_min(0.0)
     energy = tail.square().sum(-1)
     scale = torch.where(energy > 0, left_over / energy.clamp_min(1e-300), torch.ones_like(energy)).sqrt()
-    scale = torch.where(change.delta_frobenius == 0, torch.ones_like(scale), scale)
+    most = change.delta_frobenius / energy.sqrt().clamp_min(1e-300)
+    scale = torch.minimum(torch.maximum(scale, 1.0 - most), 1.0 + most)  # 1 where nothing changed
     return torch.cat([sigma, tail * scale.unsqueeze(-1)], dim=-1)
 
 

@@ -82,27 +82,30 @@ def _decompose(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _backward_error(reference: ReferenceStack, s: Tensor) -> Tensor:
-    """(L,) norm of the perturbation that both decompositions may contain: rounding of the arithmetic and
-    the factors.
+    """(L,) norm of the perturbation that both decompositions may contain.
 
     LAPACK's SVD is the exact one of a matrix within a small multiple of sqrt(max(m, n)) u of the given one; by way of
-    the Gram matrix that grows by σ_1/σ_k. Reference factors kept in float32 carry that rounding too.
+    the Gram matrix that grows by σ_1/σ_k.
     """
     m, n = reference.shape
     u = torch.finfo(torch.float64).eps
     factor = torch.full_like(s[..., 0], 8.0 * math.sqrt(max(m, n)) * u)
     if min(m, n) > SMALL:
         factor = factor * s[..., 0] / s[..., reference.k - 1]
-    if reference.U.dtype != torch.float64:
-        factor = factor + torch.finfo(torch.float32).eps
     return factor * torch.maximum(s[..., 0], reference.S[..., 0])
 
 
 def _angle_bound(backward: Tensor, reference: ReferenceStack, s: Tensor) -> Tensor:
-    """(L,) Wedin's bound: backward error over the gap at the cut, for both decompositions."""
+    """(L,) Wedin's bound: backward error over the gap at the cut, for both decompositions.
+
+    Reference vectors kept in float32 are off by that rounding besides, whatever the gap: its matrix is random, and its
+    spectral norm below one unit.
+    """
     k = reference.k
     m, n = reference.shape
     total = torch.zeros_like(backward)
+    if reference.U.dtype != torch.float64:
+        total = total + torch.finfo(torch.float32).eps
     for values in (reference.S, s):
         beyond = values[..., k] if k < min(m, n) else torch.zeros_like(backward)
         gap = (values[..., k - 1] - beyond).clamp_min(torch.finfo(torch.float64).tiny)

@@ -91,12 +91,14 @@ def effective_rank_bound(sigma: Tensor, error: Tensor) -> Tensor:
     (...)).
 
     With H the entropy and T = Σσ, dH/dσ_i = -(log p_i + H)/T, so the rank moves by at most
-    exp(H) * ||log p + H||_2 / T * error.
+    exp(H) * ||log p + H||_2 / T * error. Values that are smaller than their part of the error count as that.
     """
     total = sigma.sum(-1, keepdim=True)
     p = ratio(sigma, total.expand_as(sigma))
     entropy = torch.special.entr(p).sum(-1, keepdim=True)
-    slope = torch.where(p > 0, p.clamp_min(1e-300).log() + entropy, torch.zeros_like(p)).norm(dim=-1)
+    least = ratio(error, total.squeeze(-1)).unsqueeze(-1) / sigma.shape[-1]
+    part = torch.maximum(p, least)
+    slope = torch.where(part > 0, part.clamp_min(1e-300).log() + entropy, torch.zeros_like(p)).norm(dim=-1)
     return ratio(entropy.squeeze(-1).exp() * slope * error, total.squeeze(-1))
 
 

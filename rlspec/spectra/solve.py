@@ -14,7 +14,7 @@ from rlspec.spectra.measurement import ReferenceStack
 from rlspec.spectra.metrics import Update
 from rlspec.spectra.refine import refine
 from rlspec.spectra.subspace import Pair, diagonalise
-from rlspec.spectra.sylvester import first_order
+from rlspec.spectra.sylvester import FLOOR, first_order
 
 # Good enough for a spectrum of angles right to 1e-3 and values right to 1e-6, by the estimates of ``estimate``: what
 # first order leaves over is random, and most of the estimate shows in the spectrum; what a sweep leaves over is
@@ -59,8 +59,9 @@ def solve(reference: ReferenceStack, change: Update, *, subspace_tolerance: floa
     pair = diagonalise(left, right, core, grams)
     found = remaining_error(reference, delta, pair)
     settled = (found.spectrum <= _SPECTRUM) & (found.subspace <= subspace_tolerance) & (found.sigma <= _SIGMA)
-    settled |= change.delta_frobenius == 0
-    error, sigma, pending = found.subspace, found.sigma, (~settled).nonzero().flatten()
+    within_reach = _band_clears_the_cut(reference, pair.sigma.shape[-1])
+    settled = (settled & within_reach) | (change.delta_frobenius == 0)
+    error, sigma, pending = found.subspace, found.sigma, (~settled & within_reach).nonzero().flatten()
     for _ in range(_SWEEPS):
         if pending.numel() == 0:
             break
@@ -76,6 +77,19 @@ def solve(reference: ReferenceStack, change: Update, *, subspace_tolerance: floa
         pending = pending[~good & ~stalled]
     turned = torch.maximum(rotated(pair.left, reference.k), rotated(pair.right, reference.k))
     return Solution(pair, delta, block, settled, error, turned, sigma)
+
+
+def _band_clears_the_cut(reference: ReferenceStack, w: int) -> Tensor:
+    """(L,) whether the k-th value lies so far above what follows the guard band that its rotation is not damped.
+
+    Where it does not, as in a long run of equal values, neither the solve nor the estimates that rest on it know how
+    far the leading vectors turn.
+    """
+    s, k = reference.S, reference.k
+    if w >= s.shape[-1]:
+        return torch.ones_like(s[..., 0], dtype=torch.bool)
+    last, beyond = s[..., k - 1], s[..., w]
+    return (last - beyond) * (last + beyond) > FLOOR * last.square()
 
 
 def leading_columns(reference: ReferenceStack) -> int:

@@ -17,7 +17,7 @@ from rlspec.spectra.subspace import Side
 
 # Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would
 # turn into each other many times over, and a first-order formula has nothing to say about them.
-_FLOOR = 0.02
+FLOOR = 0.02
 
 
 def rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tupl
     """
     s2 = tail.to(left.dtype).unsqueeze(-1)
     s1 = leading.to(left.dtype).unsqueeze(-2)
-    denominator = torch.maximum((s1 - s2) * (s1 + s2), _FLOOR * s1.square())
+    denominator = torch.maximum((s1 - s2) * (s1 + s2), FLOOR * s1.square())
     return (s2 * left + s1 * right) / denominator, (s1 * left + s2 * right) / denominator
 
 
