@@ -141,8 +141,13 @@ def test_companions(tmp_path: Path) -> None:
     (repository / "blobs" / "jinja").write_text("{{ tools }}")
     (templates / "tool_use.jinja").symlink_to("../../../blobs/jinja")
     (snapshot / "elsewhere").symlink_to(tmp_path)  # a folder by a link: nobody's to copy
+    below = snapshot / "below"  # a model in a folder of the repository
+    below.mkdir()
+    (below / "model.safetensors").symlink_to("../../../blobs/single")
+    save_file({"a": torch.zeros(2)}, repository / "blobs" / "single")
+    assert list(CheckpointIndex.open(below).tensors) == ["a"]
     out = write(tmp_path / "out", CheckpointIndex.open(snapshot), {})
-    left = {*others, "pytorch_model.bin.index.json", ".cache", "checkpoint-5", "elsewhere"}
+    left = {*others, "pytorch_model.bin.index.json", ".cache", "checkpoint-5", "elsewhere", "below"}
     assert {p.name for p in out.iterdir()} == {p.name for p in snapshot.iterdir()} - left
     expected = {str(p.relative_to(out)) for p in out.rglob("*") if not p.is_dir()}
     assert {"tokenizer.json", "additional_chat_templates/tool_use.jinja"} < expected

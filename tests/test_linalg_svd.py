@@ -181,3 +181,8 @@ def test_rank_may_be_a_share() -> None:
     for rank in (0.0, 1.0, 1.5, True, 31):
         with pytest.raises(OptionError, match="rank must be"):
             rlspec.svd(a, rank)
+
+
+def test_a_fallback_of_all_matrices_says_exact() -> None:
+    found = rlspec.svd(torch.zeros(300, 300), 30, method="randomized")
+    assert found.method == "exact" and any("used exact" in note for note in found.notes)

@@ -77,3 +77,20 @@ def test_draws_depend_on_the_matrix_and_change_nothing_else() -> None:
     assert {k: v for k, v in with_nulls.items() if k not in nulls} == {
         k: v for k, v in without.items() if k not in nulls
     }
+
+
+@pytest.mark.parametrize("size", [1e-9, 1e-8])
+def test_random_updates_have_the_measured_norm_however_small(size: float) -> None:
+    """Float32 weights cannot hold such a draw; what it turns grows with its size all the same."""
+    reference = base()
+    generator = torch.Generator().manual_seed(1)
+    found = []
+    for scale in (size, 1e-4):
+        tuned = {
+            n: w.double() + scale * torch.randn(w.shape, generator=generator) for n, w in reference.items()
+        }
+        row = SpectralTracker(SpectralBasis.from_tensors(reference, modules="q")).measure(
+            tuned, step=0, null_draws=6
+        )
+        found.append(row.rows[0]["null_random_rad"] / scale)
+    assert found[0] == pytest.approx(found[1], rel=0.3)

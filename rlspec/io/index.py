@@ -134,9 +134,11 @@ def check_link(folder: Path, path: Path) -> None:
 
 def _cache_root(folder: Path) -> Path:
     """The folder itself; of a snapshot in Hugging Face's cache, the ``models--…`` that holds its blobs too."""
-    repository = folder.parent.parent
-    in_cache = folder.parent.name == "snapshots" and repository.name.startswith("models--")
-    return repository if in_cache else folder
+    for revision in (folder, *folder.parents):  # a model may lie in a folder of the repository
+        repository = revision.parent.parent
+        if revision.parent.name == "snapshots" and repository.name.startswith("models--"):
+            return repository
+    return folder
 
 
 def _nothing_to_read(folder: Path) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -169,6 +169,8 @@ def _solve(
             mine[failed] = theirs
         note = f"{method}: {len(failed)} of {len(a)} did not reach tol in {found.rounds} rounds, used exact for those"
         result = _with_note(result, note)
+        if len(failed) == len(a):
+            result = replace(result, method="exact")
     return result
 
 
@@ -282,4 +284,4 @@ def _nothing(A: Tensor, k: int, dtype: torch.dtype) -> SVDResult:
 
 
 def _with_note(result: SVDResult, note: str) -> SVDResult:
-    return SVDResult(**{**vars(result), "notes": (*result.notes, note)})
+    return replace(result, notes=(*result.notes, note))

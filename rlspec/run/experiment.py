@@ -137,6 +137,20 @@ def _interrupted_stage(config: TrackConfig, folder: RunFolder, finished: int) ->
     return []
 
 
+def _basis(config: TrackConfig, inputs: _Inputs, progress: Progress) -> SpectralBasis:
+    def report(done: int, total: int) -> None:
+        if done == 1:
+            progress.start("reference", 0, total)
+        progress.step(done)
+
+    try:
+        return SpectralBasis.from_model(
+            inputs.model, modules=config.modules, rank=config.rank, progress=report
+        )
+    finally:
+        progress.stop()
+
+
 def _run_stages(
     config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress, finished: int
 ) -> None:
@@ -144,7 +158,7 @@ def _run_stages(
     ppo = ppo_config(config)
     # The reference of every measurement is the model that the run started from, in a continued run as well.
     with clock.timed("tracking"):
-        basis = SpectralBasis.from_model(inputs.model, modules=config.modules, rank=config.rank)
+        basis = _basis(config, inputs, progress)
         tracker = SpectralTracker(basis, engine=config.engine)
     with clock.timed("kl"):
         probe = KLProbe(inputs.model, inputs.tokenizer, inputs.task, seed=config.seed)

@@ -64,6 +64,8 @@ def null_rotations(
         return None
     base = reference.W.float() if reference.W.dtype != torch.float64 else reference.W
     error = weight.to(torch.bfloat16).to(base.dtype) - weight.to(base.dtype)
+    # In float64 a sum with the weight keeps all of a draw, however small beside it.
+    base = base.double()
     rounded = rotation(engine(reference, base + error))
     norm = measured.update.delta_frobenius.to(base.dtype)
     turned = []
