@@ -42,6 +42,24 @@ def base(tmp_path: Path) -> Path:
     return tmp_path / "base"
 
 
+def test_an_adapters_own_tokenizer_goes_before_the_bases(base: Path, tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter", factors(Q0, 64, 64))
+    for name in ("tokenizer.json", "special_tokens_map.json", "generation_config.json"):
+        (base / name).write_text("base")
+    for name in ("chat_template.jinja", "README.md"):
+        (adapter / name).write_text("adapter")
+    rlspec.restore_checkpoint(base, adapter, tmp_path / "template", modules="q")
+    assert (tmp_path / "template" / "chat_template.jinja").read_text() == "adapter"
+    assert (tmp_path / "template" / "tokenizer.json").read_text() == "base"
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_text("adapter")
+    rlspec.restore_checkpoint(base, adapter, tmp_path / "whole", modules="q")
+    own = {p.name for p in (tmp_path / "whole").iterdir() if p.read_bytes() == b"adapter"}
+    assert own == {"chat_template.jinja", "tokenizer.json", "tokenizer_config.json"}
+    assert not (tmp_path / "whole" / "special_tokens_map.json").exists()  # of the other tokenizer
+    assert not (tmp_path / "whole" / "adapter_config.json").exists()
+
+
 @pytest.mark.parametrize("mode", ["directions", "copy", "interpolate"])
 def test_closed_form(mode: str, base: Path, tmp_path: Path) -> None:
     tensors = {**factors(Q0, 64, 64), **factors(MLP, 64, 96, r=2, seed=1)}

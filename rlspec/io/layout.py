@@ -33,6 +33,18 @@ _WEIGHTS = (
     ".ckpt",
     ".index.json",
 )
+# How the names of a tokenizer's files and of chat templates begin.
+_TOKENIZER = (
+    "tokenizer",
+    "special_tokens_map",
+    "added_tokens",
+    "chat_template",
+    "additional_chat_templates",
+    "vocab",
+    "merges",
+    "spiece",
+    "sentencepiece",
+)
 
 
 @dataclass(frozen=True)
@@ -159,28 +171,49 @@ def _tensor_bytes(like: CheckpointIndex, shards: list[ShardLayout]) -> dict[str,
     return sizes | {name: place.bytes for shard in shards for name, place in shard.changed.items()}
 
 
-def companions(like: CheckpointIndex) -> list[Path]:
+def companions(like: CheckpointIndex, tokenizer: Path | None = None) -> dict[Path, Path]:
     """The other files of the folder, to be copied: configuration, tokenizer, templates, licence; no other weights.
 
     Of the folders in it those come along that hold no weights, such as ``additional_chat_templates``; not the training
     states or other formats that some keep beside the model, and nothing hidden.
 
+    Args:
+        tokenizer: a folder whose tokenizer and chat templates take the place of the ones here. A whole tokenizer there
+            leaves none of the files of this one.
+
+    Returns:
+        Each file's place in the new folder, and the file.
+
     Raises:
-        CheckpointError: one is a symbolic link that leaves the folder.
+        CheckpointError: one is a symbolic link that leaves its folder.
     """
     if like.path.is_file():
-        return []
+        return {}
     shards = {entry.shard for entry in like.tensors.values()}
-    entries = [path for path in sorted(like.path.iterdir()) if path not in shards]
+    files = _files(like.path, shards)
+    if tokenizer is not None:
+        own = {place: path for place, path in _files(tokenizer, set()).items() if _is_tokenizer(place)}
+        if Path("tokenizer_config.json") in own:
+            files = {place: path for place, path in files.items() if not _is_tokenizer(place)}
+        files |= own
+    return files
+
+
+def _files(folder: Path, shards: set[Path]) -> dict[Path, Path]:
+    entries = [path for path in sorted(folder.iterdir()) if path not in shards]
     files = [p for p in entries if p.is_file() and not _is_weights(p)]
-    for folder in entries:
-        if folder.is_dir() and not folder.is_symlink() and not folder.name.startswith("."):
-            inside = [Path(root, name) for root, _, names in os.walk(folder) for name in sorted(names)]
+    for below in entries:
+        if below.is_dir() and not below.is_symlink() and not below.name.startswith("."):
+            inside = [Path(root, name) for root, _, names in os.walk(below) for name in sorted(names)]
             if not any(path in shards or _is_weights(path) for path in inside):
                 files += [p for p in inside if p.is_file()]
     for path in files:
-        check_link(like.path, path)
-    return files
+        check_link(folder, path)
+    return {path.relative_to(folder): path for path in files}
+
+
+def _is_tokenizer(place: Path) -> bool:
+    return place.parts[0].startswith(_TOKENIZER)
 
 
 def _is_weights(path: Path) -> bool:

@@ -42,6 +42,7 @@ class CheckpointWriter:
         fingerprint: identifies inputs and settings; what an interrupted run left is taken over only if it is equal.
         resume: take it over. Without, it is thrown away.
         overwrite: replace ``out`` where it exists, at the last moment.
+        tokenizer: a folder whose tokenizer and chat templates go before those of ``like``.
 
     Raises:
         CheckpointError: ``out`` exists, or cannot be written, or its disk has no room; or, resuming, another
@@ -57,10 +58,10 @@ class CheckpointWriter:
         fingerprint: str,
         resume: bool = False,
         overwrite: bool = False,
+        tokenizer: Path | None = None,
     ) -> None:
         layouts = lay_out(like, changed)
-        self._like = like
-        self._companions = companions(like)
+        self._companions = companions(like, tokenizer)
         self._index = index_content(like, layouts)
         self._staging = Staging(Path(out), fingerprint, resume=resume, overwrite=overwrite)
         finished = self._staging.finished
@@ -158,8 +159,8 @@ class CheckpointWriter:
         for future in list(self._copied):
             future.result()
         self._thread.shutdown()
-        for path in self._companions:
-            self._copy_companion(path)
+        for place, path in self._companions.items():
+            self._copy_companion(path, self._staging.checkpoint / place)
         if self._index is not None:
             write_file(self._staging.checkpoint / INDEX_FILE, self._index)
         try:
@@ -170,8 +171,8 @@ class CheckpointWriter:
         self._committed = True
         return out
 
-    def _copy_companion(self, path: Path) -> None:
-        target = self._staging.checkpoint / path.relative_to(self._like.path)
+    @staticmethod
+    def _copy_companion(path: Path, target: Path) -> None:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             _copy_file(path, target)

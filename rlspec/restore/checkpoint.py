@@ -170,6 +170,7 @@ def run_plan(
         fingerprint=fingerprint(plan),
         resume=target.resume,
         overwrite=target.overwrite,
+        tokenizer=plan.adapter.index.path.parent if plan.adapter is not None else None,
     )
     with closing(writer):
         pending = [plan.steps[name] for name in writer.pending]
