@@ -74,7 +74,7 @@ std::uint64_t Pool::high_water() {
 }
 
 void Pool::give_back(char* data, std::size_t size) {
-  if (process_ != ::getpid()) {
+  if (forked()) {
     ::munmap(data, size);
     return;
   }

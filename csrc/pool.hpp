@@ -71,6 +71,10 @@ class Pool : public std::enable_shared_from_this<Pool> {
   // Give memory that nobody uses back to the system, now and from now on.
   void stop_keeping();
 
+  // Whether this is a fork of the process that made the pool: other threads do not exist here, and one of them may have
+  // held the lock, which is then held for ever.
+  bool forked() const noexcept { return process_ != ::getpid(); }
+
   std::uint64_t bound() const noexcept { return bound_; }
   std::uint64_t in_use();
   std::uint64_t high_water();  // the most bytes, in use and kept, there ever were
@@ -84,7 +88,7 @@ class Pool : public std::enable_shared_from_this<Pool> {
 
   const std::uint64_t bound_;
   const Pinning pinning_;
-  const pid_t process_;  // in a fork of it the lock may be held for ever
+  const pid_t process_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::multimap<std::size_t, char*> kept_;  // by size; fresh pages cost more than used ones, pinning them more still

@@ -1,7 +1,5 @@
 #include "reader.hpp"
 
-#include <unistd.h>
-
 #include <algorithm>
 #include <utility>
 
@@ -16,7 +14,7 @@ std::uint64_t pool_bytes(const Request& request) {
 
 Reader::Reader(std::vector<std::string> paths, const std::vector<Request>& requests, std::shared_ptr<Pool> pool,
                int workers, Io io)
-    : paths_(std::move(paths)), io_(io), pool_(std::move(pool)), sources_(paths_.size()), process_(::getpid()) {
+    : paths_(std::move(paths)), io_(io), pool_(std::move(pool)), sources_(paths_.size()) {
   items_.reserve(requests.size());
   for (const Request& request : requests) {
     if (pool_bytes(request) > pool_->bound()) {
@@ -38,7 +36,7 @@ Reader::Reader(std::vector<std::string> paths, const std::vector<Request>& reque
 Reader::~Reader() { stop(); }
 
 void Reader::stop() {
-  if (process_ != ::getpid()) {  // in a fork, where the threads do not exist and the lock may be held for ever
+  if (pool_->forked()) {
     for (std::thread& thread : threads_) thread.detach();
     if (!threads_.empty()) new std::shared_ptr<Pool>(pool_);  // stays: what they wait for cannot be destroyed
     return;
@@ -55,7 +53,7 @@ void Reader::stop() {
 }
 
 bool Reader::next(std::chrono::milliseconds patience, Block& out) {
-  if (process_ != ::getpid()) throw Error(ErrorKind::kForked, "begin anew in this one");
+  if (pool_->forked()) throw Error(ErrorKind::kForked, "begin anew in this one");
   Pool::Lock lock = pool_->lock();
   Item& item = items_.at(delivered_);
   const auto stuck = [&] {

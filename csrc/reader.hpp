@@ -93,7 +93,6 @@ class Reader {
   std::size_t taken_ = 0;  // requests before this one have no chunk left to take
   std::uint64_t ahead_ = 0;
   bool stopping_ = false;
-  const int process_;
   std::vector<std::thread> threads_;
 };
 

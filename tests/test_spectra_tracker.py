@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from restore_toys import save_model
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.spectra import SpectralBasis, SpectralTracker
@@ -201,18 +201,9 @@ def test_other_shapes_and_missing_tensors_are_named():
 
 def test_tied_models_and_other_prefixes(tmp_path: Path) -> None:
     """A basis of a model measures the checkpoint it saves, which has no head of its own; prefixes may differ."""
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        vocab_size=40,
-        tie_word_embeddings=True,
-    )
-    model = LlamaForCausalLM(config)
+    model = save_model(tmp_path / "tied", "tied llama")
     basis = SpectralBasis.from_model(model, modules="all", rank=0.2)
     assert not any("lm_head" in p.name for p in basis.projections)
-    model.save_pretrained(tmp_path / "tied")
     saved = SpectralTracker(basis).measure(tmp_path / "tied", step=0)
     assert [row["name"] for row in saved.rows] == [p.name for p in basis.projections]
     inside = {f"language_model.{name}": w for name, w in model.state_dict().items()}

@@ -138,9 +138,9 @@ def _check_report_file(path: Path | None, base: Path, tuned: Path, out: Path) ->
         return
     place = path.resolve()
     for source in (base, tuned):
-        if source.resolve() in (place, *place.parents):
+        if place.is_relative_to(source.resolve()):
             raise CheckpointError(f"--report {path} is or lies in {source}; inputs are never written")
-    if out.resolve() in (place, *place.parents):
+    if place.is_relative_to(out.resolve()):
         raise CheckpointError(f"--report {path} is or lies in --out {out}; choose a place beside it")
     if path.is_dir():
         raise CheckpointError(f"--report {path} is a folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import statistics
 import sys
 from collections import Counter
@@ -15,7 +14,7 @@ from rlspec.restore.estimate import check_memory, expected_seconds, memory_bytes
 from rlspec.restore.options import ELEMENTWISE
 from rlspec.restore.plan import Plan, Step
 from rlspec.restore.report import MatrixReport, RestoreReport
-from rlspec.restore.select import folded
+from rlspec.restore.select import without_numbers
 
 # From this share on, what rounding took away is worth a hint.
 _LOST = 0.1
@@ -74,12 +73,13 @@ def unmatched_lines(plan: Plan) -> list[str]:
     lines = [
         f"not matched by name: {len(plan.unmatched)} matrices (a regular expression for --modules chooses them)"
     ]
-    return lines + [f"  {count:>5} x {name}" for name, count in folded(plan.unmatched).items()]
+    kinds = Counter(map(without_numbers, plan.unmatched))
+    return lines + [f"  {count:>5} x {name}" for name, count in kinds.items()]
 
 
 def passed_over_lines(plan: Plan) -> list[str]:
     """Matrices that were asked for and stay as they are all the same, and why."""
-    found = Counter((re.sub(r"\d+", "N", name), reason) for name, reason in plan.passed_over.items())
+    found = Counter((without_numbers(name), reason) for name, reason in plan.passed_over.items())
     return [f"left as it is: {count} x {name}: {reason}" for (name, reason), count in found.items()]
 
 

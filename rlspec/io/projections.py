@@ -202,6 +202,12 @@ def modules_in(name: str, shape: Shape) -> tuple[str, ...]:
     return next((modules for pattern, modules in _FUSED.items() if re.fullmatch(pattern, stem)), ())
 
 
+def conv1d_layer(name: str) -> str | None:
+    """The prefix of the layer of a matrix that GPT-2 and its kin name as they do their ``Conv1D``; None for others."""
+    stem = name.removesuffix(".weight")
+    return next((stem.removesuffix(ending) for ending in _CONV1D_ENDINGS if stem.endswith(ending)), None)
+
+
 def projections_of(
     name: str, shapes: Mapping[str, Shape], config: Config | None = None, wanted: Iterable[str] = MODULES
 ) -> list[Projection]:
@@ -220,7 +226,7 @@ def projections_of(
             f"{name}: experts fused into one tensor {shape} are not supported; ask for other modules than mlp"
         )
     stem = name.removesuffix(".weight")
-    transposed = any(stem.endswith(ending) for ending in _CONV1D_ENDINGS)
+    transposed = conv1d_layer(name) is not None
     parts = _parts(name, stem, shape, shapes, config)
     if parts is None:
         return [Projection(name, name, modules.pop(), layer, transposed=transposed)]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
-from rlspec.io.files import sync_folder, write_error
+from rlspec.io.files import read_error, sync_folder, write_error
 from rlspec.io.index import INDEX_FILE, CheckpointIndex
 from rlspec.io.layout import Place, ShardLayout, companions, index_content, lay_out
 from rlspec.io.staging import Staging, write_file
@@ -160,25 +160,18 @@ class CheckpointWriter:
             future.result()
         self._thread.shutdown()
         for place, path in self._companions.items():
-            self._copy_companion(path, self._staging.checkpoint / place)
+            _copy_companion(path, self._staging.checkpoint / place)
         if self._index is not None:
             write_file(self._staging.checkpoint / INDEX_FILE, self._index)
         try:
+            for folder in {(self._staging.checkpoint / place).parent for place in self._companions}:
+                sync_folder(folder)
             sync_folder(self._staging.checkpoint)
         except OSError as error:
             raise write_error(self._staging.checkpoint, error) from None
         out = self._staging.publish()
         self._committed = True
         return out
-
-    @staticmethod
-    def _copy_companion(path: Path, target: Path) -> None:
-        try:
-            target.parent.mkdir(parents=True, exist_ok=True)
-            _copy_file(path, target)
-            sync_folder(target.parent)
-        except OSError as error:
-            raise write_error(target, error) from None
 
     def close(self) -> None:
         """Stop. What is complete stays for a resumed run unless it was committed. May be called twice."""
@@ -308,12 +301,20 @@ class _Shard:
         return CheckpointError(f"{path}: {error}")
 
 
+def _copy_companion(source: Path, target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(target, error) from None
+    _copy_file(source, target)
+
+
 def _copy_file(source: Path, target: Path) -> None:
     """Copy a small file with its permissions; regular also where the source is a link."""
     try:
         status = source.stat()
     except OSError as error:
-        raise CheckpointError(f"{source}: cannot be read: {error.strerror or error}") from None
+        raise read_error(source, error) from None
     mode = stat.S_IMODE(status.st_mode)
     try:
         file = _C.OutputFile(os.fsencode(target))

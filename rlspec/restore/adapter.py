@@ -20,7 +20,7 @@ from torch import Tensor
 from rlspec.errors import CheckpointError
 from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex
-from rlspec.io.projections import counterpart
+from rlspec.io.projections import conv1d_layer, counterpart, modules_in
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -28,8 +28,6 @@ _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _EMBEDDING_FACTOR = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")
 _SAVED = re.compile(r"(.+)\.(?:modules_to_save(?:\.default)?|base_layer)\.(weight|bias)")
-_CONV1D = re.compile(r"(.*)(?:attn\.c_attn|attn\.c_proj|mlp\.c_fc|mlp\.c_proj)\.weight")
-_HEADS = ("lm_head.", "embed_out.")
 # Initialisations that subtract something from the base's weights, so that base + B A is not the tuned model.
 _CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
@@ -199,8 +197,7 @@ def _stored_transposed(
     shape = tuple(base.tensors[name].shape)
     if update[0] != update[1]:
         return shape == update[::-1]
-    match = _CONV1D.fullmatch(name)
-    wider = base.tensors.get(f"{match[1]}mlp.c_fc.weight") if match else None
+    wider = base.tensors.get(f"{conv1d_layer(name)}mlp.c_fc.weight")
     if wider is not None and len(wider.shape) == 2:
         return wider.shape[0] < wider.shape[1]
     return bool(config.get("fan_in_fan_out"))
@@ -233,7 +230,7 @@ def _place(path: str, stored: str, base: CheckpointIndex, index: CheckpointIndex
     found = counterpart(path, base.tensors)
     if found is not None:
         return found
-    if path.startswith(_HEADS):
+    if "lm_head" in modules_in(path, ()):
         raise CheckpointError(
             f"{index.path}: {stored} trains a head that {base.path} does not store, since it is tied to the embedding; "
             "merge the adapter with PEFT and give the merged folder"

@@ -15,7 +15,7 @@ from rlspec.spectra.factor import full_svd
 from rlspec.spectra.matrix import MatrixBasis
 from rlspec.spectra.measurement import ReferenceStack
 from rlspec.spectra.metrics import Update, frobenius, update
-from rlspec.spectra.solve import solve
+from rlspec.spectra.solve import is_perturbation, solve
 from rlspec.spectra.subspace import Side
 
 # Beyond this share of the base's norm, or of its directions, the tuned matrix is decomposed afresh.
@@ -54,7 +54,7 @@ def restoring_change(
     if not exact and stop <= min(base.numerical_rank, max(1, int(_DEEPEST * base.S.shape[0]))):
         reference = ReferenceStack.of([replace(base, k=stop)])
         change = update(tuned.unsqueeze(0), reference.W)
-        if float(change.delta_frobenius) <= _LARGEST_UPDATE * float(change.reference_frobenius):
+        if bool(is_perturbation(reference, change, _LARGEST_UPDATE)):
             found = _by_perturbation(reference, change, start, stop, mode)
             if found is not None:
                 return found

@@ -126,8 +126,8 @@ def restore_matrix(
     weight, sums = add_rounded(
         W_tuned, change.delta, strength, target, stochastic=rounding == "stochastic", generator=generator
     )
-    if mode == "copy" and strength == 1.0 and W_base.dtype == target:
-        weight = W_base.clone()  # to the bit and the sign of a zero
+    if is_plain_copy(mode, strength, W_base.dtype, target):
+        weight = W_base.clone()
     return RestoreResult(
         weight=weight,
         mode=mode,
@@ -142,6 +142,11 @@ def restore_matrix(
         rotation_sine_rms=None if change.method == "none" else change.sine_rms,
         note=note,
     )
+
+
+def is_plain_copy(mode: str, strength: float, base: torch.dtype, target: torch.dtype) -> bool:
+    """Whether the result is the base itself, to the bit and the sign of a zero."""
+    return mode == "copy" and strength == 1.0 and base == target
 
 
 def difference(base: Tensor, tuned: Tensor) -> Tensor:

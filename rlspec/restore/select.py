@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from rlspec.errors import OptionError, ProjectionError
@@ -105,16 +105,18 @@ def _check_found(shapes: Mapping[str, Shape], modules: tuple[str, ...], config: 
         find_projections(shapes, modules, config)
     except ProjectionError as error:
         unknown = [n for n, s in shapes.items() if len(s) >= 2 and not in_tower(n) and not modules_in(n, s)]
-        kinds = [f"{count} x {name}" for name, count in folded(unknown).most_common(_KINDS)]
+        kinds = [
+            f"{count} x {name}" for name, count in Counter(map(without_numbers, unknown)).most_common(_KINDS)
+        ]
         table = f"; not matched by name: {', '.join(kinds)}" if kinds else ""
         raise ProjectionError(
             f"{error}; --modules also takes a regular expression for tensor names{table}"
         ) from None
 
 
-def folded(names: Iterable[str]) -> Counter[str]:
-    """Names with their numbers taken out, and how many there are of each."""
-    return Counter(re.sub(r"\d+", "N", name) for name in names)
+def without_numbers(name: str) -> str:
+    """What a name has in common with those of other layers."""
+    return re.sub(r"\d+", "N", name)
 
 
 def _by_pattern(

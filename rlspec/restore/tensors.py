@@ -13,7 +13,7 @@ from torch import Tensor
 from rlspec.errors import TensorError
 from rlspec.io.projections import check_finite
 from rlspec.linalg.exact import exact_svd
-from rlspec.restore.matrix import RestoreResult, difference, restore_matrix
+from rlspec.restore.matrix import RestoreResult, difference, is_plain_copy, restore_matrix
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import Step
 from rlspec.restore.report import MatrixReport
@@ -180,7 +180,7 @@ def restore_rows(
     """
     draw, stochastic = generator(options.seed, label), options.rounding == "stochastic"
     for first, base, tuned in _small(blocks):
-        copied = _plain_copy(options, base, dtype)
+        copied = is_plain_copy(options.restore_mode, options.strength, base.dtype, dtype)
         if base.dtype == tuned.dtype == dtype and torch.equal(base, tuned):
             changes.sums.add(ChangeSums(tuned_sq=float(tuned.double().square().sum())))
             if stochastic:  # what follows draws the same, wherever blocks begin
@@ -234,11 +234,6 @@ def _check_sides(label: str, base: Tensor, tuned: Tensor) -> None:
 def _nothing_to_do(base: Tensor, tuned: Tensor, options: RestoreOptions) -> bool:
     """Whether a matrix stays as it is whatever its directions: so asked, or tuning left it alone."""
     return options.strength == 0.0 or (base.dtype == tuned.dtype and torch.equal(base, tuned))
-
-
-def _plain_copy(options: RestoreOptions, base: Tensor, dtype: torch.dtype) -> bool:
-    """Whether the result is the base itself, to the bit and the sign of a zero."""
-    return options.restore_mode == "copy" and options.strength == 1.0 and base.dtype == dtype
 
 
 def _small(blocks: Iterable[Block]) -> Iterator[Block]:

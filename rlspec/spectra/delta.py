@@ -21,7 +21,7 @@ from rlspec.spectra.bounds import probe_bounds
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement, ReferenceStack, combine
 from rlspec.spectra.metrics import Update, arcsine_rounding, effective_rank, effective_rank_bound, update
-from rlspec.spectra.solve import Solution, solve
+from rlspec.spectra.solve import Solution, is_perturbation, solve
 from rlspec.spectra.subspace import Side, sines
 
 # Past this share of the reference's norm an update is no perturbation, and refinement costs more than it
@@ -40,12 +40,12 @@ def measure_delta(reference: ReferenceStack, weight: Tensor) -> Measurement:
         A :class:`Measurement` that agrees with ``measure_exact`` within the bounds it carries.
     """
     change = update(weight, reference.W)
-    large = change.delta_frobenius > _LARGEST_UPDATE * change.reference_frobenius
-    if not bool(large.any()):
+    close = is_perturbation(reference, change, _LARGEST_UPDATE)
+    if bool(close.all()):
         return _perturbative(reference, weight, change)
-    if bool(large.all()):
+    if not bool(close.any()):
         return _exactly(reference, weight)
-    near, far = (~large).nonzero().flatten(), large.nonzero().flatten()
+    near, far = close.nonzero().flatten(), (~close).nonzero().flatten()
     parts = [
         (near, _perturbative(reference.select(near), weight[near], change.select(near))),
         (far, _exactly(reference.select(far), weight[far])),

@@ -62,12 +62,10 @@ def null_rotations(
     own = rotation(measured)
     if own is None:
         return None
-    base = reference.W.float() if reference.W.dtype != torch.float64 else reference.W
-    error = weight.to(torch.bfloat16).to(base.dtype) - weight.to(base.dtype)
-    # In float64 a sum with the weight keeps all of a draw, however small beside it.
-    base = base.double()
+    base = reference.W.double()  # whose sum with a draw keeps all of it, however small
+    error = weight.to(torch.bfloat16).double() - weight.double()
     rounded = rotation(engine(reference, base + error))
-    norm = measured.update.delta_frobenius.to(base.dtype)
+    norm = measured.update.delta_frobenius
     turned = []
     for draw in range(draws):
         noise = torch.stack([_noise(f"{seed}/{name}/{draw}", base[0]) for name in reference.names])

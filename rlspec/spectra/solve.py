@@ -48,7 +48,7 @@ class Solution:
 
 
 def solve(reference: ReferenceStack, change: Update, *, subspace_tolerance: float = 1.0) -> Solution:
-    """The leading subspaces of W_ref + E.
+    """The leading subspaces of W_ref + E, where :func:`is_perturbation`.
 
     Args:
         subspace_tolerance: error of the subspaces to reach, as a share of their rotation, Frobenius norms. Angles
@@ -59,9 +59,8 @@ def solve(reference: ReferenceStack, change: Update, *, subspace_tolerance: floa
     pair = diagonalise(left, right, core, grams)
     found = remaining_error(reference, delta, pair)
     settled = (found.spectrum <= _SPECTRUM) & (found.subspace <= subspace_tolerance) & (found.sigma <= _SIGMA)
-    within_reach = _band_clears_the_cut(reference, pair.sigma.shape[-1])
-    settled = (settled & within_reach) | (change.delta_frobenius == 0)
-    error, sigma, pending = found.subspace, found.sigma, (~settled & within_reach).nonzero().flatten()
+    settled |= change.delta_frobenius == 0
+    error, sigma, pending = found.subspace, found.sigma, (~settled).nonzero().flatten()
     for _ in range(_SWEEPS):
         if pending.numel() == 0:
             break
@@ -79,17 +78,20 @@ def solve(reference: ReferenceStack, change: Update, *, subspace_tolerance: floa
     return Solution(pair, delta, block, settled, error, turned, sigma)
 
 
-def _band_clears_the_cut(reference: ReferenceStack, w: int) -> Tensor:
-    """(L,) whether the k-th value lies so far above what follows the guard band that its rotation is not damped.
+def is_perturbation(reference: ReferenceStack, change: Update, largest: float) -> Tensor:
+    """(L,) whether an update is one that :func:`solve` may be asked about, which it does not look at itself.
 
-    Where it does not, as in a long run of equal values, neither the solve nor the estimates that rest on it know how
-    far the leading vectors turn.
+    The update must be no larger than ``largest`` of the reference, Frobenius norms. And the k-th value must lie so far
+    above what follows the guard band that its rotation is not damped: otherwise, as in a long run of equal values,
+    neither the solve nor the estimates that rest on it know how far the leading vectors turn.
     """
-    s, k = reference.S, reference.k
+    small = change.delta_frobenius <= largest * change.reference_frobenius
+    s, k, w = reference.S, reference.k, leading_columns(reference)
     if w >= s.shape[-1]:
-        return torch.ones_like(s[..., 0], dtype=torch.bool)
+        return small
     last, beyond = s[..., k - 1], s[..., w]
-    return (last - beyond) * (last + beyond) > FLOOR * last.square()
+    clear = (last - beyond) * (last + beyond) > FLOOR * last.square()
+    return small & (clear | (change.delta_frobenius == 0))
 
 
 def leading_columns(reference: ReferenceStack) -> int:
