@@ -40,10 +40,10 @@ from safetensors.torch import save_file
 from shapes import spectrum
 from torch import Tensor
 
+from rlspec.perturb.matrix import matrix_basis
 from rlspec.restore import restore_matrix
 from rlspec.spectra import Rank
 from rlspec.spectra.cache import cached_factors
-from rlspec.spectra.matrix import matrix_basis
 
 HIDDEN, KEY_VALUE, INNER, VOCABULARY = 3584, 512, 18944, 152064
 SHARD_BYTES = 2 << 30

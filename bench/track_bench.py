@@ -29,8 +29,7 @@ from shapes import SHAPES, Shape, matrix, real_weight
 from torch import Tensor
 
 from rlspec import SpectralBasis, SpectralTracker
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.solve import leading_columns
+from rlspec.perturb.reference import Reference
 
 Weights = dict[str, Tensor]
 
@@ -150,7 +149,7 @@ def flops(basis: SpectralBasis) -> float:
     for projection in basis.projections:
         matrix_basis = basis.matrix(projection.name)
         (m, n), k, r = matrix_basis.shape, matrix_basis.k, len(matrix_basis.S)
-        w = leading_columns(ReferenceStack.of([matrix_basis]))
+        w = Reference.of([matrix_basis]).width
         p = r - w
         total += 4.0 * m * n * w + 2.0 * m * w * w + 2.0 * p * (m + n) * w + 8.0 * p * w * w
         total += 4.0 * abs(m - n) * r * w + 4.0 * (r - k) * k * k

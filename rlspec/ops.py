@@ -6,6 +6,8 @@ The choice is :func:`rlspec.backend.backend_for`'s. Each operation has a plain f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -75,3 +77,33 @@ def _delta_prep_triton(weight: Tensor, reference: Tensor, eta: float) -> DeltaSu
     found = delta_prep_triton(weight.unbind(), reference.unbind(), eta=eta, out=delta.unbind())
     unchanged = weight[0].numel() - found.changed
     return DeltaSums(delta, found.delta_sq, found.tuned_sq, found.base_sq, unchanged)
+
+
+def delta_matmul(weight: Tensor, reference: Tensor, x: Tensor) -> Tensor:
+    """``(W - W_ref) x`` of L matrices, the difference formed some rows at a time and never kept.
+
+    Args:
+        weight, reference: (L, m, n), any floating dtypes, on one device; see :func:`delta_prep`.
+        x: (L, n, c), float32 or float64: the dtype of the products.
+
+    Returns:
+        (L, m, c) in the dtype of ``x``.
+    """
+    out = x.new_empty(*weight.shape[:-1], x.shape[-1])
+    for rows in _row_blocks(weight):
+        out[:, rows] = (weight[:, rows].to(x.dtype) - reference[:, rows].to(x.dtype)) @ x
+    return out
+
+
+def delta_rmatmul(weight: Tensor, reference: Tensor, y: Tensor) -> Tensor:
+    """``(W - W_ref)ᵀ y`` for ``y`` (L, m, c), shape (L, n, c); otherwise as :func:`delta_matmul`."""
+    out = y.new_zeros(weight.shape[0], weight.shape[-1], y.shape[-1])
+    for rows in _row_blocks(weight):
+        out += (weight[:, rows].to(y.dtype) - reference[:, rows].to(y.dtype)).mT @ y[:, rows]
+    return out
+
+
+def _row_blocks(weight: Tensor) -> Iterator[slice]:
+    matrices, m, n = weight.shape
+    rows = max(1, _BLOCK * 8 // max(matrices * n, 1))
+    return (slice(start, start + rows) for start in range(0, m, rows))

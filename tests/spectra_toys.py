@@ -5,21 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlspec.spectra.factor import reference_factors
-from rlspec.spectra.matrix import matrix_basis
-from rlspec.spectra.measurement import Measurement, ReferenceStack
-from rlspec.spectra.rank import Rank, RankLike
+from rlspec.linalg.factor import reference_factors
+from rlspec.linalg.rank import Rank, RankLike
+from rlspec.perturb.delta import DenseDelta
+from rlspec.perturb.matrix import matrix_basis
+from rlspec.perturb.reference import Reference
+from rlspec.spectra.delta import measure_delta
+from rlspec.spectra.exact import measure_exact
+from rlspec.spectra.measurement import Measurement
 
 F64 = torch.float64
 
 
-def stacked(weights: list[Tensor], rank: RankLike = 0.2, dtype: torch.dtype = F64) -> ReferenceStack:
+def stacked(weights: list[Tensor], rank: RankLike = 0.2, dtype: torch.dtype = F64) -> Reference:
     """References with factors in ``dtype``."""
     matrices = []
     for i, weight in enumerate(weights):
         u, s, vh = reference_factors(weight)
         matrices.append(matrix_basis(str(i), weight, (u.to(dtype), s, vh.to(dtype)), Rank.parse(rank)))
-    return ReferenceStack.of(matrices)
+    return Reference.of(matrices)
+
+
+def by_delta(reference: Reference, weight: Tensor) -> Measurement:
+    """The delta engine on a stack of weights (L, m, n)."""
+    return measure_delta(reference, DenseDelta.between(weight, reference.W))
+
+
+def by_exact(reference: Reference, weight: Tensor) -> Measurement:
+    """The exact engine likewise."""
+    return measure_exact(reference, DenseDelta.between(weight, reference.W))
 
 
 def errors(found: Measurement, truth: Measurement) -> tuple[Tensor, Tensor, float]:

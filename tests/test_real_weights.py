@@ -9,14 +9,13 @@ from __future__ import annotations
 import pytest
 import torch
 from shapes import real_weight
+from spectra_toys import by_delta, by_exact
 
 import rlspec
-from rlspec.spectra.delta import measure_delta
-from rlspec.spectra.exact import measure_exact
-from rlspec.spectra.factor import reference_factors
-from rlspec.spectra.matrix import matrix_basis
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.rank import Rank
+from rlspec.linalg.factor import reference_factors
+from rlspec.linalg.rank import Rank
+from rlspec.perturb.matrix import matrix_basis
+from rlspec.perturb.reference import Reference
 
 
 def weight(projection: str, layer: int) -> torch.Tensor:
@@ -42,7 +41,7 @@ def update_of(weight: torch.Tensor, eps: float, rank: int | None) -> torch.Tenso
 def test_tracking_and_restoring_meet_their_targets(layer: int, projection: str, rank: int | None) -> None:
     base = weight(projection, layer)
     basis = matrix_basis("w", base, reference_factors(base), Rank.parse(0.2))
-    reference = ReferenceStack.of([basis])
+    reference = Reference.of([basis])
     k = basis.k
     ub, _, vb = torch.linalg.svd(base.double(), full_matrices=False)
     # eps -> (restored weight, singular values, angle spectrum): relative errors
@@ -54,7 +53,7 @@ def test_tracking_and_restoring_meet_their_targets(layer: int, projection: str, 
     }
     for eps, (restored_target, sigma_target, angle_target) in targets.items():
         tuned = base.float() + update_of(base, eps, rank)
-        found, truth = measure_delta(reference, tuned[None]), measure_exact(reference, tuned[None])
+        found, truth = by_delta(reference, tuned[None]), by_exact(reference, tuned[None])
         sigma = (found.sigma - truth.sigma).abs()
         assert float((sigma / truth.sigma).max()) <= sigma_target
         assert bool((sigma.amax(-1) <= found.sigma_error_bound).all())

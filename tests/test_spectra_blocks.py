@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spectra_toys import by_delta, by_exact
 
+from rlspec.linalg.factor import reference_factors
+from rlspec.linalg.rank import Rank
+from rlspec.perturb.matrix import matrix_basis
+from rlspec.perturb.reference import Reference
 from rlspec.spectra.blocks import block_cosines, block_sizes, near_degenerate, split_block
-from rlspec.spectra.delta import measure_delta
-from rlspec.spectra.exact import measure_exact
-from rlspec.spectra.factor import reference_factors
-from rlspec.spectra.matrix import matrix_basis
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.rank import Rank
 
 F64 = torch.float64
-ENGINES = [measure_exact, measure_delta]
+ENGINES = [by_exact, by_delta]
 
 
-def planted(
-    values: list[float], n: int = 40, k: int = 6
-) -> tuple[ReferenceStack, torch.Tensor, torch.Tensor]:
+def planted(values: list[float], n: int = 40, k: int = 6) -> tuple[Reference, torch.Tensor, torch.Tensor]:
     """A reference with these leading singular values over a low floor; its left and right vectors."""
     g = torch.Generator().manual_seed(0)
     u, v = (torch.linalg.qr(torch.randn(n, n, dtype=F64, generator=g)).Q for _ in range(2))
     s = torch.cat([torch.tensor(values, dtype=F64), torch.linspace(0.5, 0.1, n - len(values), dtype=F64)])
     weight = (u * s) @ v.T
-    return ReferenceStack.of([matrix_basis("w", weight, reference_factors(weight), Rank.parse(k))]), u, v
+    return Reference.of([matrix_basis("w", weight, reference_factors(weight), Rank.parse(k))]), u, v
 
 
 def test_labels_of_a_planted_cluster():

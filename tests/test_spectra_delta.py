@@ -6,10 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from spectra_toys import F64, errors, stacked
+from spectra_toys import F64, by_delta, by_exact, errors, stacked
 
-from rlspec.spectra.delta import measure_delta, spectral_norm
-from rlspec.spectra.exact import measure_exact
+from rlspec.perturb.delta import DenseDelta
+from rlspec.spectra.delta import spectral_norm
 
 
 def flat_at_the_cut(m: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -47,7 +47,7 @@ def test_agrees_with_the_exact_engine(shape, rank, dtype):
     reference, exact_reference = stacked(weights, dtype=dtype), stacked(weights)
     for eps, sigma_tolerance in ((1e-4, 1e-6), (1e-3, 1e-6), (1e-2, 1e-6), (5e-2, 1e-5)):
         tuned = torch.stack([w + random_update(w, eps, rank, g) for w in weights])
-        found, truth = measure_delta(reference, tuned), measure_exact(exact_reference, tuned)
+        found, truth = by_delta(reference, tuned), by_exact(exact_reference, tuned)
         sigma, angle, frobenius = errors(found, truth)
         assert float((sigma / truth.sigma[:, -1]).max()) <= sigma_tolerance
         assert frobenius <= 1e-3
@@ -68,27 +68,25 @@ def test_small_updates_stay_in_the_delta_form_and_large_ones_leave_it():
     weights = [flat_at_the_cut(64, 64, g) for _ in range(2)]
     reference = stacked(weights)
     tuned = torch.stack([weights[0] + random_update(weights[0], 1e-2, None, g), -weights[1]])
-    found = measure_delta(reference, tuned)
+    found = by_delta(reference, tuned)
     assert found.engine == ("delta", "exact")
     assert found.notes[0] is None and "full decomposition" in found.notes[1]
-    truth = measure_exact(reference, tuned)
+    truth = by_exact(reference, tuned)
     torch.testing.assert_close(found.sines_left[1], truth.sines_left[1])
 
 
 def test_a_bound_notices_a_wrong_answer():
     """The broken twin: a pair whose rotation was dropped must get bounds that cover the error it makes."""
-    from rlspec.spectra.bounds import probe_bounds
-    from rlspec.spectra.metrics import update
-    from rlspec.spectra.solve import leading_columns
-    from rlspec.spectra.subspace import Side, diagonalise, sines
-    from rlspec.spectra.sylvester import first_order
+    from rlspec.perturb.bounds import probe_bounds
+    from rlspec.perturb.coordinates import Side, diagonalise, sines
+    from rlspec.perturb.first_order import first_order
 
     g = torch.Generator().manual_seed(3)
     weights = [flat_at_the_cut(64, 64, g)]
     reference = stacked(weights)
     tuned = torch.stack([weights[0] + random_update(weights[0], 1e-2, None, g)])
-    delta = update(tuned, reference.W).delta
-    left, right, core, grams, _ = first_order(reference, delta, leading_columns(reference))
+    delta = DenseDelta.between(tuned, reference.W)
+    left, right, core, grams, _ = first_order(reference, delta)
     good = diagonalise(left, right, core, grams)
     still = (
         Side(left.lead, torch.zeros_like(left.tail), None),
@@ -96,7 +94,7 @@ def test_a_bound_notices_a_wrong_answer():
     )
     eye = torch.eye(core.shape[-1], dtype=F64).unsqueeze(0)
     bad = diagonalise(*still, core, (eye, eye))
-    truth = measure_exact(reference, tuned)
+    truth = by_exact(reference, tuned)
     wrong = (sines(bad.left, reference.k).asin() - truth.sines_left.asin()).abs().max()
     bound = probe_bounds(reference, delta, bad).angle
     assert wrong > 3 * probe_bounds(reference, delta, good).angle
@@ -107,7 +105,7 @@ def test_unchanged_matrix_among_changed_ones_is_exactly_zero():
     g = torch.Generator().manual_seed(4)
     weights = [flat_at_the_cut(40, 40, g) for _ in range(3)]
     tuned = torch.stack([weights[0] + 0.01, weights[1], weights[2] - 0.01])
-    found = measure_delta(stacked(weights), tuned)
+    found = by_delta(stacked(weights), tuned)
     assert float(found.sines_left[1].abs().max()) == 0.0
     assert float(found.sigma_error_bound[1]) == 0.0 == float(found.angle_error_bound_rad[1])
     assert bool((found.sines_left[[0, 2], 0] > 0).all())
@@ -120,7 +118,7 @@ def test_tiny_matrices(shape, rank):
     weights = [torch.randn(*shape, dtype=F64, generator=g) for _ in range(2)]
     reference = stacked(weights, rank=rank)
     tuned = torch.stack([w + random_update(w, 1e-3, None, g) for w in weights])
-    found, truth = measure_delta(reference, tuned), measure_exact(reference, tuned)
+    found, truth = by_delta(reference, tuned), by_exact(reference, tuned)
     sigma, angle, _ = errors(found, truth)
     assert bool((sigma <= found.sigma_error_bound).all())
     assert bool((angle <= found.angle_error_bound_rad).all())
@@ -133,8 +131,8 @@ def test_rank_deficient_reference_and_repeated_values():
     for weight in (low, q):  # q: every singular value is 1, no gap anywhere
         reference = stacked([weight], rank=0.25)
         tuned = (weight + random_update(weight, 1e-3, None, g)).unsqueeze(0)
-        found = measure_delta(reference, tuned)
-        truth = measure_exact(reference, tuned)
+        found = by_delta(reference, tuned)
+        truth = by_exact(reference, tuned)
         sigma, angle, _ = errors(found, truth)
         for field in dataclasses.fields(found):
             value = getattr(found, field.name)
@@ -146,7 +144,10 @@ def test_rank_deficient_reference_and_repeated_values():
 
 
 def test_spectral_norm_of_flat_and_low_rank_matrices():
+    def norm(a: torch.Tensor) -> torch.Tensor:
+        return spectral_norm(DenseDelta.alone(a, torch.zeros_like(a), torch.zeros(len(a))))
+
     g = torch.Generator().manual_seed(7)
     for a in (torch.randn(2, 90, 70, dtype=F64, generator=g), torch.randn(2, 5, 70, dtype=F64, generator=g)):
-        torch.testing.assert_close(spectral_norm(a), torch.linalg.matrix_norm(a, ord=2), rtol=0.02, atol=0)
-    assert float(spectral_norm(torch.zeros(1, 8, 8)).item()) == 0.0
+        torch.testing.assert_close(norm(a), torch.linalg.matrix_norm(a, ord=2), rtol=0.02, atol=0)
+    assert float(norm(torch.zeros(1, 8, 8)).item()) == 0.0

@@ -7,16 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from rlspec.spectra.estimate import remaining_error, rotated
-from rlspec.spectra.factor import reference_factors
-from rlspec.spectra.matrix import matrix_basis
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.metrics import update
-from rlspec.spectra.rank import Rank
-from rlspec.spectra.refine import refine
-from rlspec.spectra.solve import leading_columns, solve
-from rlspec.spectra.subspace import Pair, Side, diagonalise
-from rlspec.spectra.sylvester import first_order
+from rlspec.linalg.factor import reference_factors
+from rlspec.linalg.rank import Rank
+from rlspec.perturb.coordinates import Pair, Side, diagonalise
+from rlspec.perturb.delta import DenseDelta
+from rlspec.perturb.estimate import remaining_error, rotated
+from rlspec.perturb.first_order import first_order
+from rlspec.perturb.matrix import matrix_basis
+from rlspec.perturb.reference import Reference
+from rlspec.perturb.refine import refine
+from rlspec.perturb.solve import solve
 
 F64 = torch.float64
 
@@ -33,10 +33,10 @@ def reference_and_update(shape: tuple[int, int], eps: float, rank: int | None):
         e = e[:, :rank] @ torch.randn(rank, n, dtype=F64, generator=g)
     tuned = weight + e * (eps * weight.norm() / e.norm())
     basis = matrix_basis("w", weight, reference_factors(weight), Rank.parse(0.2))
-    return ReferenceStack.of([basis]), tuned.unsqueeze(0)
+    return Reference.of([basis]), tuned.unsqueeze(0)
 
 
-def missing(reference: ReferenceStack, pair: Pair, tuned: torch.Tensor) -> float:
+def missing(reference: Reference, pair: Pair, tuned: torch.Tensor) -> float:
     """Frobenius norm of what the candidate has outside the true leading subspace; the larger side's."""
     k = reference.k
     u, _, vh = torch.linalg.svd(tuned[0], full_matrices=False)
@@ -56,8 +56,8 @@ def missing(reference: ReferenceStack, pair: Pair, tuned: torch.Tensor) -> float
 @pytest.mark.parametrize("eps", [1e-3, 1e-2, 4e-2])
 def test_the_estimate_is_near_the_error_before_and_after_a_sweep(shape, eps, rank):
     reference, tuned = reference_and_update(shape, eps, rank)
-    delta = update(tuned, reference.W).delta
-    left, right, core, grams, _ = first_order(reference, delta, leading_columns(reference))
+    delta = DenseDelta.between(tuned, reference.W)
+    left, right, core, grams, _ = first_order(reference, delta)
     pair = diagonalise(left, right, core, grams)
     for _ in range(2):
         found = remaining_error(reference, delta, pair)
@@ -70,7 +70,7 @@ def test_the_estimate_is_near_the_error_before_and_after_a_sweep(shape, eps, ran
 def test_a_dropped_rotation_is_seen():
     """The twin that must fail: the reference's own subspaces, as if nothing had turned."""
     reference, tuned = reference_and_update((100, 100), 1e-2, None)
-    solution = solve(reference, update(tuned, reference.W))
+    solution = solve(reference, DenseDelta.between(tuned, reference.W))
     good = remaining_error(reference, solution.delta, solution.pair)
     still = [
         Side(torch.eye(side.lead.shape[-1], dtype=F64)[None], torch.zeros_like(side.tail), None)

@@ -6,14 +6,13 @@ import pytest
 import shapes
 import torch
 from shapes import fitted_spectrum
+from spectra_toys import by_delta, by_exact
 
 import rlspec
-from rlspec.spectra.delta import measure_delta
-from rlspec.spectra.exact import measure_exact
-from rlspec.spectra.factor import reference_factors
-from rlspec.spectra.matrix import matrix_basis
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.rank import Rank
+from rlspec.linalg.factor import reference_factors
+from rlspec.linalg.rank import Rank
+from rlspec.perturb.matrix import matrix_basis
+from rlspec.perturb.reference import Reference
 
 F64 = torch.float64
 # eps -> relative errors of the restored weight, the singular values and the angle spectrum; the worst angle, rad
@@ -35,13 +34,13 @@ def test_tracking_and_restoring_meet_their_targets(projection: str, m: int, rank
     base = ((u * s) @ v.T).bfloat16()
     factors = tuple(x.to(t) for x, t in zip(reference_factors(base), (torch.float32, F64, torch.float32)))
     basis = matrix_basis("w", base, factors, Rank.parse(0.2))
-    reference, k = ReferenceStack.of([basis]), basis.k
+    reference, k = Reference.of([basis]), basis.k
     ub, _, vb = torch.linalg.svd(base.double(), full_matrices=False)
     for eps, (restored_target, sigma_target, spectrum_target, angle_target) in TARGETS.items():
         e = torch.randn(m, rank or n, generator=g)
         e = e if rank is None else e @ torch.randn(rank, n, generator=g)
         tuned = base.float() + eps * base.float().norm() / e.norm() * e
-        found, truth = measure_delta(reference, tuned[None]), measure_exact(reference, tuned[None])
+        found, truth = by_delta(reference, tuned[None]), by_exact(reference, tuned[None])
         assert found.engine == ("delta",) or eps > 0.1  # where the exact engine may take over
         assert float(((found.sigma - truth.sigma).abs() / truth.sigma).max()) <= sigma_target
         for mine, exact in ((found.sines_left, truth.sines_left), (found.sines_right, truth.sines_right)):

@@ -7,10 +7,7 @@ import random
 
 import pytest
 import torch
-from spectra_toys import F64, errors, stacked
-
-from rlspec.spectra.delta import measure_delta
-from rlspec.spectra.exact import measure_exact
+from spectra_toys import F64, by_delta, by_exact, errors, stacked
 
 SHAPES = [(48, 48), (24, 60), (60, 24), (16, 16)]
 SPECTRA = ["flat", "decay", "gap", "clusters", "random"]
@@ -59,8 +56,8 @@ def test_bounds_hold_in_every_trial_and_are_near_the_error() -> None:
         eps, rank = 10.0 ** draw.uniform(-5.0, -0.4), draw.choice([0.1, 0.2, 0.5])
         weights = [reference(spectrum, *shape, g) for _ in range(EACH)]
         tuned = torch.stack([w + update(kind, w, eps, g) for w in weights])
-        found = measure_delta(stacked(weights, rank, dtype), tuned)
-        sigma, angle, _ = errors(found, measure_exact(stacked(weights, rank), tuned))
+        found = by_delta(stacked(weights, rank, dtype), tuned)
+        sigma, angle, _ = errors(found, by_exact(stacked(weights, rank), tuned))
         case = (shape, dtype, spectrum, kind, eps, rank)
         assert bool((sigma <= found.sigma_error_bound).all()), case
         assert bool((angle <= found.angle_error_bound_rad).all()), case
@@ -84,10 +81,10 @@ def test_an_angle_near_a_right_one_is_not_told_closer_than_its_sine_can() -> Non
             + swing * torch.outer(u[:, 3], v[:, 3])
             + 1e-7 * torch.randn(30, 30, dtype=F64, generator=g)
         )
-        truth = measure_exact(stacked([weight], 0.1), tuned[None])
+        truth = by_exact(stacked([weight], 0.1), tuned[None])
         assert float(truth.sines_left.max()) > 0.99
         for dtype in (torch.float32, F64):
-            for measure in (measure_delta, measure_exact):
+            for measure in (by_delta, by_exact):
                 found = measure(stacked([weight], 0.1, dtype), tuned[None])
                 sigma, angle, _ = errors(found, truth)
                 case = (swing, dtype, measure.__name__)
@@ -106,7 +103,7 @@ def test_the_exact_engine_knows_that_too() -> None:
         torch.linalg.svd(weight).U[:, :3].T @ torch.linalg.svd(tuned).U[:, :3]
     ).amin()
     for dtype in (torch.float32, F64):
-        found = measure_exact(stacked([weight], 0.1, dtype), tuned[None])
+        found = by_exact(stacked([weight], 0.1, dtype), tuned[None])
         assert found.sines_left is not None
         error = (found.sines_left[0, 0].asin() - (math.pi / 2 - cosine.asin())).abs()
         assert 0 < float(error) <= float(found.angle_error_bound_rad) <= 1e-3
@@ -129,8 +126,8 @@ def test_a_cut_inside_equal_values(update: str, rank: int, eps: float, dtype: to
         e = torch.zeros(192, 192, dtype=F64)
         e[7] = torch.randn(192, dtype=F64, generator=g)
     tuned = (weight.double() + eps * weight.norm() / e.norm() * e).float().unsqueeze(0)
-    found = measure_delta(stacked([weight], rank, dtype), tuned)
-    sigma, angle, _ = errors(found, measure_exact(stacked([weight], rank), tuned))
+    found = by_delta(stacked([weight], rank, dtype), tuned)
+    sigma, angle, _ = errors(found, by_exact(stacked([weight], rank), tuned))
     assert bool((sigma <= found.sigma_error_bound).all())
     assert bool((angle <= found.angle_error_bound_rad).all())
 
@@ -144,7 +141,7 @@ def test_the_effective_rank_of_a_matrix_of_low_rank(kind: str) -> None:
     if kind == "row":
         e[3] = torch.randn(48, generator=g)
     tuned = (base + 1e-6 * base.norm() / e.norm() * e).unsqueeze(0)
-    found = measure_delta(stacked([base], 6), tuned)
+    found = by_delta(stacked([base], 6), tuned)
     p = torch.linalg.svdvals(tuned.double())
     p = p / p.sum()
     true = torch.special.entr(p).sum(-1).exp()

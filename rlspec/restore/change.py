@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlspec.spectra.factor import full_svd
-from rlspec.spectra.matrix import MatrixBasis
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.metrics import Update, frobenius, update
-from rlspec.spectra.solve import is_perturbation, solve
-from rlspec.spectra.subspace import Side
+from rlspec.linalg.factor import full_svd
+from rlspec.perturb.coordinates import Side
+from rlspec.perturb.delta import Delta, DenseDelta, frobenius
+from rlspec.perturb.matrix import MatrixBasis
+from rlspec.perturb.reference import Reference
+from rlspec.perturb.solve import is_perturbation, solve
 
 # Beyond this share of the base's norm, or of its directions, the tuned matrix is decomposed afresh.
 _LARGEST_UPDATE = 0.1
@@ -52,18 +52,16 @@ def restoring_change(
         exact: decompose the tuned matrix in float64 whatever the update.
     """
     if not exact and stop <= min(base.numerical_rank, max(1, int(_DEEPEST * base.S.shape[0]))):
-        reference = ReferenceStack.of([replace(base, k=stop)])
-        change = update(tuned.unsqueeze(0), reference.W)
-        if bool(is_perturbation(reference, change, _LARGEST_UPDATE)):
-            found = _by_perturbation(reference, change, start, stop, mode)
+        reference = Reference.of([replace(base, k=stop)])
+        delta = DenseDelta.between(tuned.unsqueeze(0), reference.W)
+        if bool(is_perturbation(reference, delta, _LARGEST_UPDATE)):
+            found = _by_perturbation(reference, delta, start, stop, mode)
             if found is not None:
                 return found
     return _by_decomposition(base, tuned, start, stop, mode)
 
 
-def _by_perturbation(
-    reference: ReferenceStack, change: Update, start: int, stop: int, mode: str
-) -> Change | None:
+def _by_perturbation(reference: Reference, delta: Delta, start: int, stop: int, mode: str) -> Change | None:
     """From the update alone, or None where it is too large for that.
 
     In the base's coordinates the tuned directions are the identity's columns I plus something as small as the
@@ -72,7 +70,7 @@ def _by_perturbation(
 
         U_b S V_bᵀ - U_t S_t V_tᵀ = U_b (S - a S_t bᵀ) V_bᵀ - D_u S_t bᵀ V_bᵀ - (U_b a + D_u) S_t D_vᵀ
     """
-    solution = solve(reference, change, subspace_tolerance=_SUBSPACE)
+    solution = solve(reference, delta, subspace_tolerance=_SUBSPACE)
     if not bool(solution.settled.all()):
         return None
     pair = solution.pair
@@ -83,20 +81,20 @@ def _by_perturbation(
     if mode == "values":
         scale = (reference.S[0, start:stop] - tuned).to(dtype)
         left = u @ inside_left.to(dtype) + outside_left
-        delta = (left * scale) @ (v @ inside_right.to(dtype) + outside_right).mT
+        change = (left * scale) @ (v @ inside_right.to(dtype) + outside_right).mT
     else:
         values = reference.S[0, start:stop] if mode == "directions_and_values" else tuned
         core = torch.diag(values) - (inside_left * tuned) @ inside_right.mT
         near = u @ core.to(dtype) - outside_left @ (inside_right * tuned).mT.to(dtype)
         far = (u @ inside_left.to(dtype) + outside_left) * tuned.to(dtype)
-        delta = torch.addmm(near @ v.mT, far, outside_right.mT, alpha=-1)
+        change = torch.addmm(near @ v.mT, far, outside_right.mT, alpha=-1)
     rotation = max(float(frobenius(x)) for x in (outside_left, outside_right))
     largest = float(pair.sigma[0, start])
     wrong = float(solution.subspace[0]) * float(solution.rotation[0])
     error = 2.0 * largest * (2.0**0.5 * wrong + (stop - start) ** 0.5 * float(solution.sigma[0]))
     return Change(
-        delta,
-        error + 4.0 * torch.finfo(dtype).eps * float(frobenius(delta)),
+        change,
+        error + 4.0 * torch.finfo(dtype).eps * float(frobenius(change)),
         rotation / (stop - start) ** 0.5,
         "delta",
     )

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rlspec.errors import CheckpointError, TensorError
+from rlspec.linalg.rank import RankLike
 from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, streamed_by_rows
 from rlspec.restore.matrix import Rounding
 from rlspec.restore.options import Dtype, RestoreOptions
@@ -32,7 +33,6 @@ from rlspec.restore.tensors import (
     restore_stored,
     unchanged,
 )
-from rlspec.spectra.rank import RankLike
 
 if TYPE_CHECKING:
     from rlspec.io.writer import CheckpointWriter

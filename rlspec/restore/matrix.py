@@ -15,12 +15,12 @@ from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import check_finite
+from rlspec.linalg.factor import reference_factors
 from rlspec.linalg.precision import fast_matmul
+from rlspec.linalg.rank import Rank, RankLike
+from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.change import Change, restoring_change
 from rlspec.restore.rounding import add_rounded
-from rlspec.spectra.factor import reference_factors
-from rlspec.spectra.matrix import MatrixBasis, matrix_basis
-from rlspec.spectra.rank import Rank, RankLike
 
 Mode = Literal["directions", "directions_and_values", "values", "tail", "band", "copy", "interpolate"]
 Rounding = Literal["nearest", "stochastic"]

@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import counterpart
+from rlspec.linalg.rank import Rank, RankLike
+from rlspec.perturb.matrix import matrix_basis
 from rlspec.restore.matrix import Rounding
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.report import MatrixReport
 from rlspec.restore.tensors import restore_with
 from rlspec.spectra.basis import SpectralBasis
-from rlspec.spectra.matrix import matrix_basis
-from rlspec.spectra.rank import Rank, RankLike
 from rlspec.spectra.sources import strip_wrappers
 
 

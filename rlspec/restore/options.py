@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 from rlspec.errors import OptionError
+from rlspec.linalg.rank import Rank, RankLike
 from rlspec.restore.matrix import Mode, Rounding
-from rlspec.spectra.rank import Rank, RankLike
 
 Dtype = Literal["keep", "float32"]
 # What users write -> what restore_matrix calls it.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from rlspec.linalg.rank import Rank
+from rlspec.perturb.matrix import MatrixBasis
 from rlspec.spectra.basis import SpectralBasis
-from rlspec.spectra.matrix import MatrixBasis
-from rlspec.spectra.rank import Rank
 from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
 
 __all__ = ["MatrixBasis", "Rank", "SpectralBasis", "SpectralRecord", "SpectralTracker"]

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from rlspec.errors import OptionError
 from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.linalg.rank import Rank, RankLike
+from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.cache import cached_factors
-from rlspec.spectra.matrix import MatrixBasis, matrix_basis
-from rlspec.spectra.rank import Rank, RankLike
 from rlspec.spectra.sources import WeightSource, open_weights, read_matrix
 
 Progress = Callable[[int, int], None]  # called with (matrices done, matrices in all)

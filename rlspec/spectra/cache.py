@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rlspec.io.files import replacing
-from rlspec.spectra.factor import reference_factors
+from rlspec.linalg.factor import reference_factors
 
 _VERSION = 1
 # Below this many entries a decomposition takes milliseconds, less than its file would.

@@ -15,66 +15,67 @@ import math
 import torch
 from torch import Tensor
 
-from rlspec.spectra.batch import take
+from rlspec.perturb.batch import take
+from rlspec.perturb.bounds import probe_bounds
+from rlspec.perturb.coordinates import Side, sines
+from rlspec.perturb.delta import Delta, UpdateStats
+from rlspec.perturb.reference import Reference
+from rlspec.perturb.solve import Solution, is_perturbation, solve
 from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
-from rlspec.spectra.bounds import probe_bounds
 from rlspec.spectra.exact import measure_exact
-from rlspec.spectra.measurement import Measurement, ReferenceStack, combine
-from rlspec.spectra.metrics import Update, arcsine_rounding, effective_rank, effective_rank_bound, update
-from rlspec.spectra.solve import Solution, is_perturbation, solve
-from rlspec.spectra.subspace import Side, sines
+from rlspec.spectra.measurement import Measurement, combine
+from rlspec.spectra.metrics import arcsine_rounding, effective_rank, effective_rank_bound
 
 # Past this share of the reference's norm an update is no perturbation, and refinement costs more than it
 # saves.
 _LARGEST_UPDATE = 0.5
 
 
-def measure_delta(reference: ReferenceStack, weight: Tensor) -> Measurement:
+def measure_delta(reference: Reference, delta: Delta) -> Measurement:
     """Measure a stack of weights against its references.
 
     Args:
         reference: factors of L matrices (m, n) with rank k >= 1.
-        weight: (L, m, n), any floating dtype, finite.
+        delta: the update of the same matrices, finite.
 
     Returns:
         A :class:`Measurement` that agrees with ``measure_exact`` within the bounds it carries.
     """
-    change = update(weight, reference.W)
-    close = is_perturbation(reference, change, _LARGEST_UPDATE)
+    close = is_perturbation(reference, delta, _LARGEST_UPDATE)
     if bool(close.all()):
-        return _perturbative(reference, weight, change)
+        return _perturbative(reference, delta)
     if not bool(close.any()):
-        return _exactly(reference, weight)
+        return _exactly(reference, delta)
     near, far = close.nonzero().flatten(), (~close).nonzero().flatten()
     parts = [
-        (near, _perturbative(reference.select(near), weight[near], change.select(near))),
-        (far, _exactly(reference.select(far), weight[far])),
+        (near, _perturbative(reference.select(near), delta.select(near))),
+        (far, _exactly(reference.select(far), delta.select(far))),
     ]
     return combine(parts)
 
 
-def _perturbative(reference: ReferenceStack, weight: Tensor, change: Update) -> Measurement:
-    solution = solve(reference, change)
+def _perturbative(reference: Reference, delta: Delta) -> Measurement:
+    solution = solve(reference, delta)
     settled = solution.settled
     if not bool(settled.any()):
-        return _exactly(reference, weight)
+        return _exactly(reference, delta)
     kept, rest = settled.nonzero().flatten(), (~settled).nonzero().flatten()
-    measured = _assemble(reference.select(kept), change.select(kept), solution, kept)
+    measured = _assemble(reference.select(kept), delta.select(kept), solution, kept)
     if rest.numel() == 0:
         return measured
-    exact = _exactly(reference.select(rest), weight[rest])
+    exact = _exactly(reference.select(rest), delta.select(rest))
     return combine([(kept, measured), (rest, exact)])
 
 
-def _exactly(reference: ReferenceStack, weight: Tensor) -> Measurement:
+def _exactly(reference: Reference, delta: Delta) -> Measurement:
     note = "no small rotation: measured by a full decomposition"
-    return measure_exact(reference, weight).with_notes(note)
+    return measure_exact(reference, delta).with_notes(note)
 
 
-def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kept: Tensor) -> Measurement:
-    k = reference.k
+def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: Tensor) -> Measurement:
+    k, change = reference.k, delta.stats
     pair, block = solution.pair.select(kept), take(solution.block, kept)
-    bounds = probe_bounds(reference, take(solution.delta, kept), pair)
+    bounds = probe_bounds(reference, solution.delta.select(kept), pair)
     m, n = reference.shape
     same = change.delta_frobenius == 0
     column = same.unsqueeze(-1)
@@ -95,7 +96,7 @@ def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kep
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
         best_cosine=torch.where(column, torch.ones_like(best), best),
-        delta_spectral=spectral_norm(change.delta),
+        delta_spectral=spectral_norm(delta),
         effective_rank=effective_rank(spectrum),
         # Scaled and true trailing values both lie within ||E|| of the reference's.
         effective_rank_error_bound=effective_rank_bound(spectrum, 2.0 * change.delta_frobenius),
@@ -114,7 +115,7 @@ def _best_cosine(side: Side, labels: Tensor, k: int) -> Tensor:
     return best.clamp_max(1.0)
 
 
-def _whole_spectrum(reference: ReferenceStack, change: Update, sigma: Tensor) -> Tensor:
+def _whole_spectrum(reference: Reference, change: UpdateStats, sigma: Tensor) -> Tensor:
     """(L, r) the measured leading values and the reference's trailing ones, scaled to what the weight's energy leaves
     for them, at most as far as the update's norm can move them (Mirsky)."""
     k = reference.k
@@ -127,20 +128,19 @@ def _whole_spectrum(reference: ReferenceStack, change: Update, sigma: Tensor) ->
     return torch.cat([sigma, tail * scale.unsqueeze(-1)], dim=-1)
 
 
-def spectral_norm(a: Tensor, *, columns: int = 16, passes: int = 5) -> Tensor:
-    """||A||_2 of (L, m, n) by a small block Krylov space, float64; from below, right to about 1 %.
+def spectral_norm(delta: Delta, *, columns: int = 16, passes: int = 5) -> Tensor:
+    """(L,) ||E||_2 by a small block Krylov space, float64; from below, right to about 1 %.
 
     Random matrices have the flattest spectra at the top and are the worst case.
     """
-    work = a if a.dtype == torch.float64 else a.float()
-    n = work.shape[-1]
-    columns = min(columns, min(work.shape[-2:]))
+    matrices, m, n = delta.shape
+    columns = min(columns, m, n)
     start = torch.randn(n, columns, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    block = start.to(work).expand(work.shape[0], -1, -1)
+    block = start.to(dtype=delta.dtype, device=delta.device).expand(matrices, -1, -1)
     basis = []
     for _ in range(passes):
-        block = torch.linalg.qr(work.mT @ (work @ block)).Q
+        block = torch.linalg.qr(delta.rmatmul(delta.matmul(block))).Q
         basis.append(block)
     space = torch.linalg.qr(torch.cat(basis, dim=-1)).Q if columns * passes <= n else block
-    image = (work @ space).double()
+    image = delta.matmul(space).double()
     return torch.linalg.eigvalsh(image.mT @ image)[..., -1].clamp_min(0.0).sqrt()

@@ -9,19 +9,20 @@ from torch import Tensor
 
 from rlspec.linalg.angles import principal_sines
 from rlspec.linalg.exact import exact_svd
+from rlspec.linalg.factor import SMALL, full_svd
+from rlspec.perturb.delta import Delta
+from rlspec.perturb.reference import Reference
 from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
-from rlspec.spectra.factor import SMALL, full_svd
-from rlspec.spectra.measurement import Measurement, ReferenceStack
-from rlspec.spectra.metrics import arcsine_rounding, effective_rank, update
-from rlspec.spectra.solve import leading_columns
+from rlspec.spectra.measurement import Measurement
+from rlspec.spectra.metrics import arcsine_rounding, effective_rank
 
 
-def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
+def measure_exact(reference: Reference, delta: Delta) -> Measurement:
     """Measure a stack of weights against its references.
 
     Args:
         reference: factors of L matrices (m, n) with rank k >= 1.
-        weight: (L, m, n), any floating dtype, finite.
+        delta: the update of the same matrices, finite.
 
     Returns:
         A :class:`Measurement`. A weight equal to its reference has exactly the reference's values and zero
@@ -29,8 +30,8 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
     """
     k = reference.k
     m, n = reference.shape
-    change = update(weight, reference.W)
-    u, s, vh = _decompose(weight.double())
+    change = delta.stats
+    u, s, vh = _decompose(delta.weight())
     same = (change.delta_frobenius == 0).unsqueeze(-1)
     s = torch.where(same, reference.S, s)
     u_ref, v_ref = reference.U.double(), reference.Vh.double().mT
@@ -39,9 +40,9 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
         left = principal_sines(u_ref[..., :k], u[..., :k]).masked_fill(same, 0.0)
     if k < n:
         right = principal_sines(v_ref[..., :k], vh.mT[..., :k]).masked_fill(same, 0.0)
-    delta = change.delta.double()
-    w = leading_columns(reference)
-    block = u_ref[..., :w].mT @ delta @ v_ref[..., :w]
+    e = delta.dense().double()
+    w = reference.width
+    block = u_ref[..., :w].mT @ e @ v_ref[..., :w]
     labels = near_degenerate(reference.S[..., :w], block)
     coordinates = u_ref.mT @ u[..., :k]
     best = block_cosines(coordinates[..., :w, :], labels).amax(-2)
@@ -59,13 +60,13 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
         best_cosine=torch.where(same, torch.ones_like(best), best.clamp_max(1.0)),
-        delta_spectral=torch.linalg.matrix_norm(delta, ord=2),
+        delta_spectral=torch.linalg.matrix_norm(e, ord=2),
         effective_rank=effective_rank(s),
         effective_rank_error_bound=zero,
         sigma_error_bound=torch.where(same.squeeze(-1), zero, backward),
         angle_error_bound_rad=torch.where(same.squeeze(-1), zero, angle.clamp_max(math.pi / 2)),
-        engine=("exact",) * weight.shape[0],
-        notes=(None,) * weight.shape[0],
+        engine=("exact",) * delta.shape[0],
+        notes=(None,) * delta.shape[0],
     )
 
 
@@ -81,7 +82,7 @@ def _decompose(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def _backward_error(reference: ReferenceStack, s: Tensor) -> Tensor:
+def _backward_error(reference: Reference, s: Tensor) -> Tensor:
     """(L,) norm of the perturbation that both decompositions may contain.
 
     LAPACK's SVD is the exact one of a matrix within a small multiple of sqrt(max(m, n)) u of the given one; by way of
@@ -95,7 +96,7 @@ def _backward_error(reference: ReferenceStack, s: Tensor) -> Tensor:
     return factor * torch.maximum(s[..., 0], reference.S[..., 0])
 
 
-def _angle_bound(backward: Tensor, reference: ReferenceStack, s: Tensor) -> Tensor:
+def _angle_bound(backward: Tensor, reference: Reference, s: Tensor) -> Tensor:
     """(L,) Wedin's bound: backward error over the gap at the cut, for both decompositions.
 
     Reference vectors kept in float32 are off by that rounding besides, whatever the gap: its matrix is random, and its

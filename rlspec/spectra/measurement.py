@@ -1,4 +1,4 @@
-"""What an engine is given and what it hands back: stacks of matrices of one shape."""
+"""What an engine hands back about a stack of matrices of one shape."""
 
 from __future__ import annotations
 
@@ -8,51 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rlspec.spectra.matrix import MatrixBasis
-from rlspec.spectra.metrics import Update
-from rlspec.spectra.sources import stack
-
-
-@dataclass(frozen=True)
-class ReferenceStack:
-    """Reference factors of L matrices of one shape, dtype and rank k, stacked for batched products.
-
-    ``W`` (L, m, n) in the checkpoint's dtype; ``U`` (L, m, r), ``Vh`` (L, r, n) float64 or float32; ``S``
-    (L, r) float64. A stack of one shares the memory of its :class:`MatrixBasis`.
-    """
-
-    names: tuple[str, ...]
-    W: Tensor
-    U: Tensor
-    S: Tensor
-    Vh: Tensor
-    k: int
-
-    @classmethod
-    def of(cls, matrices: list[MatrixBasis]) -> ReferenceStack:
-        return cls(
-            names=tuple(m.name for m in matrices),
-            W=stack([m.W for m in matrices]),
-            U=stack([m.U for m in matrices]),
-            S=stack([m.S for m in matrices]),
-            Vh=stack([m.Vh for m in matrices]),
-            k=matrices[0].k,
-        )
-
-    def select(self, index: Tensor) -> ReferenceStack:
-        """The matrices of the given positions; all of them without a copy."""
-        if index.numel() == self.S.shape[0]:
-            return self
-        names = tuple(self.names[i] for i in index.tolist())
-        return ReferenceStack(names, self.W[index], self.U[index], self.S[index], self.Vh[index], self.k)
-
-    def in_float32(self) -> ReferenceStack:
-        """The same with U and Vh in float32."""
-        return replace(self, U=self.U.float(), Vh=self.Vh.float())
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        return int(self.W.shape[-2]), int(self.W.shape[-1])
+from rlspec.perturb.delta import UpdateStats
 
 
 @dataclass(frozen=True)
@@ -62,7 +18,7 @@ class Measurement:
     A side whose k is its whole dimension has no angles (``None``): its leading subspace is everything.
     """
 
-    update: Update
+    update: UpdateStats
     sigma: Tensor  # (L, k) leading singular values of the current weight
     sines_left: Tensor | None  # (L, k) descending
     sines_right: Tensor | None  # (L, k) descending
@@ -106,4 +62,4 @@ def _join(values: list[Any]) -> Any:
         return tuple(item for value in values for item in value)
     if isinstance(first, Tensor):
         return torch.cat(values)
-    return None if first is None else Update.joined(values)
+    return None if first is None else UpdateStats.joined(values)

@@ -8,53 +8,9 @@ has measured zeros.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
-
-from rlspec.ops import delta_prep
-from rlspec.spectra.batch import take
-
-UNCHANGED_ETA = (
-    1e-3  # an entry moved by less than this share of its size counts as unchanged (arXiv 2511.08567)
-)
-
-
-@dataclass(frozen=True)
-class Update:
-    """An update ΔW = W - W_ref and its entrywise statistics; every (L,) tensor is float64."""
-
-    delta: Tensor  # (L, m, n) float32 or float64
-    delta_frobenius: Tensor  # (L,)
-    weight_frobenius: Tensor  # (L,) of the current weight
-    reference_frobenius: Tensor  # (L,)
-    sparsity: Tensor  # (L,) share of entries unchanged
-
-    def select(self, index: Tensor) -> Update:
-        """The matrices of the given positions."""
-        return Update(*(take(getattr(self, f.name), index) for f in fields(self)))
-
-    @classmethod
-    def joined(cls, parts: list[Update]) -> Update:
-        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
-
-
-def update(weight: Tensor, reference: Tensor, *, eta: float = UNCHANGED_ETA) -> Update:
-    """Subtract and count. ``weight``, ``reference``: (L, m, n), any floating dtype; see ``ops.delta_prep``."""
-    found = delta_prep(weight, reference, eta=eta)
-    return Update(
-        delta=found.delta,
-        delta_frobenius=found.delta_sq.sqrt(),
-        weight_frobenius=found.weight_sq.sqrt(),
-        reference_frobenius=found.reference_sq.sqrt(),
-        sparsity=found.unchanged.double() / (weight.shape[-1] * weight.shape[-2]),
-    )
-
-
-def frobenius(a: Tensor) -> Tensor:
-    """Frobenius norm of (..., m, n), as float64. Row sums are float32 at worst, the total is float64."""
-    return torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1).sqrt()
 
 
 def ratio(numerator: Tensor, denominator: Tensor) -> Tensor:

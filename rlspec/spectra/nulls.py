@@ -14,7 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlspec.spectra.measurement import Measurement, ReferenceStack
+from rlspec.perturb.delta import Delta, DenseDelta
+from rlspec.perturb.reference import Reference
+from rlspec.spectra.measurement import Measurement
 
 
 @dataclass(frozen=True)
@@ -44,8 +46,8 @@ def rotation(measurement: Measurement) -> Tensor | None:
 
 
 def null_rotations(
-    engine: Callable[[ReferenceStack, Tensor], Measurement],
-    reference: ReferenceStack,
+    engine: Callable[[Reference, Delta], Measurement],
+    reference: Reference,
     weight: Tensor,
     measured: Measurement,
     *,
@@ -62,23 +64,23 @@ def null_rotations(
     own = rotation(measured)
     if own is None:
         return None
-    base = reference.W.double()  # whose sum with a draw keeps all of it, however small
+    change = measured.update
     error = weight.to(torch.bfloat16).double() - weight.double()
-    rounded = rotation(engine(reference, base + error))
-    norm = measured.update.delta_frobenius
-    turned = []
+
+    def turned(update: Tensor) -> Tensor:
+        delta = DenseDelta.alone(update, reference.W, change.reference_frobenius)
+        found = rotation(engine(reference, delta))
+        assert found is not None  # the sides are those of the measured weights
+        return found
+
+    rounded, random = turned(error), []
     for draw in range(draws):
-        noise = torch.stack([_noise(f"{seed}/{name}/{draw}", base[0]) for name in reference.names])
-        scale = norm / torch.linalg.vector_norm(noise, dim=(-2, -1))
-        turned.append(rotation(engine(reference, base + noise * scale[:, None, None])))
-    return Nulls(own, _there(rounded), torch.stack([_there(r) for r in turned]))
+        noise = torch.stack([_noise(f"{seed}/{name}/{draw}", error[0]) for name in reference.names])
+        scale = change.delta_frobenius / torch.linalg.vector_norm(noise, dim=(-2, -1))
+        random.append(turned(noise * scale[:, None, None]))
+    return Nulls(own, rounded, torch.stack(random))
 
 
 def _noise(key: str, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
     return torch.randn(like.shape, generator=generator).to(like)
-
-
-def _there(value: Tensor | None) -> Tensor:
-    assert value is not None  # the sides are those of the measured weights
-    return value

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from rlspec.errors import TensorError
@@ -133,8 +132,3 @@ def strip_wrappers(name: str) -> str:
     for prefix in _WRAPPER_PREFIXES:
         name = name.removeprefix(prefix)
     return name
-
-
-def stack(tensors: list[Tensor]) -> Tensor:
-    """(L, m, n) from L matrices; a single one is only viewed, not copied."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from rlspec.io.projections import Projection
+from rlspec.perturb.matrix import MatrixBasis
 from rlspec.spectra.blocks import block_sizes
-from rlspec.spectra.matrix import MatrixBasis
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.metrics import (
     angle_statistics,

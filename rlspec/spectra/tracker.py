@@ -13,13 +13,15 @@ from torch import Tensor
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import Projection
 from rlspec.linalg.precision import fast_matmul
+from rlspec.perturb.delta import DenseDelta
+from rlspec.perturb.matrix import MatrixBasis
+from rlspec.perturb.reference import Reference, stack
 from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
-from rlspec.spectra.matrix import MatrixBasis
-from rlspec.spectra.measurement import Measurement, ReferenceStack
+from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.nulls import null_rotations
-from rlspec.spectra.sources import Weights, WeightSource, open_weights, read_matrix, stack
+from rlspec.spectra.sources import Weights, WeightSource, open_weights, read_matrix
 from rlspec.spectra.table import Row, empty_row, measured_rows, put_nulls
 
 Engine = Literal["delta", "exact"]
@@ -52,7 +54,7 @@ class _Group:
 
     projections: tuple[Projection, ...]
     matrices: tuple[MatrixBasis, ...]
-    reference: ReferenceStack | None  # None: rank 0, nothing to measure
+    reference: Reference | None  # None: rank 0, nothing to measure
 
 
 class SpectralTracker:
@@ -105,7 +107,8 @@ class SpectralTracker:
                 rows.update({p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs})
                 continue
             engine = _ENGINES[self.engine]
-            measurement = engine(group.reference, stacked)
+            delta = DenseDelta.between(stacked, group.reference.W)
+            measurement = engine(group.reference, delta)
             nulls = None
             if null_draws > 0:
                 nulls = null_rotations(engine, group.reference, stacked, measurement, draws=null_draws)
@@ -137,7 +140,7 @@ def _groups(basis: SpectralBasis, engine: Engine) -> Iterator[_Group]:
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
             matrices = tuple(basis.matrix(p.name) for p in part)
-            reference = ReferenceStack.of(list(matrices)) if first.k > 0 else None
+            reference = Reference.of(matrices) if first.k > 0 else None
             if reference is not None and engine == "delta" and first.W.dtype != torch.float64:
                 reference = reference.in_float32()
             yield _Group(part, matrices, reference)

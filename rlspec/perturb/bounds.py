@@ -23,9 +23,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.metrics import frobenius
-from rlspec.spectra.subspace import Pair, Side, apply
+from rlspec.perturb.coordinates import Pair, Side, apply
+from rlspec.perturb.delta import Delta, frobenius
+from rlspec.perturb.reference import Reference
 
 _PROBES = 16  # random sign combinations
 _EDGE = 4  # columns taken one by one at the cut and at the top
@@ -47,11 +47,11 @@ class Bounds:
     angle: Tensor
 
 
-def probe_bounds(reference: ReferenceStack, delta: Tensor, pair: Pair) -> Bounds:
+def probe_bounds(reference: Reference, delta: Delta, pair: Pair) -> Bounds:
     """Bounds on the leading k values and angles of a pair, from residuals on a sample of its columns.
 
     Args:
-        delta: E, (L, m, n), in the dtype of the factors.
+        delta: E, with products in the dtype of the factors.
         pair: w >= k columns with their core diagonal.
     """
     k, w = reference.k, pair.sigma.shape[-1]
@@ -61,11 +61,11 @@ def probe_bounds(reference: ReferenceStack, delta: Tensor, pair: Pair) -> Bounds
     left_scaled, right_scaled = pair.columns(scaled, scaled)
     residual_left = apply(reference, delta, right) - left_scaled
     residual_right = apply(reference, delta, left, transpose=True) - right_scaled
-    return residual_bounds(reference, pair, residual_left, residual_right, sample, frobenius(delta))
+    return residual_bounds(reference, pair, residual_left, residual_right, sample, frobenius(delta.dense()))
 
 
 def residual_bounds(
-    reference: ReferenceStack,
+    reference: Reference,
     pair: Pair,
     residual_left: Side,
     residual_right: Side,
@@ -167,7 +167,7 @@ def _sampled_frobenius(products: Tensor) -> Tensor:
     return (products.square().sum((-2, -1)) / products.shape[-1]).sqrt()
 
 
-def _beyond(reference: ReferenceStack, pair: Pair, w: int) -> Tensor:
+def _beyond(reference: Reference, pair: Pair, w: int) -> Tensor:
     """(L,) what the largest singular value outside the candidate span is at most expected to be."""
     r = reference.S.shape[-1]
     if w >= r:

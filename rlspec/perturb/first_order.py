@@ -12,8 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.subspace import Side
+from rlspec.perturb.coordinates import Side
+from rlspec.perturb.delta import Delta
+from rlspec.perturb.reference import Reference
 
 # Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would
 # turn into each other many times over, and a first-order formula has nothing to say about them.
@@ -37,13 +38,12 @@ def rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tupl
 
 
 def first_order(
-    reference: ReferenceStack, delta: Tensor, w: int
+    reference: Reference, delta: Delta
 ) -> tuple[Side, Side, Tensor, tuple[Tensor, Tensor], Tensor]:
     """First-order bases and second-order core of W_ref + E.
 
     Args:
-        delta: E, (L, m, n), in the dtype of the factors.
-        w: columns to follow, k and the guard band.
+        delta: E, with products in the dtype of the factors.
 
     Returns:
         left, right: bases ``[I; Q]``, ``[I; P]`` with their outside parts.
@@ -51,11 +51,11 @@ def first_order(
         grams: leftᵀ left and rightᵀ right, float64.
         block: U1ᵀ E V1 (L, w, w) float64.
     """
-    u, v = reference.U, reference.Vh.mT
+    u, v, w = reference.U, reference.Vh.mT, reference.width
     s1, s2 = reference.S[..., :w], reference.S[..., w:]
     m, n = reference.shape
     r = reference.S.shape[-1]
-    a, b = delta @ v[..., :w], delta.mT @ u[..., :w]
+    a, b = delta.matmul(v[..., :w]), delta.rmatmul(u[..., :w])
     f, g21 = u.mT @ a, v[..., w:].mT @ b
     f11, f21 = f[..., :w, :], f[..., w:, :]
     p, q = rotation(s2, s1, f21, g21)

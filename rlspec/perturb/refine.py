@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.subspace import Pair, Side, apply, diagonalise, scale
-from rlspec.spectra.sylvester import rotation
+from rlspec.perturb.coordinates import Pair, Side, apply, diagonalise, scale
+from rlspec.perturb.delta import Delta
+from rlspec.perturb.first_order import rotation
+from rlspec.perturb.reference import Reference
 
 
-def refine(reference: ReferenceStack, delta: Tensor, pair: Pair) -> Pair:
+def refine(reference: Reference, delta: Delta, pair: Pair) -> Pair:
     """Improve a pair by one Davidson-like sweep.
 
     The residual of every column, taken in reference coordinates, passes through the same elementwise solve
@@ -17,7 +18,7 @@ def refine(reference: ReferenceStack, delta: Tensor, pair: Pair) -> Pair:
     between the corrected bases.
 
     Args:
-        delta: E, (L, m, n), in the dtype of the factors.
+        delta: E, with products in the dtype of the factors.
         pair: w columns with their core diagonal.
     """
     image, adjoint = apply(reference, delta, pair.right), apply(reference, delta, pair.left, transpose=True)
@@ -36,7 +37,7 @@ def refine(reference: ReferenceStack, delta: Tensor, pair: Pair) -> Pair:
 
 
 def _core(
-    reference: ReferenceStack, pair: Pair, corrected: tuple[Side, Side], images: tuple[Side, Side]
+    reference: Reference, pair: Pair, corrected: tuple[Side, Side], images: tuple[Side, Side]
 ) -> Tensor:
     """(L, w, w) float64 ``(Y + dY)ᵀ W (X + dX)`` from W X and Wᵀ Y, which are at hand.
 

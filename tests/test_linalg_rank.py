@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlspec.errors import OptionError
-from rlspec.spectra import Rank
+from rlspec.linalg.rank import Rank
 
 
 @pytest.mark.parametrize(

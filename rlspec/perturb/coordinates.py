@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.products import transposed_product
-from rlspec.spectra.batch import take
-from rlspec.spectra.measurement import ReferenceStack
+from rlspec.perturb.batch import take
+from rlspec.perturb.delta import Delta
+from rlspec.perturb.reference import Reference
 
 
 @dataclass(frozen=True)
@@ -150,22 +151,22 @@ def scale(side: Side, factors: Tensor) -> Side:
     return Side(side.lead * wide, side.tail * narrow, None if side.outside is None else side.outside * narrow)
 
 
-def apply(reference: ReferenceStack, delta: Tensor, side: Side, *, transpose: bool = False) -> Side:
+def apply(reference: Reference, delta: Delta, side: Side, *, transpose: bool = False) -> Side:
     """Coordinates of ``W x`` (left coordinates) for right columns x, or of ``Wᵀ x`` for left columns.
 
     Args:
         reference: factors of W_ref.
-        delta: E, (L, m, n), in the dtype the products are to be taken in.
+        delta: E, with products in the dtype of the factors.
         side: c columns.
     """
     u, v = reference.U, reference.Vh.mT
     if transpose:
-        u, v, delta = v, u, delta.mT
+        u, v = v, u
     w, r = side.lead.shape[-2], u.shape[-1]
     x = v @ torch.cat([side.lead.to(v.dtype), side.tail], dim=-2)
     if side.outside is not None:
         x = x + side.outside
-    moved = delta @ x
+    moved = delta.rmatmul(x) if transpose else delta.matmul(x)
     inside = transposed_product(u, moved)
     outside = moved - u @ inside if u.shape[-2] > r else None
     s = reference.S.unsqueeze(-1)

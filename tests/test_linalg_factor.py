@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlspec.spectra import factor
-from rlspec.spectra.factor import full_svd, reference_factors
+from rlspec.linalg import factor
+from rlspec.linalg.factor import full_svd, reference_factors
 
 F64 = torch.float64
 

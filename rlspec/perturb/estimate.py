@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlspec.spectra.measurement import ReferenceStack
-from rlspec.spectra.metrics import frobenius
-from rlspec.spectra.subspace import Pair, Side, apply, scale
-from rlspec.spectra.sylvester import rotation
+from rlspec.perturb.coordinates import Pair, Side, apply, scale
+from rlspec.perturb.delta import Delta, frobenius
+from rlspec.perturb.first_order import rotation
+from rlspec.perturb.reference import Reference
 
 _SPREAD = 12  # columns taken evenly over all followed ones
 _EDGE = 4  # columns next to the cut, where corrections are largest, taken one by one
@@ -37,11 +37,11 @@ class Remaining:
     sigma: Tensor
 
 
-def remaining_error(reference: ReferenceStack, delta: Tensor, pair: Pair) -> Remaining:
+def remaining_error(reference: Reference, delta: Delta, pair: Pair) -> Remaining:
     """Estimate the errors of a pair.
 
     Args:
-        delta: E, (L, m, n), in the dtype of the factors.
+        delta: E, with products in the dtype of the factors.
         pair: w >= k columns with their core diagonal.
     """
     k, w = reference.k, pair.sigma.shape[-1]

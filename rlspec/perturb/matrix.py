@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlspec.spectra.rank import Rank
+from rlspec.linalg.rank import Rank
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,266 @@
+"""The update E = W - W_ref as an operator: all that the solver asks of it are products, norms and counts.
+
+Axes: ``L`` matrices, ``m`` by ``n`` each; ``c`` columns of a block; ``q`` the rank of a low-rank update.
+
+* :class:`DenseDelta` holds E, or was handed it (random draws, rounding errors);
+* :class:`PairDelta` holds W and W_ref and forms E block by block inside each product;
+* :class:`LowRankDelta` holds the factors of E = s B A (LoRA, arXiv 2106.09685) and never forms it.
+
+An update whose parts lie on several ranks is one more class with the same members: products of parts, summed up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from rlspec.ops import delta_matmul, delta_prep, delta_rmatmul
+from rlspec.perturb.batch import take
+
+UNCHANGED_ETA = (
+    1e-3  # an entry moved by less than this share of its size counts as unchanged (arXiv 2511.08567)
+)
+# Rows whose entries are formed at once where an update is counted that is not stored.
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class UpdateStats:
+    """Entrywise statistics of an update; every one is (L,) float64."""
+
+    delta_frobenius: Tensor
+    weight_frobenius: Tensor  # of the current weight
+    reference_frobenius: Tensor
+    sparsity: Tensor  # share of entries unchanged
+
+    def select(self, index: Tensor) -> UpdateStats:
+        """The matrices of the given positions."""
+        return UpdateStats(*(take(getattr(self, f.name), index) for f in fields(self)))
+
+    @classmethod
+    def joined(cls, parts: list[UpdateStats]) -> UpdateStats:
+        return cls(*(torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)))
+
+
+class Delta(Protocol):
+    """E of L matrices (m, n) on one device. Products are taken in ``dtype`` and returned in it."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(L, m, n)."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the products: float32 or float64."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def stats(self) -> UpdateStats:
+        """Norms and counts. Where E was handed over by itself, ``weight_frobenius`` and ``sparsity`` are NaN."""
+
+    def matmul(self, x: Tensor) -> Tensor:
+        """E x for x (L, n, c): (L, m, c)."""
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        """Eᵀ y for y (L, m, c): (L, n, c)."""
+
+    def to(self, dtype: torch.dtype) -> Delta:
+        """The same with products in another dtype."""
+
+    def select(self, index: Tensor) -> Delta:
+        """The matrices of the given positions, which do not repeat; all of them without a copy."""
+
+    def dense(self) -> Tensor:
+        """E itself, (L, m, n) in ``dtype``: for what needs every entry, such as a full decomposition."""
+
+    def weight(self) -> Tensor:
+        """The current weights W_ref + E, (L, m, n) float64: likewise."""
+
+
+@dataclass(frozen=True)
+class DenseDelta:
+    """E stored, (L, m, n) float32 or float64, with the weights that it is the difference of.
+
+    ``current`` (L, m, n) is W in its own dtype, or None: then W is ``reference`` + E.
+    """
+
+    values: Tensor
+    stats: UpdateStats
+    reference: Tensor
+    current: Tensor | None = None
+
+    @classmethod
+    def between(cls, weight: Tensor, reference: Tensor, *, eta: float = UNCHANGED_ETA) -> DenseDelta:
+        """E = ``weight`` - ``reference``, (L, m, n) of any floating dtypes; see ``ops.delta_prep``."""
+        found = delta_prep(weight, reference, eta=eta)
+        stats = UpdateStats(
+            delta_frobenius=found.delta_sq.sqrt(),
+            weight_frobenius=found.weight_sq.sqrt(),
+            reference_frobenius=found.reference_sq.sqrt(),
+            sparsity=found.unchanged.double() / (weight.shape[-1] * weight.shape[-2]),
+        )
+        return cls(found.delta, stats, reference, weight)
+
+    @classmethod
+    def alone(cls, values: Tensor, reference: Tensor, reference_frobenius: Tensor) -> DenseDelta:
+        """An E (L, m, n) that is no difference of stored weights: its size says nothing of theirs."""
+        unknown = torch.full_like(reference_frobenius, torch.nan)
+        return cls(values, UpdateStats(frobenius(values), unknown, reference_frobenius, unknown), reference)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return _shape(self.values)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.values.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.values @ x
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self.values.mT @ y
+
+    def to(self, dtype: torch.dtype) -> DenseDelta:
+        return self if dtype == self.values.dtype else replace(self, values=self.values.to(dtype))
+
+    def select(self, index: Tensor) -> DenseDelta:
+        if index.numel() == self.values.shape[0]:
+            return self
+        current = None if self.current is None else self.current[index]
+        return DenseDelta(self.values[index], self.stats.select(index), self.reference[index], current)
+
+    def dense(self) -> Tensor:
+        return self.values
+
+    def weight(self) -> Tensor:
+        if self.current is not None:
+            return self.current.double()
+        return self.reference.double() + self.values.double()
+
+
+@dataclass(frozen=True)
+class PairDelta:
+    """E of two stored stacks of weights, formed inside each product and never kept.
+
+    ``current`` and ``reference`` are (L, m, n); their difference is taken as :func:`rlspec.ops.delta_prep` takes it.
+    """
+
+    current: Tensor
+    reference: Tensor
+    dtype: torch.dtype = torch.float32
+
+    @cached_property
+    def stats(self) -> UpdateStats:
+        return DenseDelta.between(self.current, self.reference).stats
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return _shape(self.current)
+
+    @property
+    def device(self) -> torch.device:
+        return self.current.device
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return delta_matmul(self.current, self.reference, x.to(self.dtype))
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return delta_rmatmul(self.current, self.reference, y.to(self.dtype))
+
+    def to(self, dtype: torch.dtype) -> PairDelta:
+        return self if dtype == self.dtype else PairDelta(self.current, self.reference, dtype)
+
+    def select(self, index: Tensor) -> PairDelta:
+        if index.numel() == self.current.shape[0]:
+            return self
+        return PairDelta(self.current[index], self.reference[index], self.dtype)
+
+    def dense(self) -> Tensor:
+        return DenseDelta.between(self.current, self.reference).values.to(self.dtype)
+
+    def weight(self) -> Tensor:
+        return self.current.double()
+
+
+@dataclass(frozen=True)
+class LowRankDelta:
+    """E = scale B A on top of ``reference`` (L, m, n): the weights that an adapter of rank q stands for.
+
+    ``B`` (L, m, q) and ``A`` (L, q, n) are float32 or float64 alike, ``scale`` is LoRA's alpha / q or what takes its
+    place. Nothing of the size of E is stored: a product costs (m + n) q entries a column, and counts form some rows
+    at a time.
+    """
+
+    B: Tensor
+    A: Tensor
+    scale: float
+    reference: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.B.shape[0], int(self.B.shape[-2]), int(self.A.shape[-1])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.B.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.B.device
+
+    def matmul(self, x: Tensor) -> Tensor:
+        return self.B @ ((self.A @ x) * self.scale)
+
+    def rmatmul(self, y: Tensor) -> Tensor:
+        return self.A.mT @ ((self.B.mT @ y) * self.scale)
+
+    def to(self, dtype: torch.dtype) -> LowRankDelta:
+        return self if dtype == self.dtype else replace(self, B=self.B.to(dtype), A=self.A.to(dtype))
+
+    def select(self, index: Tensor) -> LowRankDelta:
+        if index.numel() == self.B.shape[0]:
+            return self
+        return LowRankDelta(self.B[index], self.A[index], self.scale, self.reference[index])
+
+    def dense(self) -> Tensor:
+        return (self.B * self.scale) @ self.A
+
+    def weight(self) -> Tensor:
+        return self.reference.double() + self.to(torch.float64).dense()
+
+    @cached_property
+    def stats(self) -> UpdateStats:
+        matrices, m, n = self.shape
+        sums = torch.zeros(4, matrices, dtype=torch.float64, device=self.B.device)
+        wide = self.to(torch.float64)
+        rows = max(1, min(m, _BLOCK // max(matrices * n, 1)))
+        for start in range(0, m, rows):
+            block = slice(start, start + rows)
+            e = (wide.B[:, block] * self.scale) @ wide.A
+            ref = self.reference[:, block].double()
+            w = ref + e
+            unchanged = e.abs() <= UNCHANGED_ETA * torch.maximum(w.abs(), ref.abs())
+            found = [x.square().sum((-2, -1)) for x in (e, w, ref)] + [unchanged.double().sum((-2, -1))]
+            sums += torch.stack(found)
+        return UpdateStats(sums[0].sqrt(), sums[1].sqrt(), sums[2].sqrt(), sums[3] / (m * n))
+
+
+def frobenius(a: Tensor) -> Tensor:
+    """Frobenius norm of (..., m, n), as float64. Row sums are float32 at worst, the total is float64."""
+    return torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1).sqrt()
+
+
+def _shape(stack: Tensor) -> tuple[int, int, int]:
+    matrices, m, n = stack.shape
+    return matrices, m, n
