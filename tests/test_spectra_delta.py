@@ -9,7 +9,7 @@ import torch
 from spectra_toys import F64, by_delta, by_exact, errors, stacked
 
 from rlspec.perturb.delta import DenseDelta
-from rlspec.spectra.delta import spectral_norm
+from rlspec.spectra.delta import krylov_moments, spectral_norm
 
 
 def flat_at_the_cut(m: int, n: int, generator: torch.Generator) -> torch.Tensor:
@@ -77,9 +77,10 @@ def test_small_updates_stay_in_the_delta_form_and_large_ones_leave_it():
 
 def test_a_bound_notices_a_wrong_answer():
     """The broken twin: a pair whose rotation was dropped must get bounds that cover the error it makes."""
-    from rlspec.perturb.bounds import probe_bounds
-    from rlspec.perturb.coordinates import Side, diagonalise, sines
+    from rlspec.perturb.bounds import residual_bounds
+    from rlspec.perturb.coordinates import Pair, Side, beyond, diagonalise, sines
     from rlspec.perturb.first_order import first_order
+    from rlspec.perturb.residual import residual
 
     g = torch.Generator().manual_seed(3)
     weights = [flat_at_the_cut(64, 64, g)]
@@ -95,10 +96,14 @@ def test_a_bound_notices_a_wrong_answer():
     eye = torch.eye(core.shape[-1], dtype=F64).unsqueeze(0)
     bad = diagonalise(*still, core, (eye, eye))
     truth = by_exact(reference, tuned)
-    wrong = (sines(bad.left, reference.k).asin() - truth.sines_left.asin()).abs().max()
-    bound = probe_bounds(reference, delta, bad).angle
-    assert wrong > 3 * probe_bounds(reference, delta, good).angle
-    assert wrong <= bound
+
+    def angle_bound(pair: Pair) -> torch.Tensor:
+        left_over = residual(reference, delta, pair)
+        return residual_bounds(reference, left_over, delta.stats.delta_frobenius).angle
+
+    wrong = (sines(beyond(bad.left, reference.k), reference.k).asin() - truth.sines_left.asin()).abs().max()
+    assert wrong > 3 * angle_bound(good)
+    assert wrong <= angle_bound(bad)
 
 
 def test_unchanged_matrix_among_changed_ones_is_exactly_zero():
@@ -145,9 +150,12 @@ def test_rank_deficient_reference_and_repeated_values():
 
 def test_spectral_norm_of_flat_and_low_rank_matrices():
     def norm(a: torch.Tensor) -> torch.Tensor:
-        return spectral_norm(DenseDelta.alone(a, torch.zeros_like(a), torch.zeros(len(a))))
+        return spectral_norm(*krylov_moments(DenseDelta.alone(a, torch.zeros_like(a), torch.zeros(len(a)))))
 
     g = torch.Generator().manual_seed(7)
-    for a in (torch.randn(2, 90, 70, dtype=F64, generator=g), torch.randn(2, 5, 70, dtype=F64, generator=g)):
-        torch.testing.assert_close(norm(a), torch.linalg.matrix_norm(a, ord=2), rtol=0.02, atol=0)
+    thin = torch.randn(2, 90, 3, generator=g) @ torch.randn(2, 3, 70, generator=g)
+    decaying = torch.randn(1, 90, 70, generator=g) * 0.5 ** torch.arange(70)
+    full = [torch.randn(2, 90, 70, dtype=F64, generator=g), torch.randn(2, 5, 70, dtype=F64, generator=g)]
+    for a in (*full, thin, decaying, 1e-12 * full[0]):
+        torch.testing.assert_close(norm(a), torch.linalg.matrix_norm(a.double(), ord=2), rtol=0.02, atol=0)
     assert float(norm(torch.zeros(1, 8, 8)).item()) == 0.0

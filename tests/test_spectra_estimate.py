@@ -11,11 +11,12 @@ from rlspec.linalg.factor import reference_factors
 from rlspec.linalg.rank import Rank
 from rlspec.perturb.coordinates import Pair, Side, diagonalise
 from rlspec.perturb.delta import DenseDelta
-from rlspec.perturb.estimate import remaining_error, rotated
+from rlspec.perturb.estimate import remaining_error
 from rlspec.perturb.first_order import first_order
 from rlspec.perturb.matrix import matrix_basis
 from rlspec.perturb.reference import Reference
 from rlspec.perturb.refine import refine
+from rlspec.perturb.residual import residual, rotated
 from rlspec.perturb.solve import solve
 
 F64 = torch.float64
@@ -60,7 +61,7 @@ def test_the_estimate_is_near_the_error_before_and_after_a_sweep(shape, eps, ran
     left, right, core, grams, _ = first_order(reference, delta)
     pair = diagonalise(left, right, core, grams)
     for _ in range(2):
-        found = remaining_error(reference, delta, pair)
+        found = remaining_error(reference.sample, residual(reference, delta, pair))
         turned = float(torch.maximum(rotated(pair.left, reference.k), rotated(pair.right, reference.k)))
         ratio = float(found.subspace) * turned / missing(reference, pair, tuned)
         assert 0.3 < ratio < 4.0
@@ -71,13 +72,13 @@ def test_a_dropped_rotation_is_seen():
     """The twin that must fail: the reference's own subspaces, as if nothing had turned."""
     reference, tuned = reference_and_update((100, 100), 1e-2, None)
     solution = solve(reference, DenseDelta.between(tuned, reference.W))
-    good = remaining_error(reference, solution.delta, solution.pair)
+    good = remaining_error(reference.sample, solution.left_over)
     still = [
         Side(torch.eye(side.lead.shape[-1], dtype=F64)[None], torch.zeros_like(side.tail), None)
         for side in (solution.pair.left, solution.pair.right)
     ]
     dropped = replace(solution.pair, left=still[0], right=still[1])
-    bad = remaining_error(reference, solution.delta, dropped)
+    bad = remaining_error(reference.sample, residual(reference, solution.delta, dropped))
     turned = float(rotated(solution.pair.left, reference.k))
     assert float(good.subspace) * turned < 2e-2 * turned
     # Nothing is counted as turned there, so the absolute error is what to compare: all of the rotation is missing.

@@ -1,10 +1,28 @@
-"""Choosing matrices of a stack."""
+"""Choosing matrices of a stack. Decisions are made on the host, so positions are plain integers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import torch
 from torch import Tensor
 
 
-def take(stack: Tensor, index: Tensor) -> Tensor:
+def take(stack: Tensor, positions: Sequence[int]) -> Tensor:
     """The entries (matrices) of the given positions, which do not repeat; in order, all of them without a copy."""
-    return stack if index.numel() == stack.shape[0] else stack[index]
+    if len(positions) == stack.shape[0]:
+        return stack
+    return stack[torch.tensor(positions, dtype=torch.int64, device=stack.device)]
+
+
+def put(stack: Tensor, positions: Sequence[int], values: Tensor) -> Tensor:
+    """A copy with the given positions, in ascending order, taken from ``values``."""
+    if len(positions) == stack.shape[0]:
+        return values
+    index = torch.tensor(positions, dtype=torch.int64, device=stack.device)
+    return stack.index_copy(0, index, values)
+
+
+def positions_of(mask: Tensor) -> list[int]:
+    """Where a CPU mask (L,) holds."""
+    return [i for i, there in enumerate(mask.tolist()) if there]

@@ -9,13 +9,15 @@ relative to E.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rlspec.linalg.products import transposed_product
-from rlspec.perturb.batch import take
+from rlspec.linalg.transfer import to_device, to_host
+from rlspec.perturb.batch import put, take
 from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import Reference
 
@@ -54,25 +56,22 @@ class Side:
             products = products + (self.outside.mT @ other.outside).double()
         return products
 
-    def take(self, columns: Tensor) -> Side:
-        """Some of the columns, by their indices (c,)."""
-        outside = None if self.outside is None else self.outside[..., columns]
-        return Side(self.lead[..., columns], self.tail[..., columns], outside)
+    def columns(self, start: int, stop: int) -> Side:
+        """Columns [start, stop), as views."""
+        outside = None if self.outside is None else self.outside[..., start:stop]
+        return Side(self.lead[..., start:stop], self.tail[..., start:stop], outside)
 
-    def select(self, index: Tensor) -> Side:
+    def select(self, positions: Sequence[int]) -> Side:
         """The matrices of the given positions."""
-        outside = None if self.outside is None else take(self.outside, index)
-        return Side(take(self.lead, index), take(self.tail, index), outside)
+        outside = None if self.outside is None else take(self.outside, positions)
+        return Side(take(self.lead, positions), take(self.tail, positions), outside)
 
-    def replace(self, index: Tensor, other: Side) -> Side:
+    def replace(self, positions: Sequence[int], other: Side) -> Side:
         """A copy with the given positions taken from another side."""
-        if index.numel() == self.lead.shape[0]:
-            return other
         outside = self.outside
         if outside is not None and other.outside is not None:
-            outside = outside.index_copy(0, index, other.outside)
-        lead = self.lead.index_copy(0, index, other.lead)
-        return Side(lead, self.tail.index_copy(0, index, other.tail), outside)
+            outside = put(outside, positions, other.outside)
+        return Side(put(self.lead, positions, other.lead), put(self.tail, positions, other.tail), outside)
 
     def rows(self, start: int = 0, columns: int | None = None) -> Tensor:
         """Coordinates from row ``start`` < w on, of the first ``columns``, stacked into one tensor, (L, .,
@@ -92,17 +91,15 @@ class Pair:
     right: Side
     sigma: Tensor
 
-    def select(self, index: Tensor) -> Pair:
+    def select(self, positions: Sequence[int]) -> Pair:
         """The matrices of the given positions."""
-        return Pair(self.left.select(index), self.right.select(index), take(self.sigma, index))
+        return Pair(self.left.select(positions), self.right.select(positions), take(self.sigma, positions))
 
-    def replace(self, index: Tensor, other: Pair) -> Pair:
+    def replace(self, positions: Sequence[int], other: Pair) -> Pair:
         """A copy with the given positions taken from another pair."""
-        sigma = self.sigma.index_copy(0, index, other.sigma)
-        return Pair(self.left.replace(index, other.left), self.right.replace(index, other.right), sigma)
-
-    def columns(self, mix_left: Tensor, mix_right: Tensor) -> tuple[Side, Side]:
-        return self.left @ mix_left, self.right @ mix_right
+        sigma = put(self.sigma, positions, other.sigma)
+        left, right = self.left.replace(positions, other.left), self.right.replace(positions, other.right)
+        return Pair(left, right, sigma)
 
 
 def diagonalise(left: Side, right: Side, core: Tensor, grams: tuple[Tensor, Tensor] | None = None) -> Pair:
@@ -114,14 +111,21 @@ def diagonalise(left: Side, right: Side, core: Tensor, grams: tuple[Tensor, Tens
         grams: Gram matrices of both, (L, w, w) float64, where they are known already.
     """
     gram_left, gram_right = grams if grams is not None else (left.dot(left), right.dot(right))
+    # On the host: a card may have no float64 to speak of, and its batched decompositions are loops.
+    turns = to_device(_diagonalising(*to_host([core, gram_left, gram_right])), core)
+    turn_left, sigma, turn_right = turns
+    return Pair(left @ turn_left, right @ turn_right, sigma)
+
+
+def _diagonalising(core: Tensor, gram_left: Tensor, gram_right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Turns a (L, w, w), b (L, w, w) and values sigma (L, w) with aᵀ G_l a = I, bᵀ G_r b = I, aᵀ core b = diag(sigma);
+    as a, sigma, b."""
     lower_left, lower_right = torch.linalg.cholesky(gram_left), torch.linalg.cholesky(gram_right)
     solve = torch.linalg.solve_triangular
     half = solve(lower_left, core, upper=False)
     small = solve(lower_right, half.mT, upper=False).mT
     u, sigma, z = core_svd(small)
-    turn_left = solve(lower_left.mT, u, upper=True)
-    turn_right = solve(lower_right.mT, z, upper=True)
-    return Pair(left @ turn_left, right @ turn_right, sigma)
+    return solve(lower_left.mT, u, upper=True), sigma, solve(lower_right.mT, z, upper=True)
 
 
 # The eigenvectors of a core's Gram matrix are float64's rounding times (σ_1/σ_w)² off.
@@ -175,15 +179,26 @@ def apply(reference: Reference, delta: Delta, side: Side, *, transpose: bool = F
     return Side(lead, tail, outside)
 
 
-def sines(side: Side, k: int) -> Tensor:
-    """Sines of the principal angles between the first k columns and the reference's first k, (L, k)
-    descending.
+def beyond(side: Side, k: int) -> Tensor:
+    """What the first k columns have outside the reference's first k, for :func:`sines`.
+
+    On a CPU the coordinates themselves, (L, rows, k); on a device their float64 Gram matrix, (L, k, k) or that of the
+    rows where there are fewer: a tenth of the size to bring to the host, where it is decomposed.
+    """
+    rows = side.rows(k, k).double()
+    return _gram(rows) if rows.is_cuda else rows
+
+
+def sines(outside: Tensor, k: int, *, squared: bool = False) -> Tensor:
+    """Sines of the principal angles between k columns and the reference's first k, (L, k) descending.
 
     They are the singular values of what lies outside the reference's leading coordinates: no cosine is
     taken. Where that part has fewer rows than k, the rest are zero.
+
+    Args:
+        outside: CPU, float64, as :func:`beyond` gives it. squared: it is the Gram matrix.
     """
-    beyond = side.rows(k, k)
-    found = singular_values(beyond)
+    found = _roots(outside) if squared else singular_values(outside)
     if found.shape[-1] < k:
         found = torch.cat([found, found.new_zeros((*found.shape[:-1], k - found.shape[-1]))], dim=-1)
     return found[..., :k].clamp(0.0, 1.0)
@@ -200,7 +215,12 @@ def singular_values(a: Tensor) -> Tensor:
     under 1e-8 of the largest are rounding. For the sines of a rotation that is 1e-8 of its largest angle.
     """
     a = a.double()
-    if min(a.shape[-2:]) <= _DIRECT:
-        return torch.linalg.svdvals(a)
-    gram = a.mT @ a if a.shape[-2] >= a.shape[-1] else a @ a.mT
+    return torch.linalg.svdvals(a) if min(a.shape[-2:]) <= _DIRECT else _roots(_gram(a))
+
+
+def _gram(a: Tensor) -> Tensor:
+    return a.mT @ a if a.shape[-2] >= a.shape[-1] else a @ a.mT
+
+
+def _roots(gram: Tensor) -> Tensor:
     return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0.0).sqrt()

@@ -11,6 +11,7 @@ An update whose parts lie on several ranks is one more class with the same membe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from typing import Protocol
@@ -18,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlspec.linalg.transfer import to_host
 from rlspec.ops import delta_matmul, delta_prep, delta_rmatmul
 from rlspec.perturb.batch import take
 
@@ -30,16 +32,16 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class UpdateStats:
-    """Entrywise statistics of an update; every one is (L,) float64."""
+    """Entrywise statistics of an update, on the host; every one is (L,) float64."""
 
     delta_frobenius: Tensor
     weight_frobenius: Tensor  # of the current weight
     reference_frobenius: Tensor
     sparsity: Tensor  # share of entries unchanged
 
-    def select(self, index: Tensor) -> UpdateStats:
+    def select(self, positions: Sequence[int]) -> UpdateStats:
         """The matrices of the given positions."""
-        return UpdateStats(*(take(getattr(self, f.name), index) for f in fields(self)))
+        return UpdateStats(*(take(getattr(self, f.name), positions) for f in fields(self)))
 
     @classmethod
     def joined(cls, parts: list[UpdateStats]) -> UpdateStats:
@@ -73,7 +75,7 @@ class Delta(Protocol):
     def to(self, dtype: torch.dtype) -> Delta:
         """The same with products in another dtype."""
 
-    def select(self, index: Tensor) -> Delta:
+    def select(self, positions: Sequence[int]) -> Delta:
         """The matrices of the given positions, which do not repeat; all of them without a copy."""
 
     def dense(self) -> Tensor:
@@ -99,19 +101,15 @@ class DenseDelta:
     def between(cls, weight: Tensor, reference: Tensor, *, eta: float = UNCHANGED_ETA) -> DenseDelta:
         """E = ``weight`` - ``reference``, (L, m, n) of any floating dtypes; see ``ops.delta_prep``."""
         found = delta_prep(weight, reference, eta=eta)
-        stats = UpdateStats(
-            delta_frobenius=found.delta_sq.sqrt(),
-            weight_frobenius=found.weight_sq.sqrt(),
-            reference_frobenius=found.reference_sq.sqrt(),
-            sparsity=found.unchanged.double() / (weight.shape[-1] * weight.shape[-2]),
-        )
+        stats = _stats([found.delta_sq, found.weight_sq, found.reference_sq, found.unchanged], found.delta)
         return cls(found.delta, stats, reference, weight)
 
     @classmethod
     def alone(cls, values: Tensor, reference: Tensor, reference_frobenius: Tensor) -> DenseDelta:
         """An E (L, m, n) that is no difference of stored weights: its size says nothing of theirs."""
         unknown = torch.full_like(reference_frobenius, torch.nan)
-        return cls(values, UpdateStats(frobenius(values), unknown, reference_frobenius, unknown), reference)
+        (norm,) = to_host([frobenius(values)])
+        return cls(values, UpdateStats(norm, unknown, reference_frobenius, unknown), reference)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -134,11 +132,12 @@ class DenseDelta:
     def to(self, dtype: torch.dtype) -> DenseDelta:
         return self if dtype == self.values.dtype else replace(self, values=self.values.to(dtype))
 
-    def select(self, index: Tensor) -> DenseDelta:
-        if index.numel() == self.values.shape[0]:
+    def select(self, positions: Sequence[int]) -> DenseDelta:
+        if len(positions) == self.values.shape[0]:
             return self
-        current = None if self.current is None else self.current[index]
-        return DenseDelta(self.values[index], self.stats.select(index), self.reference[index], current)
+        current = None if self.current is None else take(self.current, positions)
+        values, reference = take(self.values, positions), take(self.reference, positions)
+        return DenseDelta(values, self.stats.select(positions), reference, current)
 
     def dense(self) -> Tensor:
         return self.values
@@ -181,10 +180,10 @@ class PairDelta:
     def to(self, dtype: torch.dtype) -> PairDelta:
         return self if dtype == self.dtype else PairDelta(self.current, self.reference, dtype)
 
-    def select(self, index: Tensor) -> PairDelta:
-        if index.numel() == self.current.shape[0]:
+    def select(self, positions: Sequence[int]) -> PairDelta:
+        if len(positions) == self.current.shape[0]:
             return self
-        return PairDelta(self.current[index], self.reference[index], self.dtype)
+        return PairDelta(take(self.current, positions), take(self.reference, positions), self.dtype)
 
     def dense(self) -> Tensor:
         return DenseDelta.between(self.current, self.reference).values.to(self.dtype)
@@ -228,10 +227,11 @@ class LowRankDelta:
     def to(self, dtype: torch.dtype) -> LowRankDelta:
         return self if dtype == self.dtype else replace(self, B=self.B.to(dtype), A=self.A.to(dtype))
 
-    def select(self, index: Tensor) -> LowRankDelta:
-        if index.numel() == self.B.shape[0]:
+    def select(self, positions: Sequence[int]) -> LowRankDelta:
+        if len(positions) == self.B.shape[0]:
             return self
-        return LowRankDelta(self.B[index], self.A[index], self.scale, self.reference[index])
+        b, a, reference = (take(t, positions) for t in (self.B, self.A, self.reference))
+        return LowRankDelta(b, a, self.scale, reference)
 
     def dense(self) -> Tensor:
         return (self.B * self.scale) @ self.A
@@ -253,7 +253,14 @@ class LowRankDelta:
             unchanged = e.abs() <= UNCHANGED_ETA * torch.maximum(w.abs(), ref.abs())
             found = [x.square().sum((-2, -1)) for x in (e, w, ref)] + [unchanged.double().sum((-2, -1))]
             sums += torch.stack(found)
-        return UpdateStats(sums[0].sqrt(), sums[1].sqrt(), sums[2].sqrt(), sums[3] / (m * n))
+        return _stats(list(sums), self.reference)
+
+
+def _stats(sums: list[Tensor], like: Tensor) -> UpdateStats:
+    """From (L,) squared norms of E, W and W_ref and numbers of unchanged entries, in one transfer."""
+    delta_sq, weight_sq, reference_sq, unchanged = to_host(sums)
+    entries = like.shape[-1] * like.shape[-2]
+    return UpdateStats(delta_sq.sqrt(), weight_sq.sqrt(), reference_sq.sqrt(), unchanged.double() / entries)
 
 
 def frobenius(a: Tensor) -> Tensor:

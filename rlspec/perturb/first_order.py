@@ -14,11 +14,7 @@ from torch import Tensor
 
 from rlspec.perturb.coordinates import Side
 from rlspec.perturb.delta import Delta
-from rlspec.perturb.reference import Reference
-
-# Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would
-# turn into each other many times over, and a first-order formula has nothing to say about them.
-FLOOR = 0.02
+from rlspec.perturb.reference import FLOOR, Reference
 
 
 def rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -10,9 +10,14 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.products import ALIGNED
+from rlspec.perturb.batch import take
 from rlspec.perturb.matrix import MatrixBasis
+from rlspec.perturb.sample import Sample
 
 _CHOICE = 4  # widths to choose a gap from
+#: Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would
+#: turn into each other many times over, and a first-order formula has nothing to say about them.
+FLOOR = 0.02
 
 
 @dataclass(frozen=True)
@@ -42,20 +47,64 @@ class Reference:
             k=matrices[0].k,
         )
 
-    def select(self, index: Tensor) -> Reference:
+    def select(self, positions: Sequence[int]) -> Reference:
         """The matrices of the given positions; all of them without a copy."""
-        if index.numel() == self.S.shape[0]:
+        if len(positions) == len(self.names):
             return self
-        names = tuple(self.names[i] for i in index.tolist())
-        return Reference(names, self.W[index], self.U[index], self.S[index], self.Vh[index], self.k)
+        names = tuple(self.names[i] for i in positions)
+        w, u, s, vh = (take(t, positions) for t in (self.W, self.U, self.S, self.Vh))
+        chosen = Reference(names, w, u, s, vh, self.k)
+        # A stack has one width; nothing that is known already is asked of the device again.
+        chosen.__dict__.update(
+            width=self.width, combinations=self.combinations, values=take(self.values, positions)
+        )
+        return chosen
 
     def in_float32(self) -> Reference:
         """The same with U and Vh in float32."""
         return replace(self, U=self.U.float(), Vh=self.Vh.float())
 
+    def to(self, device: torch.device | str) -> Reference:
+        """The same on another device; itself where it is there."""
+        if torch.device(device) == self.device:
+            return self
+        w, u, s, vh = (t.to(device) for t in (self.W, self.U, self.S, self.Vh))
+        moved = Reference(self.names, w, u, s, vh, self.k)
+        moved.__dict__.update(width=self.width, values=self.values)
+        return moved
+
     @property
     def shape(self) -> tuple[int, int]:
         return int(self.W.shape[-2]), int(self.W.shape[-1])
+
+    @property
+    def device(self) -> torch.device:
+        return self.W.device
+
+    @cached_property
+    def values(self) -> Tensor:
+        """S on the host, (L, r) float64: what decisions are made from."""
+        return self.S.cpu()
+
+    @cached_property
+    def sample(self) -> Sample:
+        """Which combinations of a pair's columns are looked at."""
+        return Sample(self.k)
+
+    @cached_property
+    def combinations(self) -> Tensor:
+        """Those combinations, (w, c) float64, on the reference's device."""
+        return self.sample.combinations(self.width).to(self.device)
+
+    @cached_property
+    def clear(self) -> Tensor:
+        """(L,) bool on the host: whether the k-th value lies so far above what follows the guard band that its
+        rotation is not damped, see ``first_order.FLOOR``."""
+        s, k, w = self.values, self.k, self.width
+        if w >= s.shape[-1]:
+            return torch.ones(s.shape[0], dtype=torch.bool)
+        last, beyond = s[..., k - 1], s[..., w]
+        return (last - beyond) * (last + beyond) > FLOOR * last.square()
 
     @cached_property
     def width(self) -> int:
@@ -64,7 +113,7 @@ class Reference:
         It ends where the smallest gap over the stack is largest; among multiples of `ALIGNED` where there is a choice
         of them, since gaps in a flat spectrum differ little.
         """
-        k, s = self.k, self.S
+        k, s = self.k, self.values
         floor = s[..., :1] * max(self.shape) * torch.finfo(torch.float32).eps
         rank = int((s > floor).sum(-1).min())  # columns of zero singular values have no direction to follow
         low, high = k + max(8, k // 4), k + max(12, k // 2)

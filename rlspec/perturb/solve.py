@@ -7,12 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlspec.perturb.batch import positions_of
 from rlspec.perturb.coordinates import Pair, diagonalise
 from rlspec.perturb.delta import Delta
-from rlspec.perturb.estimate import remaining_error, rotated
-from rlspec.perturb.first_order import FLOOR, first_order
+from rlspec.perturb.estimate import remaining_error
+from rlspec.perturb.first_order import first_order
 from rlspec.perturb.reference import Reference
 from rlspec.perturb.refine import refine
+from rlspec.perturb.residual import Residual, residual
 
 # Good enough for a spectrum of angles right to 1e-3 and values right to 1e-6, by the estimates of ``estimate``: what
 # first order leaves over is random, and most of the estimate shows in the spectrum; what a sweep leaves over is
@@ -30,22 +32,28 @@ _STALLED_SUBSPACE, _STALLED_SIGMA = 1e-2, 1e-6
 class Solution:
     """Leading subspaces of L matrices: the ``pair`` (w >= k columns) and how far it got.
 
-    ``delta`` is E with products in the dtype of the factors, ``block`` is U1ᵀ E V1 (L, w, w) float64; ``settled`` (L,)
-    bool says which are good enough. Estimated errors, (L,) float64: ``subspace`` as a share of ``rotation``, the
-    Frobenius norm of the sines; ``sigma`` relative.
+    ``delta`` is E with products in the dtype of the factors, ``block`` is U1ᵀ E V1 (L, w, w) float64. On the host:
+    ``settled`` (L,) bool says which are good enough, ``left_over`` what each pair leaves over; estimated errors, (L,)
+    float64: ``subspace`` as a share of ``rotation``, the Frobenius norm of the sines; ``sigma`` relative.
     """
 
     pair: Pair
     delta: Delta
     block: Tensor
     settled: Tensor
+    left_over: Residual
     subspace: Tensor
-    rotation: Tensor
     sigma: Tensor
+
+    @property
+    def rotation(self) -> Tensor:
+        return torch.maximum(self.left_over.rotated_left, self.left_over.rotated_right)
 
 
 def solve(reference: Reference, delta: Delta, *, subspace_tolerance: float = 1.0) -> Solution:
     """The leading subspaces of W_ref + E, where :func:`is_perturbation`.
+
+    On a device the host waits twice, for the cores and for what decides, and as often again in each sweep.
 
     Args:
         subspace_tolerance: error of the subspaces to reach, as a share of their rotation, Frobenius norms. Angles
@@ -54,29 +62,30 @@ def solve(reference: Reference, delta: Delta, *, subspace_tolerance: float = 1.0
     delta = delta.to(reference.U.dtype)
     left, right, core, grams, block = first_order(reference, delta)
     pair = diagonalise(left, right, core, grams)
-    found = remaining_error(reference, delta, pair)
+    left_over = residual(reference, delta, pair)
+    found = remaining_error(reference.sample, left_over)
     settled = (found.spectrum <= _SPECTRUM) & (found.subspace <= subspace_tolerance) & (found.sigma <= _SIGMA)
     settled |= delta.stats.delta_frobenius == 0
-    error, sigma, pending = found.subspace, found.sigma, (~settled).nonzero().flatten()
+    error, sigma, pending = found.subspace, found.sigma, positions_of(~settled)
     for _ in range(_SWEEPS):
-        if pending.numel() == 0:
+        if not pending:
             break
         part, changed = reference.select(pending), delta.select(pending)
         refined = refine(part, changed, pair.select(pending))
-        pair = pair.replace(pending, refined)
-        found = remaining_error(part, changed, refined)
+        remains = residual(part, changed, refined)
+        found = remaining_error(reference.sample, remains)
+        pair, left_over = pair.replace(pending, refined), left_over.replace(pending, remains)
         good = (found.subspace <= min(subspace_tolerance, _SUBSPACE)) & (found.sigma <= _SIGMA)
         stalled = ~good & (found.subspace > _PROGRESS * error[pending])
         rounding = (found.subspace <= _STALLED_SUBSPACE) & (found.sigma <= _STALLED_SIGMA)
         settled[pending] = good | (stalled & rounding)
         error[pending], sigma[pending] = found.subspace, found.sigma
-        pending = pending[~good & ~stalled]
-    turned = torch.maximum(rotated(pair.left, reference.k), rotated(pair.right, reference.k))
-    return Solution(pair, delta, block, settled, error, turned, sigma)
+        pending = [pending[i] for i in positions_of(~good & ~stalled)]
+    return Solution(pair, delta, block, settled, left_over, error, sigma)
 
 
 def is_perturbation(reference: Reference, delta: Delta, largest: float) -> Tensor:
-    """(L,) whether an update is one that :func:`solve` may be asked about, which it does not look at itself.
+    """(L,) on the host: whether an update is one that :func:`solve` may be asked about, which it does not look at itself.
 
     The update must be no larger than ``largest`` of the reference, Frobenius norms. And the k-th value must lie so far
     above what follows the guard band that its rotation is not damped: otherwise, as in a long run of equal values,
@@ -84,9 +93,4 @@ def is_perturbation(reference: Reference, delta: Delta, largest: float) -> Tenso
     """
     stats = delta.stats
     small = stats.delta_frobenius <= largest * stats.reference_frobenius
-    s, k, w = reference.S, reference.k, reference.width
-    if w >= s.shape[-1]:
-        return small
-    last, beyond = s[..., k - 1], s[..., w]
-    clear = (last - beyond) * (last + beyond) > FLOOR * last.square()
-    return small & (clear | (stats.delta_frobenius == 0))
+    return small & (reference.clear | (stats.delta_frobenius == 0))

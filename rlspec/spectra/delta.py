@@ -15,9 +15,10 @@ import math
 import torch
 from torch import Tensor
 
-from rlspec.perturb.batch import take
-from rlspec.perturb.bounds import probe_bounds
-from rlspec.perturb.coordinates import Side, sines
+from rlspec.linalg.transfer import to_host
+from rlspec.perturb.batch import positions_of, take
+from rlspec.perturb.bounds import residual_bounds
+from rlspec.perturb.coordinates import Side, beyond, sines
 from rlspec.perturb.delta import Delta, UpdateStats
 from rlspec.perturb.reference import Reference
 from rlspec.perturb.solve import Solution, is_perturbation, solve
@@ -29,6 +30,8 @@ from rlspec.spectra.metrics import arcsine_rounding, effective_rank, effective_r
 # Past this share of the reference's norm an update is no perturbation, and refinement costs more than it
 # saves.
 _LARGEST_UPDATE = 0.5
+# Directions of a Krylov space shorter than this share of the longest, squared, are rounding.
+_NEW = 1e-6
 
 
 def measure_delta(reference: Reference, delta: Delta) -> Measurement:
@@ -42,29 +45,29 @@ def measure_delta(reference: Reference, delta: Delta) -> Measurement:
         A :class:`Measurement` that agrees with ``measure_exact`` within the bounds it carries.
     """
     close = is_perturbation(reference, delta, _LARGEST_UPDATE)
-    if bool(close.all()):
-        return _perturbative(reference, delta)
-    if not bool(close.any()):
-        return _exactly(reference, delta)
-    near, far = close.nonzero().flatten(), (~close).nonzero().flatten()
-    parts = [
-        (near, _perturbative(reference.select(near), delta.select(near))),
-        (far, _exactly(reference.select(far), delta.select(far))),
-    ]
-    return combine(parts)
+    near, far = positions_of(close), positions_of(~close)
+    parts = []
+    if near:
+        parts += _perturbative(reference.select(near), delta.select(near), near)
+    if far:
+        parts.append((far, _exactly(reference.select(far), delta.select(far))))
+    return parts[0][1] if len(parts) == 1 else combine(parts)
 
 
-def _perturbative(reference: Reference, delta: Delta) -> Measurement:
+def _perturbative(
+    reference: Reference, delta: Delta, positions: list[int]
+) -> list[tuple[list[int], Measurement]]:
+    """Measurements of matrices with the positions that they have in the whole stack."""
     solution = solve(reference, delta)
-    settled = solution.settled
-    if not bool(settled.any()):
-        return _exactly(reference, delta)
-    kept, rest = settled.nonzero().flatten(), (~settled).nonzero().flatten()
-    measured = _assemble(reference.select(kept), delta.select(kept), solution, kept)
-    if rest.numel() == 0:
-        return measured
-    exact = _exactly(reference.select(rest), delta.select(rest))
-    return combine([(kept, measured), (rest, exact)])
+    kept, rest = positions_of(solution.settled), positions_of(~solution.settled)
+    parts = []
+    if kept:
+        measured = _assemble(reference.select(kept), delta.select(kept), solution, kept)
+        parts.append(([positions[i] for i in kept], measured))
+    if rest:
+        exact = _exactly(reference.select(rest), delta.select(rest))
+        parts.append(([positions[i] for i in rest], exact))
+    return parts
 
 
 def _exactly(reference: Reference, delta: Delta) -> Measurement:
@@ -72,38 +75,53 @@ def _exactly(reference: Reference, delta: Delta) -> Measurement:
     return measure_exact(reference, delta).with_notes(note)
 
 
-def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: Tensor) -> Measurement:
+def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list[int]) -> Measurement:
+    """What is measured of the matrices ``kept``, which ``reference`` and ``delta`` hold; the results leave the device
+    in one transfer."""
     k, change = reference.k, delta.stats
     pair, block = solution.pair.select(kept), take(solution.block, kept)
-    bounds = probe_bounds(reference, solution.delta.select(kept), pair)
     m, n = reference.shape
+    labels = near_degenerate(reference.S[..., : block.shape[-1]], block)
+    left_over = solution.left_over.select(kept)
+    found = to_host(
+        [
+            _best_cosine(pair.left, labels, k),
+            block[..., :k, :k],
+            labels,
+            *krylov_moments(delta),
+            *(beyond(side, k) for side, dim in ((pair.left, m), (pair.right, n)) if k < dim),
+        ]
+    )
+    best, core, labels, space, image, *outside = found
+    squared = reference.device.type != "cpu"
+    bounds = residual_bounds(reference, left_over, change.delta_frobenius)
     same = change.delta_frobenius == 0
     column = same.unsqueeze(-1)
-    sigma = torch.where(column, reference.S[..., :k], pair.sigma[..., :k])
-    labels = near_degenerate(reference.S[..., : block.shape[-1]], block)
-    best = _best_cosine(pair.left, labels, k)
+    sigma = torch.where(column, reference.values[..., :k], left_over.sigma[..., :k])
     spectrum = _whole_spectrum(reference, change, sigma)
-    left = sines(pair.left, k).masked_fill(column, 0.0) if k < m else None
-    right = sines(pair.right, k).masked_fill(column, 0.0) if k < n else None
+    angles = [sines(x, k, squared=squared).masked_fill(column, 0.0) for x in outside]
+    left = angles[0] if k < m else None
+    right = angles[-1] if k < n else None
     angle = (bounds.angle + arcsine_rounding((left, right), reference.U.dtype)).clamp_max(math.pi / 2)
     zero = torch.zeros_like(bounds.sigma)
+    labels = labels.long()
     return Measurement(
         update=change,
         sigma=sigma,
         sines_left=left,
         sines_right=right,
-        core=block[..., :k, :k],
+        core=core,
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
         best_cosine=torch.where(column, torch.ones_like(best), best),
-        delta_spectral=spectral_norm(delta),
+        delta_spectral=spectral_norm(space, image),
         effective_rank=effective_rank(spectrum),
         # Scaled and true trailing values both lie within ||E|| of the reference's.
         effective_rank_error_bound=effective_rank_bound(spectrum, 2.0 * change.delta_frobenius),
         sigma_error_bound=torch.where(same, zero, bounds.sigma),
         angle_error_bound_rad=torch.where(same, zero, angle),
-        engine=("delta",) * reference.S.shape[0],
-        notes=(None,) * reference.S.shape[0],
+        engine=("delta",) * len(kept),
+        notes=(None,) * len(kept),
     )
 
 
@@ -119,7 +137,7 @@ def _whole_spectrum(reference: Reference, change: UpdateStats, sigma: Tensor) ->
     """(L, r) the measured leading values and the reference's trailing ones, scaled to what the weight's energy leaves
     for them, at most as far as the update's norm can move them (Mirsky)."""
     k = reference.k
-    tail = reference.S[..., k:]
+    tail = reference.values[..., k:]
     left_over = (change.weight_frobenius.square() - sigma.square().sum(-1)).clamp_min(0.0)
     energy = tail.square().sum(-1)
     scale = torch.where(energy > 0, left_over / energy.clamp_min(1e-300), torch.ones_like(energy)).sqrt()
@@ -128,19 +146,36 @@ def _whole_spectrum(reference: Reference, change: UpdateStats, sigma: Tensor) ->
     return torch.cat([sigma, tail * scale.unsqueeze(-1)], dim=-1)
 
 
-def spectral_norm(delta: Delta, *, columns: int = 16, passes: int = 5) -> Tensor:
-    """(L,) ||E||_2 by a small block Krylov space, float64; from below, right to about 1 %.
+def krylov_moments(delta: Delta, *, columns: int = 16, passes: int = 5) -> tuple[Tensor, Tensor]:
+    """Gram matrices, (L, c, c) float64, of a small block Krylov space of EᵀE and of its image under E, see
+    :func:`spectral_norm`.
 
-    Random matrices have the flattest spectra at the top and are the worst case.
+    Blocks are scaled, not orthogonalised: the Gram matrix tells which of their directions are new.
     """
     matrices, m, n = delta.shape
     columns = min(columns, m, n)
     start = torch.randn(n, columns, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
     block = start.to(dtype=delta.dtype, device=delta.device).expand(matrices, -1, -1)
-    basis = []
-    for _ in range(passes):
-        block = torch.linalg.qr(delta.rmatmul(delta.matmul(block))).Q
-        basis.append(block)
-    space = torch.linalg.qr(torch.cat(basis, dim=-1)).Q if columns * passes <= n else block
-    image = delta.matmul(space).double()
-    return torch.linalg.eigvalsh(image.mT @ image)[..., -1].clamp_min(0.0).sqrt()
+    blocks: list[Tensor] = []
+    images: list[Tensor] = []
+    tiny = torch.finfo(delta.dtype).tiny
+    for step in range(passes):
+        if step > 0:
+            block = delta.rmatmul(images[-1])
+        block = block / block.norm(dim=-2, keepdim=True).clamp_min(tiny)
+        blocks.append(block)
+        images.append(delta.matmul(block))
+    space, image = torch.cat(blocks, dim=-1).double(), torch.cat(images, dim=-1).double()
+    return space.mT @ space, image.mT @ image
+
+
+def spectral_norm(space: Tensor, image: Tensor) -> Tensor:
+    """(L,) ||E||_2 from the Gram matrices of :func:`krylov_moments`, on the host; from below, right to about 1 %.
+
+    Random matrices have the flattest spectra at the top and are the worst case.
+    """
+    values, vectors = torch.linalg.eigh(space)
+    new = values > _NEW * values[..., -1:]
+    white = torch.where(new, values, torch.ones_like(values)).rsqrt() * new
+    half = vectors * white.unsqueeze(-2)
+    return torch.linalg.eigvalsh(half.mT @ image @ half)[..., -1].clamp_min(0.0).sqrt()

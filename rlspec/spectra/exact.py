@@ -26,12 +26,13 @@ def measure_exact(reference: Reference, delta: Delta) -> Measurement:
 
     Returns:
         A :class:`Measurement`. A weight equal to its reference has exactly the reference's values and zero
-        angles.
+        angles. On a device the weights come to the host, whose float64 decompositions are the ones to trust.
     """
+    reference = reference.to("cpu")
     k = reference.k
     m, n = reference.shape
     change = delta.stats
-    u, s, vh = _decompose(delta.weight())
+    u, s, vh = _decompose(delta.weight().cpu())
     same = (change.delta_frobenius == 0).unsqueeze(-1)
     s = torch.where(same, reference.S, s)
     u_ref, v_ref = reference.U.double(), reference.Vh.double().mT
@@ -40,7 +41,7 @@ def measure_exact(reference: Reference, delta: Delta) -> Measurement:
         left = principal_sines(u_ref[..., :k], u[..., :k]).masked_fill(same, 0.0)
     if k < n:
         right = principal_sines(v_ref[..., :k], vh.mT[..., :k]).masked_fill(same, 0.0)
-    e = delta.dense().double()
+    e = delta.dense().double().cpu()
     w = reference.width
     block = u_ref[..., :w].mT @ e @ v_ref[..., :w]
     labels = near_degenerate(reference.S[..., :w], block)

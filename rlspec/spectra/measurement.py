@@ -13,7 +13,7 @@ from rlspec.perturb.delta import UpdateStats
 
 @dataclass(frozen=True)
 class Measurement:
-    """Spectra of a stack of L current weights against their references; float64 unless said otherwise.
+    """Spectra of a stack of L current weights against their references; on the host, float64 unless said otherwise.
 
     A side whose k is its whole dimension has no angles (``None``): its leading subspace is everything.
     """
@@ -34,26 +34,24 @@ class Measurement:
     engine: tuple[str, ...]  # per matrix: "exact" or "delta"
     notes: tuple[str | None, ...]  # per matrix
 
-    def select(self, index: Tensor) -> Measurement:
-        """The matrices of the given positions."""
-        chosen = {f.name: _take(getattr(self, f.name), index) for f in fields(self)}
-        return Measurement(**chosen)
-
     def with_notes(self, note: str) -> Measurement:
         return replace(self, notes=(note,) * len(self.notes))
 
 
-def combine(parts: list[tuple[Tensor, Measurement]]) -> Measurement:
+def combine(parts: list[tuple[list[int], Measurement]]) -> Measurement:
     """Join measurements of disjoint positions into one of all positions, in order."""
-    order = torch.argsort(torch.cat([index for index, _ in parts]))
+    places = [position for positions, _ in parts for position in positions]
+    order = sorted(range(len(places)), key=places.__getitem__)
     joined = {f.name: _join([getattr(m, f.name) for _, m in parts]) for f in fields(Measurement)}
-    return Measurement(**joined).select(order)
+    return Measurement(**{name: _take(value, order) for name, value in joined.items()})
 
 
-def _take(value: Any, index: Tensor) -> Any:
+def _take(value: Any, positions: list[int]) -> Any:
     if isinstance(value, tuple):
-        return tuple(value[i] for i in index.tolist())
-    return value if value is None else value[index] if isinstance(value, Tensor) else value.select(index)
+        return tuple(value[i] for i in positions)
+    if isinstance(value, Tensor):
+        return value[positions]
+    return value if value is None else value.select(positions)
 
 
 def _join(values: list[Any]) -> Any:
