@@ -79,3 +79,24 @@ def cpu_capabilities() -> dict[str, str | bool | int]:
 def _cpu_has(probe: str) -> bool:
     function = getattr(torch.cpu, probe, None)  # private, and not in every release of torch
     return bool(function is not None and function())
+
+
+def choose_device(name: str | torch.device) -> torch.device:
+    """``auto`` is CUDA where there is some, else the CPU. A ``torch.device`` is taken at its word.
+
+    Raises:
+        OptionError: A name that torch does not know, or a CUDA device that is not there.
+    """
+    if isinstance(name, torch.device):
+        return name
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise OptionError(f"unknown device {name!r}; valid: auto, cpu, cuda, cuda:<index>") from None
+    if device.type not in ("cpu", "cuda"):
+        raise OptionError(f"unsupported device {name!r}; valid: auto, cpu, cuda, cuda:<index>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+    return device

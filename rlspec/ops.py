@@ -43,10 +43,12 @@ def delta_prep(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaSums:
     wide = torch.float64 in (weight.dtype, reference.dtype)
     if not wide and weight.numel() > 0 and backend_for(weight.device) == "triton":
         return _delta_prep_triton(weight, reference, eta)
-    return _delta_prep_torch(weight, reference, eta, torch.float64 if wide else torch.float32)
+    dtype = torch.float64 if wide else torch.float32
+    by = _delta_prep_whole if weight.is_cuda else _delta_prep_blocks
+    return by(weight, reference, eta, dtype)
 
 
-def _delta_prep_torch(weight: Tensor, reference: Tensor, eta: float, dtype: torch.dtype) -> DeltaSums:
+def _delta_prep_blocks(weight: Tensor, reference: Tensor, eta: float, dtype: torch.dtype) -> DeltaSums:
     matrices, m, n = weight.shape
     delta = torch.empty(weight.shape, dtype=dtype, device=weight.device)
     sums = torch.zeros(3, matrices, dtype=torch.float64, device=weight.device)
@@ -67,6 +69,16 @@ def _delta_prep_torch(weight: Tensor, reference: Tensor, eta: float, dtype: torc
             torch.le(torch.abs(e, out=size), larger, out=small[: e.shape[0]])
             unchanged[i] += torch.count_nonzero(small[: e.shape[0]])
     return DeltaSums(delta, sums[0], sums[1], sums[2], unchanged)
+
+
+def _delta_prep_whole(weight: Tensor, reference: Tensor, eta: float, dtype: torch.dtype) -> DeltaSums:
+    w, ref = weight.to(dtype), reference.to(dtype)
+    delta = w - ref
+    unchanged = delta.abs() <= eta * torch.maximum(w.abs(), ref.abs())
+    delta_sq, weight_sq, reference_sq = (
+        torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1) for x in (delta, w, ref)
+    )
+    return DeltaSums(delta, delta_sq, weight_sq, reference_sq, torch.count_nonzero(unchanged, dim=(-2, -1)))
 
 
 def _delta_prep_triton(weight: Tensor, reference: Tensor, eta: float) -> DeltaSums:

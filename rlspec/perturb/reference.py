@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -37,15 +37,33 @@ class Reference:
     k: int
 
     @classmethod
-    def of(cls, matrices: Sequence[MatrixBasis]) -> Reference:
-        return cls(
+    def of(
+        cls,
+        matrices: Sequence[MatrixBasis],
+        *,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype | None = None,
+    ) -> Reference:
+        """The factors of matrices of one shape, weight dtype and k, stacked.
+
+        Args:
+            device: where to.
+            dtype: of U and Vh; default their own.
+        """
+
+        def moved(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
+            return stack([t.to(device=device, dtype=dtype, non_blocking=True) for t in tensors])
+
+        made = cls(
             names=tuple(m.name for m in matrices),
-            W=stack([m.W for m in matrices]),
-            U=stack([m.U for m in matrices]),
-            S=stack([m.S for m in matrices]),
-            Vh=stack([m.Vh for m in matrices]),
+            W=moved([m.W for m in matrices]),
+            U=moved([m.U for m in matrices], dtype),
+            S=moved([m.S for m in matrices]),
+            Vh=moved([m.Vh for m in matrices], dtype),
             k=matrices[0].k,
         )
+        made.__dict__["values"] = stack([m.S for m in matrices])
+        return made
 
     def select(self, positions: Sequence[int]) -> Reference:
         """The matrices of the given positions; all of them without a copy."""
@@ -59,10 +77,6 @@ class Reference:
             width=self.width, combinations=self.combinations, values=take(self.values, positions)
         )
         return chosen
-
-    def in_float32(self) -> Reference:
-        """The same with U and Vh in float32."""
-        return replace(self, U=self.U.float(), Vh=self.Vh.float())
 
     def to(self, device: torch.device | str) -> Reference:
         """The same on another device; itself where it is there."""

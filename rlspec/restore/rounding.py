@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# Entries of a row block: its float64 temporaries stay in a processor's cache.
-_BLOCK = 1 << 17
+# Entries of a row block: its float64 temporaries stay in a processor's cache; a device wants launches that fill it.
+_BLOCK, _DEVICE_BLOCK = 1 << 17, 1 << 24
 
 
 @dataclass
@@ -62,12 +62,12 @@ def add_rounded(
         tuned: (m, n), any floating dtype.
         change: (m, n), float32 or float64.
         stochastic: round up or down at random, unbiased, instead of to nearest.
-        generator: for the random draw; blocks draw in order.
+        generator: of the CPU, for the random draw; blocks draw in order, and a device is sent what the CPU would draw.
     """
     m, n = tuned.shape
     weight = torch.empty(m, n, dtype=dtype, device=tuned.device)
-    sums = ChangeSums()
-    rows = max(1, _BLOCK // max(n, 1))
+    sums = torch.zeros(4, dtype=torch.float64, device=tuned.device)
+    rows = max(1, (_DEVICE_BLOCK if tuned.is_cuda else _BLOCK) // max(n, 1))
     for start in range(0, m, rows):
         block = slice(start, start + rows)
         before = tuned[block].double()
@@ -76,9 +76,10 @@ def add_rounded(
         after = _stochastic(exact, dtype, generator) if stochastic else _nearest(tuned[block], exact, dtype)
         weight[block] = after
         moved = after.double() - before
-        change_sq, lost_sq, tuned_sq = (float(x.square().sum()) for x in (step, moved - step, before))
-        sums.add(ChangeSums(change_sq, lost_sq, tuned_sq, int(torch.count_nonzero(moved))))
-    return weight, sums
+        parts = [x.square().sum() for x in (step, moved - step, before)]
+        sums += torch.stack([*parts, torch.count_nonzero(moved).double()])
+    change_sq, lost_sq, tuned_sq, changed = sums.tolist()
+    return weight, ChangeSums(change_sq, lost_sq, tuned_sq, int(changed))
 
 
 def _nearest(original: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -98,5 +99,5 @@ def _stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | 
     low = torch.where(above, torch.nextafter(nearest, -limit), nearest)
     high = torch.where(above, nearest, torch.nextafter(nearest, limit))
     share = (exact - low.double()) / (high.double() - low.double())
-    draw = torch.rand(exact.shape, generator=generator, dtype=torch.float64, device=exact.device)
-    return torch.where(draw < share, high, low)
+    draw = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
+    return torch.where(draw.to(exact.device) < share, high, low)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 
+from rlspec.backend import choose_device
 from rlspec.errors import OptionError
 from rlspec.io.files import write_atomically
 from rlspec.run.config import TrackConfig
 from rlspec.run.jsonl import Row
-from rlspec.run.loading import check_checkpoint, choose_device, load_model, load_tokenizer, model_folder
+from rlspec.run.loading import check_checkpoint, load_model, load_tokenizer, model_folder
 from rlspec.tasks import McNemarResult, check_shift, get_task, mcnemar
 from rlspec.train import EvalResult, evaluate
 

@@ -13,13 +13,13 @@ from typing import Any
 import click
 import torch
 
+from rlspec.backend import choose_device
 from rlspec.io.projections import parse_modules
 from rlspec.report.html import write_report
 from rlspec.run.config import EMBEDDED, TrackConfig
 from rlspec.run.folder import RunFolder
 from rlspec.run.loading import (
     check_checkpoint,
-    choose_device,
     evaluation_keys,
     load_model,
     load_tokenizer,

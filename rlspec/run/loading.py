@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rlspec.errors import CheckpointError, OptionError
+from rlspec.errors import CheckpointError
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import check_finite, find_projections
 from rlspec.run.config import EMBEDDED
@@ -46,27 +46,6 @@ def check_checkpoint(folder: Path, modules: Sequence[str] = ()) -> None:
     index = CheckpointIndex.open(folder)
     if modules:
         find_projections({name: tuple(entry.shape) for name, entry in index.tensors.items()}, modules)
-
-
-def choose_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is some, else the CPU.
-
-    Raises:
-        OptionError: A name that torch does not know, or a CUDA device that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise OptionError(
-            f"--device: unknown device {name!r}; valid: auto, cpu, cuda, cuda:<index>"
-        ) from None
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"--device: unsupported device {name!r}; valid: auto, cpu, cuda, cuda:<index>")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
-    return device
 
 
 def load_model(folder: Path, device: torch.device) -> nn.Module:

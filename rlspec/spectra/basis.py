@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
+from rlspec.backend import choose_device
 from rlspec.errors import OptionError
 from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.linalg.rank import Rank, RankLike
@@ -21,15 +23,21 @@ class SpectralBasis:
     """Reference weights with their complete thin SVDs, against which checkpoints are measured.
 
     Build one with :meth:`from_model`, :meth:`from_checkpoint` or :meth:`from_tensors`. The reference
-    weights are copied, so a model that goes on training does not move its own reference.
+    weights are copied, so a model that goes on training does not move its own reference. Weights and factors are kept
+    on the host; a :class:`SpectralTracker` takes them to the device where each matrix is measured.
     """
 
     def __init__(
-        self, projections: Iterable[Projection], matrices: Iterable[MatrixBasis], rank: Rank
+        self,
+        projections: Iterable[Projection],
+        matrices: Iterable[MatrixBasis],
+        rank: Rank,
+        devices: Mapping[str, torch.device] | None = None,
     ) -> None:
         self.projections: tuple[Projection, ...] = tuple(projections)
         self.rank = rank
         self._matrices = {matrix.name: matrix for matrix in matrices}
+        self._devices = dict(devices or {})
 
     @classmethod
     def from_model(
@@ -39,6 +47,7 @@ class SpectralBasis:
         modules: str | Iterable[str] = ("q", "k", "v"),
         rank: RankLike = 0.2,
         cache_dir: str | Path | None = None,
+        device: torch.device | str = "auto",
         progress: Progress | None = None,
     ) -> SpectralBasis:
         """Decompose the projections of a model as it is now.
@@ -48,6 +57,7 @@ class SpectralBasis:
             modules: which projections: names, or a text such as ``"q,k,v"``, ``"attn"``, ``"all"``.
             rank: leading directions to follow in each matrix, see :class:`Rank`.
             cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
+            device: where to measure. ``"auto"``: where each weight is; for a checkpoint on disk, the GPU if there is one.
             progress: called with (done, total) after every matrix.
 
         Raises:
@@ -55,7 +65,7 @@ class SpectralBasis:
             TensorError: a weight holds NaN or infinity.
             OptionError: an unknown module, an invalid rank.
         """
-        return cls._build(model, modules, rank, cache_dir, progress)
+        return cls._build(model, modules, rank, cache_dir, device, progress)
 
     @classmethod
     def from_checkpoint(
@@ -65,13 +75,14 @@ class SpectralBasis:
         modules: str | Iterable[str] = ("q", "k", "v"),
         rank: RankLike = 0.2,
         cache_dir: str | Path | None = None,
+        device: torch.device | str = "auto",
         progress: Progress | None = None,
     ) -> SpectralBasis:
         """Decompose the projections of a safetensors checkpoint; one matrix at a time is read.
 
         Arguments and errors are those of :meth:`from_model`; CheckpointError where the files are at fault.
         """
-        return cls._build(Path(folder), modules, rank, cache_dir, progress)
+        return cls._build(Path(folder), modules, rank, cache_dir, device, progress)
 
     @classmethod
     def from_tensors(
@@ -81,11 +92,12 @@ class SpectralBasis:
         modules: str | Iterable[str] = ("q", "k", "v"),
         rank: RankLike = 0.2,
         cache_dir: str | Path | None = None,
+        device: torch.device | str = "auto",
         progress: Progress | None = None,
     ) -> SpectralBasis:
         """Decompose named tensors (names as in a Hugging Face checkpoint). Arguments as
         :meth:`from_model`."""
-        return cls._build(tensors, modules, rank, cache_dir, progress)
+        return cls._build(tensors, modules, rank, cache_dir, device, progress)
 
     @classmethod
     def _build(
@@ -94,18 +106,21 @@ class SpectralBasis:
         modules: str | Iterable[str],
         rank: RankLike,
         cache_dir: str | Path | None,
+        device: torch.device | str,
         progress: Progress | None,
     ) -> SpectralBasis:
         rule = Rank.parse(rank)
         weights = open_weights(source)
         projections = find_projections(weights.shapes(), parse_modules(modules), weights.config())
-        matrices = []
+        matrices, devices = [], {}
         for done, projection in enumerate(projections, start=1):
-            weight = read_matrix(weights, projection).cpu().contiguous().clone()
+            found = read_matrix(weights, projection)
+            devices[projection.name] = _place(device, found, source)
+            weight = found.cpu().contiguous().clone()
             matrices.append(matrix_basis(projection.name, weight, cached_factors(weight, cache_dir), rule))
             if progress is not None:
                 progress(done, len(projections))
-        return cls(projections, matrices, rule)
+        return cls(projections, matrices, rule, devices)
 
     def matrix(self, name: str) -> MatrixBasis:
         """The reference decomposition of one projection, by its name.
@@ -117,5 +132,15 @@ class SpectralBasis:
             raise OptionError(f"the basis holds no matrix {name!r}; it holds {', '.join(self._matrices)}")
         return self._matrices[name]
 
+    def device(self, name: str) -> torch.device:
+        """Where a projection is measured."""
+        return self._devices.get(name, torch.device("cpu"))
+
     def __len__(self) -> int:
         return len(self.projections)
+
+
+def _place(device: torch.device | str, weight: Tensor, source: WeightSource) -> torch.device:
+    if device != "auto":
+        return choose_device(device)
+    return choose_device("auto") if isinstance(source, (str, Path)) else weight.device

@@ -47,8 +47,8 @@ def open_weights(source: WeightSource) -> Weights:
     return _Checkpoint(Path(source))
 
 
-def read_matrix(weights: Weights, projection: Projection) -> Tensor:
-    """The two-dimensional weight (m, n) of a projection, out x in, checked to be finite.
+def read_matrix(weights: Weights, projection: Projection, *, check: bool = True) -> Tensor:
+    """The two-dimensional weight (m, n) of a projection, out x in; with ``check`` it is known to be finite.
 
     Fused tensors are sliced, transposed layouts (GPT-2's Conv1D) turned round, sharded tensors gathered.
 
@@ -64,7 +64,8 @@ def read_matrix(weights: Weights, projection: Projection) -> Tensor:
             f"found {tensor.dtype} {tuple(tensor.shape)}"
         )
     tensor = projection.take(tensor)
-    check_finite(projection.name, tensor)
+    if check:
+        check_finite(projection.name, tensor)
     return tensor
 
 

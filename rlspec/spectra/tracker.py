@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
-from rlspec.io.projections import Projection
+from rlspec.io.projections import Projection, check_finite
 from rlspec.linalg.precision import fast_matmul
 from rlspec.perturb.delta import DenseDelta
 from rlspec.perturb.matrix import MatrixBasis
@@ -25,11 +26,12 @@ from rlspec.spectra.sources import Weights, WeightSource, open_weights, read_mat
 from rlspec.spectra.table import Row, empty_row, measured_rows, put_nulls
 
 Engine = Literal["delta", "exact"]
+Factors = Literal["auto", "device", "host"]
 _ENGINES = {"delta": measure_delta, "exact": measure_exact}
 
-# Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. It bounds working
-# memory (a few dozen bytes per entry) and keeps a stack of small matrices inside the last-level cache.
-_STACK_ENTRIES = 4_000_000
+# Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. On a CPU that keeps a stack of
+# small matrices inside the last-level cache; on a device it bounds working memory (a few dozen bytes per entry).
+_STACK_ENTRIES, _DEVICE_STACK_ENTRIES = 4_000_000, 1 << 28
 
 
 @dataclass
@@ -54,7 +56,19 @@ class _Group:
 
     projections: tuple[Projection, ...]
     matrices: tuple[MatrixBasis, ...]
-    reference: Reference | None  # None: rank 0, nothing to measure
+    device: torch.device
+    dtype: torch.dtype | None  # of the factors; None: as they are
+    kept: Reference | None = None  # None: made anew for each measurement from what the host holds
+
+    @property
+    def rank(self) -> int:
+        return self.matrices[0].k
+
+    def reference(self) -> Reference:
+        return self.kept if self.kept is not None else self.placed()
+
+    def placed(self) -> Reference:
+        return Reference.of(self.matrices, device=self.device, dtype=self.dtype)
 
 
 class SpectralTracker:
@@ -65,15 +79,27 @@ class SpectralTracker:
         engine: ``"delta"``, products with the update alone, with error bounds; or ``"exact"``, a full float64
             SVD of every matrix: slower, and the oracle the other is tested against.
         arrays: keep singular values and sines in the record beside the scalar rows.
+        factors: where the reference's factors stay between measurements: ``"device"``, where they are used; ``"host"``,
+            from where they stream in each time; ``"auto"``, see :func:`factor_place`.
     """
 
-    def __init__(self, basis: SpectralBasis, *, engine: Engine = "delta", arrays: bool = True) -> None:
+    def __init__(
+        self,
+        basis: SpectralBasis,
+        *,
+        engine: Engine = "delta",
+        arrays: bool = True,
+        factors: Factors = "auto",
+    ) -> None:
         if engine not in _ENGINES:
             raise OptionError(f"unknown engine {engine!r}; valid: {', '.join(_ENGINES)}")
         self.basis = basis
         self.engine = engine
         self.arrays = arrays
-        self._groups = tuple(_groups(basis, engine))
+        if factors not in get_args(Factors):
+            raise OptionError(f"unknown factors {factors!r}; valid: {', '.join(get_args(Factors))}")
+        self.factors = factor_place(basis) if factors == "auto" else factors
+        self._groups = tuple(_groups(basis, engine, self.factors))
 
     def measure(
         self, source: WeightSource, *, step: int, stage: str = "", null_draws: int = 0
@@ -99,21 +125,21 @@ class SpectralTracker:
         record = SpectralRecord(stage=stage, step=step, rows=[])
         rows: dict[str, Row] = {}
         for group in self._groups:
-            stacked = stack(
-                [_read(weights, p, m) for p, m in zip(group.projections, group.matrices, strict=True)]
-            )
-            if group.reference is None:
-                pairs = zip(group.projections, group.matrices, strict=True)
+            stacked = _stacked(weights, group)
+            pairs = list(zip(group.projections, group.matrices, strict=True))
+            if group.rank == 0:
                 rows.update({p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs})
                 continue
-            engine = _ENGINES[self.engine]
-            delta = DenseDelta.between(stacked, group.reference.W)
-            measurement = engine(group.reference, delta)
+            engine, reference = _ENGINES[self.engine], group.reference()
+            delta = DenseDelta.between(stacked, reference.W)
+            if stacked.is_cuda:
+                _check_sums(group, stacked, delta)
+            measurement = engine(reference, delta)
             nulls = None
             if null_draws > 0:
-                nulls = null_rotations(engine, group.reference, stacked, measurement, draws=null_draws)
+                nulls = null_rotations(engine, reference, stacked, measurement, draws=null_draws)
             measured = measured_rows(measurement, group.matrices, group.projections, stage=stage, step=step)
-            for i, (projection, matrix) in enumerate(zip(group.projections, group.matrices, strict=True)):
+            for i, (projection, matrix) in enumerate(pairs):
                 rows[projection.name] = measured[i]
                 if nulls is not None:
                     put_nulls(measured[i], nulls, i)
@@ -124,36 +150,66 @@ class SpectralTracker:
         return record
 
 
-def _groups(basis: SpectralBasis, engine: Engine) -> Iterator[_Group]:
-    """Stacks of one shape, dtype and rank, each bounded in size.
+def _groups(basis: SpectralBasis, engine: Engine, factors: Factors) -> Iterator[_Group]:
+    """Stacks of one shape, dtype, rank and device, each bounded in size.
 
     The delta engine's errors are relative to the update, so float32 factors do for weights that hold no more, and
     their products take half the time.
     """
     by_kind: dict[tuple[object, ...], list[Projection]] = {}
     for projection in basis.projections:
-        matrix = basis.matrix(projection.name)
-        by_kind.setdefault((matrix.shape, matrix.W.dtype, matrix.U.dtype, matrix.k), []).append(projection)
+        matrix, device = basis.matrix(projection.name), basis.device(projection.name)
+        kind = (matrix.shape, matrix.W.dtype, matrix.U.dtype, matrix.k, str(device))
+        by_kind.setdefault(kind, []).append(projection)
     for members in by_kind.values():
-        first = basis.matrix(members[0].name)
-        size = max(1, _STACK_ENTRIES // first.W.numel())
+        first, device = basis.matrix(members[0].name), basis.device(members[0].name)
+        most = _STACK_ENTRIES if device.type == "cpu" else _DEVICE_STACK_ENTRIES
+        size = max(1, most // first.W.numel())
+        dtype = torch.float32 if engine == "delta" and first.W.dtype != torch.float64 else None
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
-            matrices = tuple(basis.matrix(p.name) for p in part)
-            reference = Reference.of(matrices) if first.k > 0 else None
-            if reference is not None and engine == "delta" and first.W.dtype != torch.float64:
-                reference = reference.in_float32()
-            yield _Group(part, matrices, reference)
+            group = _Group(part, tuple(basis.matrix(p.name) for p in part), device, dtype)
+            if first.k == 0 or (factors == "host" and device.type != "cpu"):
+                yield group
+            else:
+                yield replace(group, kept=group.placed())
 
 
-def _read(weights: Weights, projection: Projection, matrix: MatrixBasis) -> Tensor:
-    weight = read_matrix(weights, projection).to(matrix.W.device)
-    if tuple(weight.shape) != matrix.shape:
-        raise TensorError(
-            f"{projection.name}: the reference is {matrix.shape[0]}x{matrix.shape[1]}, this weight is "
-            f"{'x'.join(str(d) for d in weight.shape)}"
-        )
-    return weight
+def factor_place(basis: SpectralBasis) -> Literal["device", "host"]:
+    """Where a tracker keeps the factors by default: on the device where they fill at most half of its free memory."""
+    needed: dict[torch.device, int] = {}
+    for projection in basis.projections:
+        matrix, device = basis.matrix(projection.name), basis.device(projection.name)
+        values = matrix.U.numel() + matrix.Vh.numel()
+        needed[device] = needed.get(device, 0) + 4 * values + matrix.W.numel() * matrix.W.element_size()
+    for device, total in needed.items():
+        if device.type == "cuda" and torch.cuda.is_available():
+            free, _ = torch.cuda.mem_get_info(device)
+            if total > free // 2:
+                return "host"
+    return "device"
+
+
+def _stacked(weights: Weights, group: _Group) -> Tensor:
+    """The current weights of a group, (L, m, n) on its device."""
+    found = []
+    for projection, matrix in zip(group.projections, group.matrices, strict=True):
+        # On a device the sums tell of NaN and infinity without making the host wait for each matrix.
+        weight = read_matrix(weights, projection, check=group.device.type == "cpu").to(group.device)
+        if tuple(weight.shape) != matrix.shape:
+            raise TensorError(
+                f"{projection.name}: the reference is {matrix.shape[0]}x{matrix.shape[1]}, this weight is "
+                f"{'x'.join(str(d) for d in weight.shape)}"
+            )
+        found.append(weight)
+    return stack(found)
+
+
+def _check_sums(group: _Group, stacked: Tensor, delta: DenseDelta) -> None:
+    """Refuse NaN and infinity where the norms show them."""
+    for i, norm in enumerate(delta.stats.weight_frobenius.tolist()):
+        if not math.isfinite(norm):
+            check_finite(group.projections[i].name, stacked[i])
 
 
 def _arrays(measurement: Measurement, index: int, matrix: MatrixBasis) -> dict[str, Tensor]:
