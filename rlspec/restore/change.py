@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.factor import full_svd
+from rlspec.linalg.transfer import to_host
 from rlspec.perturb.coordinates import Side
 from rlspec.perturb.delta import Delta, DenseDelta, frobenius
 from rlspec.perturb.matrix import MatrixBasis
@@ -52,7 +53,7 @@ def restoring_change(
         exact: decompose the tuned matrix in float64 whatever the update.
     """
     if not exact and stop <= min(base.numerical_rank, max(1, int(_DEEPEST * base.S.shape[0]))):
-        reference = Reference.of([replace(base, k=stop)])
+        reference = Reference.of([replace(base, k=stop)], device=tuned.device)
         delta = DenseDelta.between(tuned.unsqueeze(0), reference.W)
         if bool(is_perturbation(reference, delta, _LARGEST_UPDATE)):
             found = _by_perturbation(reference, delta, start, stop, mode)
@@ -88,14 +89,15 @@ def _by_perturbation(reference: Reference, delta: Delta, start: int, stop: int, 
         near = u @ core.to(dtype) - outside_left @ (inside_right * tuned).mT.to(dtype)
         far = (u @ inside_left.to(dtype) + outside_left) * tuned.to(dtype)
         change = torch.addmm(near @ v.mT, far, outside_right.mT, alpha=-1)
-    rotation = max(float(frobenius(x)) for x in (outside_left, outside_right))
-    largest = float(pair.sigma[0, start])
+    norms = to_host([frobenius(x) for x in (outside_left, outside_right, change)])
+    left_norm, right_norm, change_norm = (float(norm) for norm in norms)
+    largest = float(solution.left_over.sigma[0, start])
     wrong = float(solution.subspace[0]) * float(solution.rotation[0])
     error = 2.0 * largest * (2.0**0.5 * wrong + (stop - start) ** 0.5 * float(solution.sigma[0]))
     return Change(
         change,
-        error + 4.0 * torch.finfo(dtype).eps * float(frobenius(change)),
-        rotation / (stop - start) ** 0.5,
+        error + 4.0 * torch.finfo(dtype).eps * change_norm,
+        max(left_norm, right_norm) / (stop - start) ** 0.5,
         "delta",
     )
 
@@ -115,8 +117,8 @@ def _split(factor: Tensor, side: Side, start: int, stop: int) -> tuple[Tensor, T
 
 
 def _by_decomposition(base: MatrixBasis, tuned: Tensor, start: int, stop: int, mode: str) -> Change:
-    """From a float64 decomposition of the tuned matrix."""
-    u, s, vh = full_svd(tuned.double())
+    """From a float64 decomposition of the tuned matrix, on the host."""
+    u, s, vh = full_svd(tuned.cpu().double())
     largest = max(float(base.S.norm()), float(s.norm()))
     u, s, v = u[:, start:stop], s[start:stop], vh[start:stop].mT
     u_base, v_base = base.U[:, start:stop].double(), base.Vh[start:stop].double().mT
@@ -130,4 +132,5 @@ def _by_decomposition(base: MatrixBasis, tuned: Tensor, start: int, stop: int, m
     sine_rms = max(float(x.norm()) for x in outside) / (stop - start) ** 0.5
     # LAPACK's backward error, and that of base factors kept in float32.
     eps = torch.finfo(base.U.dtype).eps + 16.0 * torch.finfo(torch.float64).eps
+    delta = delta.to(tuned.device)
     return Change(delta, 4.0 * eps * largest * max(u.shape[0], v.shape[0]) ** 0.5, sine_rms, "exact")

@@ -83,7 +83,7 @@ def restore_matrix(
     on them, and ``note`` says so.
 
     Args:
-        W_base, W_tuned: (m, n), floating dtypes, finite.
+        W_base, W_tuned: (m, n), floating dtypes, finite. The work is done on the device of ``W_tuned``.
         rank: share or count of directions, see :class:`rlspec.spectra.Rank`.
         band: I = [i, j) with 0 <= i < j <= r, needed by ``mode="band"`` and taken by the modes of directions and
             values, in place of the leading k.
@@ -110,7 +110,7 @@ def restore_matrix(
         base = (
             basis
             if basis is not None
-            else matrix_basis("base", W_base, reference_factors(W_base), Rank.parse(rank))
+            else matrix_basis("base", W_base.cpu(), reference_factors(W_base.cpu()), Rank.parse(rank))
         )
         start, stop = _indices(Rank.parse(rank).resolve(base.S), base.S.shape[0], mode, band)
         numerical = base.numerical_rank
@@ -127,7 +127,7 @@ def restore_matrix(
         W_tuned, change.delta, strength, target, stochastic=rounding == "stochastic", generator=generator
     )
     if is_plain_copy(mode, strength, W_base.dtype, target):
-        weight = W_base.clone()
+        weight = W_base.to(W_tuned.device, copy=True)
     return RestoreResult(
         weight=weight,
         mode=mode,
@@ -152,7 +152,7 @@ def is_plain_copy(mode: str, strength: float, base: torch.dtype, target: torch.d
 def difference(base: Tensor, tuned: Tensor) -> Tensor:
     """W_b - W_t, exact for two tensors of 16 bits."""
     wide = torch.float32 if base.element_size() <= 2 and tuned.element_size() <= 2 else torch.float64
-    return base.to(wide) - tuned.to(wide)
+    return base.to(device=tuned.device, dtype=wide) - tuned.to(wide)
 
 
 def _check(

@@ -58,7 +58,7 @@ def restore_(
     for projection in basis.projections:
         stored = _whole(tensors, projection.tensor)
         reference = basis.matrix(projection.name)
-        tuned = projection.take(stored).detach().cpu()
+        tuned = projection.take(stored).detach()
         if tuple(tuned.shape) != reference.shape:
             raise TensorError(
                 f"{projection.name}: {tuple(tuned.shape)} in the model, {reference.shape} in the basis"

@@ -75,12 +75,13 @@ def null_rotations(
 
     rounded, random = turned(error), []
     for draw in range(draws):
-        noise = torch.stack([_noise(f"{seed}/{name}/{draw}", error[0]) for name in reference.names])
+        # Drawn on the host, so that a device draws the same.
+        noise = torch.stack([_noise(f"{seed}/{name}/{draw}", reference.shape) for name in reference.names])
         scale = change.delta_frobenius / torch.linalg.vector_norm(noise, dim=(-2, -1))
-        random.append(turned(noise * scale[:, None, None]))
+        random.append(turned((noise * scale[:, None, None]).to(error.device)))
     return Nulls(own, rounded, torch.stack(random))
 
 
-def _noise(key: str, like: Tensor) -> Tensor:
+def _noise(key: str, shape: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    return torch.randn(like.shape, generator=generator).to(like)
+    return torch.randn(shape, generator=generator).double()
