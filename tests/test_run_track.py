@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,9 +220,14 @@ def test_ctrl_c_stops_at_a_step_and_can_be_resumed(
 def test_resuming_a_finished_run_trains_no_more(finished: tuple[RunFolder, Result]) -> None:
     folder, first = finished
     before = folder.metrics_path.read_bytes()
+    restored = folder.path / "checkpoints" / "sft-22-restored" / "model.safetensors"
+    restored.parent.mkdir()
+    restored.write_text("mine")
     again = invoke("track", "--resume", "--out", str(folder.path))
     assert again.exit_code == 0 and again.stdout == first.stdout
     assert folder.metrics_path.read_bytes() == before
+    assert restored.read_text() == "mine"
+    shutil.rmtree(restored.parent)
 
 
 def test_other_settings_and_existing_folders_are_refused(

@@ -176,9 +176,9 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Path) -
 
 def test_checkpoints_are_hugging_face_folders(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "sft-3"
-    for seed in (0, 1):  # the second replaces the first
+    for seed in (0, 1):
         model = toy_model(seed)
-        save_checkpoint(model, TOKENIZER, folder)
+        save_checkpoint(model, TOKENIZER, folder, overwrite=seed == 1)
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         for name, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
@@ -186,6 +186,30 @@ def test_checkpoints_are_hugging_face_folders(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s> 1 2 >"
     assert [path.name for path in folder.parent.iterdir()] == ["sft-3"]
+
+
+def test_a_checkpoint_replaces_nothing_unasked(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already"):
+        save_checkpoint(toy_model(), TOKENIZER, folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(toy_model(0), TOKENIZER, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(content: Path) -> None:
+        assert (content / "config.json").is_file()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(toy_model(1), TOKENIZER, folder, overwrite=True, on_complete=fail)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_learning_rates() -> None:

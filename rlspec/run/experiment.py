@@ -6,6 +6,7 @@ import math
 import shlex
 import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def _read_inputs(config: TrackConfig) -> _Inputs:
 
 def _run(config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress) -> None:
     finished = _finished_stages(config, folder)
-    folder.rewind([*finished, *_interrupted_stage(config, folder, len(finished))])
+    interrupted = _interrupted_stage(config, folder, len(finished))
+    folder.rewind([*finished, *interrupted], _paths_to_write(config, folder))
     metrics = folder.metrics()
     if metrics:
         clock.restore(metrics[-1])
@@ -137,6 +139,16 @@ def _interrupted_stage(config: TrackConfig, folder: RunFolder, finished: int) ->
     return []
 
 
+def _paths_to_write(config: TrackConfig, folder: RunFolder) -> Iterator[Path]:
+    """Array file and checkpoint of every event."""
+    for stage in config.stages:
+        for step in range(config.steps(stage) + 1):
+            if config.is_event(stage, step):
+                yield folder.arrays_path(stage, step)
+                if config.keeps_checkpoint(stage, step):
+                    yield folder.checkpoint_dir(stage, step)
+
+
 def _basis(config: TrackConfig, inputs: _Inputs, progress: Progress) -> SpectralBasis:
     def report(done: int, total: int) -> None:
         if done == 1:
@@ -162,7 +174,7 @@ def _run_stages(
         tracker = SpectralTracker(basis, engine=config.engine)
     with clock.timed("kl"):
         probe = KLProbe(inputs.model, inputs.tokenizer, inputs.task, seed=config.seed)
-    tensorboard = TensorBoardLog(folder.tensorboard_dir, folder.metrics(), folder.spectra())
+    tensorboard = TensorBoardLog(folder.tensorboard_dir, folder.metrics(), folder.spectra(), folder.manifest)
     recorder = EventRecorder(
         config,
         folder,
