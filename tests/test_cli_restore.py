@@ -268,6 +268,34 @@ def test_ctrl_c_says_how_to_go_on(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "report.json", "whole"]
 
 
+SLOW = """
+import sys, time
+from rlspec.cli import restore_text
+from rlspec.cli.main import main
+step = restore_text.Bar.step
+def slow(self, finished):
+    step(self, finished)
+    print("done", finished.name, flush=True)
+    time.sleep(0.1)
+restore_text.Bar.step = slow
+main(["restore", *sys.argv[1:]])
+"""
+
+
+def test_sigterm_stops_as_ctrl_c_does(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert invoke(*arguments(checkpoints, whole)).exit_code == 0
+    command = [sys.executable, "-c", SLOW, *map(str, arguments(checkpoints, out))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().startswith("done")
+    process.terminate()
+    _, told = process.communicate()
+    assert process.returncode == 143 and "Traceback" not in told
+    assert "Stopped; nothing is at" in told and "--resume" in told and not out.exists()
+    assert invoke(*arguments(checkpoints, out), "--resume").exit_code == 0
+    assert bytes_of(out) == bytes_of(whole)
+
+
 def test_changed_inputs_are_not_resumed(
     checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rlspec.cli.exits import INTERRUPTED
+from rlspec.cli.exits import stopped
 from rlspec.run.config import TrackConfig, flag, read_config_file
 
 _DEFAULTS = TrackConfig()
@@ -70,8 +71,8 @@ def _setting(name: str, kind: Any, text: str, default: str | None = None) -> Any
 @click.option("--resume", is_flag=True, help="Continue the run in --out with its own settings.")
 def command(out: Path | None, config_file: Path | None, resume: bool, **flags: Any) -> None:
     """Train a model on a task, SFT first and PPO from there, and track how its weights' singular values and
-    singular vectors move against the start. Leaves a run folder with report.html; Ctrl-C leaves one that
-    --resume continues."""
+    singular vectors move against the start. Leaves a run folder with report.html; Ctrl-C or SIGTERM leaves one
+    that --resume continues."""
     given = {name: value for name, value in flags.items() if value is not None}
     from_file = read_config_file(config_file) if config_file else {}
 
@@ -83,6 +84,8 @@ def command(out: Path | None, config_file: Path | None, resume: bool, **flags: A
 
     try:
         run_track(config, out, resume=resume)
-    except Interrupted as stop:
-        click.echo(f"Stopped; the run is saved. To continue it: {stop.command}", err=True)
-        raise SystemExit(INTERRUPTED) from None
+    except Interrupted as interrupted:
+        again = f"rlspec track --resume --out {shlex.quote(str(interrupted.folder))}"
+        click.echo(f"Stopped; the run is saved. To continue it: {again}", err=True)
+        assert isinstance(interrupted.__cause__, KeyboardInterrupt)
+        raise SystemExit(stopped(interrupted.__cause__)) from None
