@@ -210,11 +210,11 @@ def test_bad_checkpoints(make: Callable[[Path, Path], Path], named: str, model: 
         (("--modules", "q,w"), "unknown module 'w'; valid: q, k, v, o, mlp, embed, lm_head"),
         (("--shifts", "none,suit"), "unknown shift 'suit'"),
         (("--task", "chess"), "unknown task 'chess'; valid: general_points"),
-        (("--every", "0"), "--every must be at least 1, not 0"),
-        (("--stages", "sft,dpo"), "unknown stage 'dpo'; valid: sft, ppo"),
-        (("--rank", "much"), "much"),
-        (("--device", "abacus"), "unknown device 'abacus'; valid: auto, cpu, cuda"),
-        (("--config", "nowhere.yaml"), "--config nowhere.yaml: No such file"),
+        (("--every", "0"), "--every 0 must be at least 1"),
+        (("--stages", "sft,dpo"), "--stages 'sft,dpo': unknown stage 'dpo'; valid: sft, ppo"),
+        (("--rank", "much"), "--rank 'much' is not valid"),
+        (("--device", "abacus"), "--device 'abacus': unknown device; valid: auto, cpu, cuda"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml: No such file"),
     ],
 )
 def test_bad_options(options: tuple[str, ...], named: str, model: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_dry_run_writes_nothing(checkpoints: tuple[Path, Path], tmp_path: Path) 
     assert "directions  13/64" in lines["model.layers.0.self_attn.q_proj.weight"]
     assert "16,384" in lines["model.layers.0.self_attn.q_proj.weight"]
     assert lines["lm_head.weight"].endswith("not in the base")
-    assert lines["model.layers.1.self_attn.q_proj.weight"].endswith("layer 1 is not among --layers 0")
+    assert lines["model.layers.1.self_attn.q_proj.weight"].endswith("layer 1 is not among layers 0")
     assert lines["model.layers.0.mixer.weight"].endswith("name not known")
     assert "22 tensors: restore 1, keep 21" in result.stdout
     assert "estimated time (from a short measurement" in result.stdout
@@ -135,7 +135,7 @@ def test_dry_run_writes_nothing(checkpoints: tuple[Path, Path], tmp_path: Path) 
         (("--part", "x"), "--part 'x' is not valid"),
         (("--modules", "q,nothing"), "it matches no matrix"),
         (("--layers", "7"), "no 7..7 here; the model has 2 layers, 0 to 1"),
-        (("--memory-gib", "0.001"), "--memory-gib allows 0.0: raise it to"),
+        (("--memory-gib", "0.001"), "--memory-gib 0.0 is too little: give --memory-gib"),
         (("--memory-gib", "0"), "--memory-gib 0.0 must be a number above 0"),
         (("--strength", "2"), "not in [0, 1]"),
         (("--dtype", "int8"), "unknown dtype 'int8'"),

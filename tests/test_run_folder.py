@@ -63,7 +63,7 @@ def test_create_refuses_what_exists_and_leaves_it(tmp_path: Path, content: str |
     out.mkdir()
     if content:
         (out / content).write_text("mine")
-    with pytest.raises(RunFolderError, match="choose another --out"):
+    with pytest.raises(RunFolderError, match="choose another folder"):
         RunFolder.create(out, {})
     assert [(entry.name, entry.read_text()) for entry in out.iterdir()] == (
         [(content, "mine")] if content else []

@@ -293,10 +293,10 @@ def test_other_settings_and_existing_folders_are_refused(
     result = invoke(*arguments(model, folder.path))
     assert result.exit_code == 2
     assert result.stderr == (
-        f"Error: {folder.path} already holds a run; continue it with --resume, or choose another --out\n"
+        f"Error: {folder.path} already holds a run; continue it with --resume, or choose another folder\n"
     )
     result = invoke("track", "--resume", "--out", str(folder.path), "--seed", "1")
-    assert result.exit_code == 2 and result.stderr.endswith("--seed is 0, not 1\n")
+    assert result.exit_code == 2 and result.stderr.endswith("--seed 0, not 1\n")
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
 
 

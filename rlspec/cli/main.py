@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from rlspec.cli.exits import stopped
+from rlspec.cli.flags import as_flags
 from rlspec.errors import RlspecError
 from rlspec.signals import sigterm_raises
 
@@ -32,7 +33,8 @@ class _Commands(click.Group):
             with sigterm_raises():
                 return super().invoke(ctx)
         except RlspecError as error:
-            click.echo(f"Error: {error}", err=True)
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            click.echo(f"Error: {as_flags(str(error), command or self)}", err=True)
             ctx.exit(error.exit_code)
         except KeyboardInterrupt as stop:
             click.echo("Stopped", err=True)

@@ -28,7 +28,7 @@ _FOLDER = click.Path(path_type=Path)
     "--rank",
     default="0.2",
     show_default=True,
-    help="Directions of each matrix: a share, a count, energy:0.9 or gap:0.2.",
+    help="Directions of each matrix: a share (1.0 is all), a count (1 is one), energy:0.9 or gap:0.2.",
 )
 @click.option(
     "--part",

@@ -9,7 +9,8 @@ from typing import Any
 import click
 
 from rlspec.cli.exits import stopped
-from rlspec.run.config import TrackConfig, flag, read_config_file
+from rlspec.cli.flags import flag
+from rlspec.run.config import TrackConfig, read_config_file
 
 _DEFAULTS = TrackConfig()
 
@@ -54,7 +55,11 @@ def _setting(name: str, kind: Any, text: str, default: str | None = None) -> Any
     f"{_DEFAULTS.ppo_learning_rate} for the embedded model, else 1e-06",
 )
 @_setting("ppo_from", int, "Start PPO from this tracked SFT step.", "the last")
-@_setting("rank", str, "Directions tracked: a share of each matrix's smaller side, or a count.")
+@_setting(
+    "rank",
+    str,
+    "Directions tracked: a share of each matrix's smaller side (1.0 is all), or a count (1 is one).",
+)
 @_setting("modules", str, "Matrices tracked: q, k, v, o, mlp, embed, lm_head.")
 @_setting("engine", str, "How spectra are computed: delta (fast) or exact (full decompositions).")
 @_setting("shifts", str, "Evaluations; none is in distribution.")

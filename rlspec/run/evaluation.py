@@ -86,7 +86,7 @@ def evaluate_models(config: TrackConfig, *, compare: str | None = None, json_fil
         RlspecError: An unknown shift, an unreadable model, or no folder for the file.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise OptionError(f"--json {json_file}: no such folder")
+        raise OptionError(f"json_file={str(json_file)!r}: no such folder")
     device = choose_device(config.device)
     names = [config.model] if compare is None else [config.model, compare]
     folders = [model_folder(name) for name in names]

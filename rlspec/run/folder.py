@@ -81,10 +81,10 @@ class RunFolder:
         """Raise RunFolderError if anything is at ``path``."""
         if self.config_path.exists():
             raise RunFolderError(
-                f"{self.path} already holds a run; continue it with --resume, or choose another --out"
+                f"{self.path} already holds a run; continue it with resume=True, or choose another folder"
             )
         if self.path.exists() or self.path.is_symlink():
-            raise RunFolderError(f"{self.path} already exists; choose another --out")
+            raise RunFolderError(f"{self.path} already exists; choose another folder")
 
     def _take_lock(self) -> None:
         lock = (self.path / ".lock").open("ab")

@@ -17,7 +17,7 @@ from rlspec.tasks import Task, evaluation_problems
 
 
 def model_folder(name: str) -> Path:
-    """The Hugging Face folder that ``--model`` names: the embedded model's, or the path itself.
+    """The Hugging Face folder that ``model`` names: the embedded model's, or the path itself.
 
     Raises:
         CheckpointError: No folder with a config.json is there.
@@ -29,7 +29,7 @@ def model_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise CheckpointError(
-            f"{name}: no such folder; --model wants a local Hugging Face folder, or {EMBEDDED!r}"
+            f"{name}: no such folder; model= wants a local Hugging Face folder, or {EMBEDDED!r}"
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in it, so it is not a Hugging Face checkpoint")
@@ -59,13 +59,11 @@ def choose_device(name: str) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise OptionError(
-            f"--device: unknown device {name!r}; valid: auto, cpu, cuda, cuda:<index>"
-        ) from None
+        raise OptionError(f"device={name!r}: unknown device; valid: auto, cpu, cuda, cuda:<index>") from None
     if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"--device: unsupported device {name!r}; valid: auto, cpu, cuda, cuda:<index>")
+        raise OptionError(f"device={name!r}: unsupported device; valid: auto, cpu, cuda, cuda:<index>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"--device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise OptionError(f"device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
 
 
