@@ -34,5 +34,9 @@ class RunFolderError(RlspecError):
     """A run folder exists already, is incomplete, or belongs to other settings."""
 
 
+class ExtensionError(RlspecError, ImportError):
+    """The compiled part of rlspec is not there, or cannot be loaded."""
+
+
 class BackendError(RlspecError):
     """A backend was asked for that cannot run here."""
