@@ -41,11 +41,29 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "_C":
+        return _extension()
     if name in _ATTRIBUTES:
         return getattr(import_module(_ATTRIBUTES[name]), name)
     if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _extension() -> Any:
+    """The compiled part, for ``from rlspec import _C``."""
+    try:
+        return import_module(f"{__name__}._C")
+    except ImportError as error:
+        from rlspec.errors import ExtensionError
+
+        folder = __path__[0]
+        missing = isinstance(error, ModuleNotFoundError) and error.name == f"{__name__}._C"
+        found = "is not built for this Python" if missing else f"cannot be loaded ({error})"
+        raise ExtensionError(
+            f"{folder}: the compiled part of rlspec {found}; build it with 'python -m pip install -e .' in the folder "
+            "above (with a C++ compiler), or run an installed rlspec from elsewhere"
+        ) from error
 
 
 def __dir__() -> list[str]:

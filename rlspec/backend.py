@@ -94,9 +94,9 @@ def choose_device(name: str | torch.device) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
-        raise OptionError(f"unknown device {name!r}; valid: auto, cpu, cuda, cuda:<index>") from None
+        raise OptionError(f"device={name!r}: unknown device; valid: auto, cpu, cuda, cuda:<index>") from None
     if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"unsupported device {name!r}; valid: auto, cpu, cuda, cuda:<index>")
+        raise OptionError(f"device={name!r}: unsupported device; valid: auto, cpu, cuda, cuda:<index>")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise OptionError(f"device {name}: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise OptionError(f"device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device

@@ -1,4 +1,9 @@
-"""Errors that users meet: one line each, naming the thing, what was found, what was wanted and what to do."""
+"""Errors that users meet: one line each, naming the thing, what was found, what was wanted and what to do.
+
+What is wrong with a value that was given (an option, a tensor, the name of a module) is a ValueError too; what is
+wrong with a file, a folder or the machine is not. Messages name arguments as Python does (``strength=2``), never
+flags: the command line puts its own spelling there (see rlspec.cli.flags).
+"""
 
 from __future__ import annotations
 
@@ -13,11 +18,11 @@ class CheckpointError(RlspecError):
     """A checkpoint is missing, truncated or malformed."""
 
 
-class TensorError(RlspecError):
+class TensorError(RlspecError, ValueError):
     """A tensor holds NaN or infinity, or has another shape than wanted."""
 
 
-class ProjectionError(RlspecError):
+class ProjectionError(RlspecError, ValueError):
     """A model lacks the projections that were asked for."""
 
 
@@ -27,6 +32,10 @@ class OptionError(RlspecError, ValueError):
 
 class RunFolderError(RlspecError):
     """A run folder exists already, is incomplete, or belongs to other settings."""
+
+
+class ExtensionError(RlspecError, ImportError):
+    """The compiled part of rlspec is not there, or cannot be loaded."""
 
 
 class BackendError(RlspecError):

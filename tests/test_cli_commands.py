@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rlspec.cli.main import COMMANDS, main
 from rlspec.models.vocabulary import make_tokenizer
+from rlspec.run.loading import load_model
 from rlspec.tasks import wilson_interval
 
 
@@ -119,6 +122,33 @@ def test_eval_table_json_and_comparison(model: Path, tmp_path: Path) -> None:
     assert "95 % interval" in result.output and "McNemar p = 1" in result.output
 
 
+def test_eval_holds_one_model_at_a_time(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded: list[weakref.ref[Any]] = []
+    alive: list[int] = []
+
+    def load(*arguments: Any) -> Any:
+        alive.append(sum(reference() is not None for reference in loaded))
+        found = load_model(*arguments)
+        loaded.append(weakref.ref(found))
+        return found
+
+    monkeypatch.setattr("rlspec.run.evaluation.load_model", load)
+    options = ("--shift", "none", "--deals", 2, "--turns", 1)
+    assert invoke("eval", "--model", model, "--compare", model, *options).exit_code == 0
+    assert alive == [0, 0]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_command_with_its_code(
+    number: int, code: int, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlspec.run.evaluation.evaluate", lambda *_, **__: signal.raise_signal(number))
+    before = signal.getsignal(number)
+    result = invoke("eval", "--model", model)
+    assert (result.exit_code, result.stderr) == (code, "Stopped\n")
+    assert signal.getsignal(number) is before
+
+
 def test_report_of_no_run(tmp_path: Path) -> None:
     result = invoke("report", tmp_path)
     assert result.exit_code == 2 and result.stderr.startswith(f"Error: {tmp_path} holds no run")
@@ -180,11 +210,11 @@ def test_bad_checkpoints(make: Callable[[Path, Path], Path], named: str, model: 
         (("--modules", "q,w"), "unknown module 'w'; valid: q, k, v, o, mlp, embed, lm_head"),
         (("--shifts", "none,suit"), "unknown shift 'suit'"),
         (("--task", "chess"), "unknown task 'chess'; valid: general_points"),
-        (("--every", "0"), "--every must be at least 1, not 0"),
-        (("--stages", "sft,dpo"), "unknown stage 'dpo'; valid: sft, ppo"),
-        (("--rank", "much"), "much"),
-        (("--device", "abacus"), "unknown device 'abacus'; valid: auto, cpu, cuda"),
-        (("--config", "nowhere.yaml"), "--config nowhere.yaml: No such file"),
+        (("--every", "0"), "--every 0 must be at least 1"),
+        (("--stages", "sft,dpo"), "--stages 'sft,dpo': unknown stage 'dpo'; valid: sft, ppo"),
+        (("--rank", "much"), "--rank 'much' is not valid"),
+        (("--device", "abacus"), "--device 'abacus': unknown device; valid: auto, cpu, cuda"),
+        (("--config", "nowhere.yaml"), "nowhere.yaml: No such file"),
     ],
 )
 def test_bad_options(options: tuple[str, ...], named: str, model: Path, tmp_path: Path) -> None:

@@ -118,7 +118,7 @@ def test_dry_run_writes_nothing(checkpoints: tuple[Path, Path], tmp_path: Path) 
     assert "directions  13/64" in lines["model.layers.0.self_attn.q_proj.weight"]
     assert "16,384" in lines["model.layers.0.self_attn.q_proj.weight"]
     assert lines["lm_head.weight"].endswith("not in the base")
-    assert lines["model.layers.1.self_attn.q_proj.weight"].endswith("layer 1 is not among --layers 0")
+    assert lines["model.layers.1.self_attn.q_proj.weight"].endswith("layer 1 is not among layers 0")
     assert lines["model.layers.0.mixer.weight"].endswith("name not known")
     assert "22 tensors: restore 1, keep 21" in result.stdout
     assert "estimated time (from a short measurement" in result.stdout
@@ -135,7 +135,7 @@ def test_dry_run_writes_nothing(checkpoints: tuple[Path, Path], tmp_path: Path) 
         (("--part", "x"), "--part 'x' is not valid"),
         (("--modules", "q,nothing"), "it matches no matrix"),
         (("--layers", "7"), "no 7..7 here; the model has 2 layers, 0 to 1"),
-        (("--memory-gib", "0.001"), "--memory-gib allows 0.0: raise it to"),
+        (("--memory-gib", "0.001"), "--memory-gib 0.0 is too little: give --memory-gib"),
         (("--memory-gib", "0"), "--memory-gib 0.0 must be a number above 0"),
         (("--strength", "2"), "not in [0, 1]"),
         (("--dtype", "int8"), "unknown dtype 'int8'"),
@@ -266,6 +266,34 @@ def test_ctrl_c_says_how_to_go_on(
     assert len(report["matrices"]) == 6 and 0 < report["resumed"] < 6
     assert f"{report['resumed']} of them were done before the interruption" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "report.json", "whole"]
+
+
+SLOW = """
+import sys, time
+from rlspec.cli import restore_text
+from rlspec.cli.main import main
+step = restore_text.Bar.step
+def slow(self, finished):
+    step(self, finished)
+    print("done", finished.name, flush=True)
+    time.sleep(0.1)
+restore_text.Bar.step = slow
+main(["restore", *sys.argv[1:]])
+"""
+
+
+def test_sigterm_stops_as_ctrl_c_does(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert invoke(*arguments(checkpoints, whole)).exit_code == 0
+    command = [sys.executable, "-c", SLOW, *map(str, arguments(checkpoints, out))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None and process.stdout.readline().startswith("done")
+    process.terminate()
+    _, told = process.communicate()
+    assert process.returncode == 143 and "Traceback" not in told
+    assert "Stopped; nothing is at" in told and "--resume" in told and not out.exists()
+    assert invoke(*arguments(checkpoints, out), "--resume").exit_code == 0
+    assert bytes_of(out) == bytes_of(whole)
 
 
 def test_changed_inputs_are_not_resumed(

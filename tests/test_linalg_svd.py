@@ -178,8 +178,9 @@ def test_rank_may_be_a_share() -> None:
     a = torch.randn(2, 50, 30, generator=torch.Generator().manual_seed(0))
     assert torch.equal(rlspec.svd(a, 0.2).S, rlspec.svd(a, 6).S)
     assert rlspec.svd(a, 1e-3).S.shape == (2, 1)
-    for rank in (0.0, 1.0, 1.5, True, 31):
-        with pytest.raises(OptionError, match="rank must be"):
+    assert torch.equal(rlspec.svd(a, 1.0).S, rlspec.svd(a, 30).S)
+    for rank in (0.0, 1.5, True, 31):
+        with pytest.raises(OptionError, match="must be a count from 1"):
             rlspec.svd(a, rank)
 
 

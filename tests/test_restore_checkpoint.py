@@ -308,7 +308,7 @@ def test_names_that_no_pattern_knows(llama: tuple[Path, Path], tmp_path: Path) -
         renamed = {n.replace("self_attn.q_proj", "mixer.query"): t for n, t in tensors_of(folder).items()}
         save_file(renamed, tmp_path / name / "model.safetensors")
     with pytest.raises(
-        ProjectionError, match=r"no q projection found.*--modules also takes a regular expression"
+        ProjectionError, match=r"no q projection found.*modules= also takes a regular expression"
     ):
         rlspec.restore_checkpoint(tmp_path / "base", tmp_path / "tuned", tmp_path / "out")
     with pytest.raises(OptionError, match=r"'que\?ry!' is not a list of q.*it matches no matrix.*named like"):
@@ -408,7 +408,7 @@ def test_figures_of_a_copy_over_zeros(tmp_path: Path) -> None:
 
 def test_memory_too_small_says_what_is_needed(llama: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(
-        OptionError, match=r"q_proj.*takes about 0.1 GiB, --memory-gib allows 0.0: raise it to 0.1"
+        OptionError, match=r"q_proj.*takes about 0.1 GiB, memory_gib=0.0 is too little: give memory_gib=0.1"
     ):
         rlspec.restore_checkpoint(*llama, tmp_path / "out", memory_gib=0.01)
 
@@ -427,7 +427,7 @@ def test_outputs_that_would_harm_are_refused(tmp_path: Path) -> None:
     ):
         with pytest.raises(CheckpointError, match=named):
             rlspec.restore_checkpoint(base, tuned, out, overwrite=True)
-    with pytest.raises(CheckpointError, match="notes exists already; give --overwrite"):
+    with pytest.raises(CheckpointError, match="notes exists already; give overwrite=True"):
         rlspec.restore_checkpoint(base, tuned, tmp_path / "notes")
     out = tmp_path / "out"
     rlspec.restore_checkpoint(base, tuned, out, modules="k")

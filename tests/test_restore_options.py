@@ -96,7 +96,7 @@ def test_parts_become_indices():
         ({"strength": float("nan")}, "not in"),
         ({"dtype": "fp8"}, "unknown dtype 'fp8'; valid: keep, float32"),
         ({"rounding": "up"}, "unknown rounding 'up'"),
-        ({"rank": 0}, "rank 0 is not valid"),
+        ({"rank": 0}, "rank=0 is not valid"),
     ],
 )
 def test_settings_that_are_refused(options, named):
@@ -130,8 +130,8 @@ def test_every_other_tensor_has_a_reason():
     selection = select(NAMES, RestoreOptions(modules="q", layers="0"), None)
     assert selection.chosen.keys() | selection.reasons.keys() == NAMES.keys()
     reasons = selection.reasons
-    assert reasons["model.layers.1.self_attn.q_proj.weight"] == "layer 1 is not among --layers 0"
-    assert reasons["model.layers.0.self_attn.k_proj.weight"] == "k is not among --modules"
+    assert reasons["model.layers.1.self_attn.q_proj.weight"] == "layer 1 is not among layers 0"
+    assert reasons["model.layers.0.self_attn.k_proj.weight"] == "k is not among the modules"
     assert reasons["model.layers.0.input_layernorm.weight"] == "not a matrix"
     assert reasons["model.layers.0.extra.mixer.weight"] == "name not known"
     assert reasons["visual.layers.40.self_attn.q_proj.weight"] == "part of the vision or audio model"

@@ -29,19 +29,19 @@ def test_learning_rates_follow_the_model() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"every": 0}, "--every must be at least 1, not 0"),
-        ({"sft_steps": -1}, "--sft-steps must be at least 1"),
-        ({"checkpoint_every": 0}, "--checkpoint-every must be at least 1"),
-        ({"learning_rate": 0.0}, "--learning-rate must be greater than 0"),
-        ({"learning_rate": float("nan")}, "--learning-rate must be greater than 0"),
-        ({"stages": ("sft", "dpo")}, "unknown stage 'dpo'; valid: sft, ppo"),
-        ({"stages": ()}, "--stages must be one or more names"),
-        ({"shifts": ("none", "none")}, "--shifts must be names that differ"),
-        ({"engine": "fast"}, "--engine: unknown value 'fast'; valid: delta, exact"),
-        ({"dtype": "fp16"}, "--dtype: unknown value 'fp16'; valid: auto, float32, bf16"),
-        ({"ppo_from": 75}, "--ppo-from must be a tracked SFT step"),
-        ({"ppo_from": 650}, "--ppo-from must be a tracked SFT step"),
-        ({"ppo_from": 50, "stages": ("ppo",)}, "--ppo-from needs both stages"),
+        ({"every": 0}, "every=0 must be at least 1"),
+        ({"sft_steps": -1}, "sft_steps=-1 must be at least 1"),
+        ({"checkpoint_every": 0}, "checkpoint_every=0 must be at least 1"),
+        ({"learning_rate": 0.0}, "learning_rate=0.0 must be greater than 0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be greater than 0"),
+        ({"stages": ("sft", "dpo")}, "stages='sft,dpo': unknown stage 'dpo'; valid: sft, ppo"),
+        ({"stages": ()}, "stages='' must be one or more names"),
+        ({"shifts": ("none", "none")}, "shifts='none,none' must be names that differ"),
+        ({"engine": "fast"}, "engine='fast': unknown value; valid: delta, exact"),
+        ({"dtype": "fp16"}, "dtype='fp16': unknown value; valid: auto, float32, bf16"),
+        ({"ppo_from": 75}, "ppo_from=75 must be a tracked SFT step: a multiple of every=50"),
+        ({"ppo_from": 650}, "ppo_from=650 must be a tracked SFT step"),
+        ({"ppo_from": 50, "stages": ("ppo",)}, "ppo_from=50 needs both stages"),
     ],
 )
 def test_values_out_of_range(settings: dict, message: str) -> None:
@@ -60,6 +60,7 @@ def test_values_out_of_range(settings: dict, message: str) -> None:
         ({"every": None}, "file: every must have a value"),
         ({"every": True}, "file: every must be a whole number"),
         ({"modules": {"q": 1}}, "file: modules must be a list of names"),
+        ({"ppo-from": 10, "ppo_from": 20}, "file: ppo_from is given twice"),
     ],
 )
 def test_wrong_settings_in_a_file(settings: dict, message: str) -> None:
@@ -116,18 +117,40 @@ def test_flags_win_over_the_file_and_the_file_over_defaults() -> None:
     assert (config.every, config.sft_steps, config.deals) == (10, 30, TrackConfig().deals)
 
 
+def test_flags_and_file_are_merged_before_they_are_checked() -> None:
+    # Either alone is wrong: with the default of 50 between measurements, or with no step to start from.
+    config = resolve_settings({"every": 30}, {"ppo_from": 90})
+    assert (config.every, config.ppo_from) == (30, 90)
+    config = resolve_settings({"ppo_from": 90}, {"every": 30})
+    assert (config.every, config.ppo_from) == (30, 90)
+    with pytest.raises(OptionError, match="ppo_from=90 must be a tracked SFT step: a multiple of every=50"):
+        resolve_settings({}, {"ppo_from": 90})
+    # What the file leaves to the model goes by the model that the flags name.
+    config = resolve_settings({"model": "elsewhere"}, {"model": "embedded", "learning_rate": None})
+    assert config.learning_rate == PAPER_LEARNING_RATES[0]
+
+
+@pytest.mark.parametrize(
+    ("flags", "from_file", "source"),
+    [({}, {"evry": 5}, "settings.yaml"), ({"every": "often"}, {"every": 5}, "command line")],
+)
+def test_a_wrong_setting_is_told_with_where_it_comes_from(flags: dict, from_file: dict, source: str) -> None:
+    with pytest.raises(OptionError, match=f"^{source}: "):
+        resolve_settings(flags, from_file, config_file=Path("settings.yaml"))
+
+
 def test_resume_takes_the_run_s_own_settings_and_refuses_others(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", TrackConfig(sft_steps=10, every=5).to_settings())
     resumed = resolve_settings({"every": 5}, {}, out=folder.path, resume=True)
     assert (resumed.sft_steps, resumed.every) == (10, 5)
     with pytest.raises(RunFolderError) as error:
         resolve_settings({"every": 7}, {"modules": "q"}, out=folder.path, resume=True)
-    assert "--every is 5, not 7" in str(error.value)
-    assert "--modules is q,k,v, not q" in str(error.value)
+    assert "every=5, not 7" in str(error.value)
+    assert "modules='q,k,v', not 'q'" in str(error.value)
 
 
 def test_resume_needs_out() -> None:
-    with pytest.raises(OptionError, match="--resume needs --out"):
+    with pytest.raises(OptionError, match="resume=True needs out="):
         resolve_settings({}, {}, resume=True)
 
 

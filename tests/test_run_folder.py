@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ import pytest
 from rlspec.errors import RunFolderError
 from rlspec.run.folder import RunFolder
 from rlspec.run.jsonl import append_rows, keep_rows, read_rows, repair
+from rlspec.run.tensorboard import TensorBoardLog
 
 
 def test_rows_come_back_and_nan_becomes_null(tmp_path: Path) -> None:
@@ -60,7 +63,7 @@ def test_create_refuses_what_exists_and_leaves_it(tmp_path: Path, content: str |
     out.mkdir()
     if content:
         (out / content).write_text("mine")
-    with pytest.raises(RunFolderError, match="choose another --out"):
+    with pytest.raises(RunFolderError, match="choose another folder"):
         RunFolder.create(out, {})
     assert [(entry.name, entry.read_text()) for entry in out.iterdir()] == (
         [(content, "mine")] if content else []
@@ -86,6 +89,8 @@ def _event(folder: RunFolder, stage: str, step: int, *, complete: bool = True) -
     for path in (folder.arrays_path(stage, step), folder.checkpoint_dir(stage, step) / "model.safetensors"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
+    for path in (folder.arrays_path(stage, step), folder.checkpoint_dir(stage, step)):
+        folder.manifest.record(path, path)
     if complete:
         folder.commit(place, spectra=[{**place, "name": "q"}], evals=[{**place, "shift": "none"}])
     else:
@@ -111,6 +116,97 @@ def test_rewind_drops_late_and_incomplete_events(tmp_path: Path) -> None:
     assert sorted(path.name for path in (folder.path / "checkpoints").iterdir()) == ["sft-0", "sft-50"]
     folder.rewind([])
     assert folder.metrics() == folder.evals() == []
+
+
+def _begun_run(tmp_path: Path) -> RunFolder:
+    """A run with events at 0, 50 and 100, of which the trainer knows the first two."""
+    folder = RunFolder.create(tmp_path / "run", {})
+    for step in (0, 50, 100):
+        _event(folder, "sft", step)
+    return folder
+
+
+def _contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_rewind_leaves_what_the_run_did_not_write(tmp_path: Path) -> None:
+    folder = _begun_run(tmp_path)
+    mine = [
+        "checkpoints/sft-300-restored/model.safetensors",
+        "checkpoints/sft-75/model.safetensors",
+        "checkpoints/best",
+        "spectra/sft-60.safetensors",
+        "spectra/notes.txt",
+        ".hidden",
+    ]
+    for name in mine:
+        path = folder.path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"mine: {name}")
+    for points in ([("sft", 100)], [("sft", 50)], []):
+        folder.rewind(points)
+        assert all((folder.path / name).read_text() == f"mine: {name}" for name in mine)
+    assert not folder.arrays_path("sft", 0).exists() and not folder.checkpoint_dir("sft", 0).exists()
+
+
+def _add(folder: RunFolder) -> str:
+    (folder.checkpoint_dir("sft", 100) / "notes.txt").write_text("mine")
+    return "sft-100: it holds notes.txt"
+
+
+def _replace(folder: RunFolder) -> str:
+    (folder.checkpoint_dir("sft", 100) / "model.safetensors").write_text("restored")
+    return "sft-100: its model.safetensors was changed"
+
+
+def _touch(folder: RunFolder) -> str:
+    # Another model of the same size, written a minute later.
+    path = folder.checkpoint_dir("sft", 100) / "model.safetensors"
+    path.write_text("y")
+    os.utime(path, (path.stat().st_atime, path.stat().st_mtime + 60))
+    return "sft-100: its model.safetensors was changed"
+
+
+def _link(folder: RunFolder) -> str:
+    checkpoint = folder.checkpoint_dir("sft", 100)
+    checkpoint.rename(folder.path / "elsewhere")
+    checkpoint.symlink_to(folder.path / "elsewhere")
+    return "sft-100: it is a link now"
+
+
+def _change_arrays(folder: RunFolder) -> str:
+    folder.arrays_path("sft", 100).write_text("mine")
+    return "sft-100.safetensors: it was changed"
+
+
+def _take_the_place(folder: RunFolder) -> str:
+    folder.checkpoint_dir("sft", 150).mkdir()
+    return "sft-150: the run would write it"
+
+
+@pytest.mark.parametrize("change", [_add, _replace, _touch, _link, _change_arrays, _take_the_place])
+def test_rewind_refuses_to_remove_or_replace_the_users_work(
+    tmp_path: Path, change: Callable[[RunFolder], str]
+) -> None:
+    folder = _begun_run(tmp_path)
+    message = change(folder)
+    before = _contents(folder.path)
+    to_write = [folder.checkpoint_dir("sft", step) for step in (0, 50, 100, 150)]
+    with pytest.raises(RunFolderError, match=f"{message}.*move it elsewhere"):
+        folder.rewind([("sft", 50)], to_write)
+    assert _contents(folder.path) == before
+
+
+def test_event_files_of_others_stay(tmp_path: Path) -> None:
+    folder = RunFolder.create(tmp_path / "run", {})
+    folder.tensorboard_dir.mkdir()
+    other = folder.tensorboard_dir / "events.out.tfevents.1.host.1.0"
+    other.write_text("mine")
+    for _ in range(2):
+        TensorBoardLog(folder.tensorboard_dir, [], [], folder.manifest).close()
+        assert len(list(folder.tensorboard_dir.iterdir())) == 2
+    assert other.read_text() == "mine"
 
 
 def test_summary_is_json(tmp_path: Path) -> None:

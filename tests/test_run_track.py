@@ -1,8 +1,9 @@
-"""The main job on a tiny random model: rows, resumption after SIGKILL and Ctrl-C, and refusals on the way."""
+"""The main job on a tiny random model: rows, resumption after SIGKILL, SIGTERM and Ctrl-C, and refusals on the way."""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -167,17 +168,27 @@ def test_summary_pairs_the_outcomes(finished: tuple[RunFolder, Result]) -> None:
     assert (test["gained"], test["lost"], test["p_value"]) == (wanted.gained, wanted.lost, wanted.p_value)
 
 
-def start_and_kill(arguments: list[str], folder: RunFolder, stage: str, step: int) -> None:
-    """Run the command in a process of its own and SIGKILL it once the row of (stage, step) is there."""
+def start_and_signal(
+    arguments: list[str], folder: RunFolder, stage: str, step: int, number: int
+) -> tuple[int, str]:
+    """Run the command in a process of its own and send it a signal once the row of (stage, step) is there.
+
+    Returns its exit code and what it said on stderr.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", "rlspec", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     while not any((row["stage"], row["step"]) == (stage, step) for row in folder.metrics()):
         assert process.poll() is None, process.communicate()[1].decode()
         time.sleep(0.005)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
-    process.communicate()
+    process.send_signal(number)
+    _, told = process.communicate()
+    return process.returncode, told.decode()
+
+
+def start_and_kill(arguments: list[str], folder: RunFolder, stage: str, step: int) -> None:
+    code, _ = start_and_signal(arguments, folder, stage, step, signal.SIGKILL)
+    assert code == -signal.SIGKILL
 
 
 def test_resume_after_sigkill_in_each_stage(
@@ -216,12 +227,62 @@ def test_ctrl_c_stops_at_a_step_and_can_be_resumed(
     assert_same_run(folder, finished[0])
 
 
+def test_sigterm_saves_and_stops_as_ctrl_c_does(
+    finished: tuple[RunFolder, Result], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    code, told = start_and_signal(arguments(model, folder.path), folder, "sft", 5, signal.SIGTERM)
+    assert code == 143 and "Traceback" not in told
+    assert told.endswith(
+        f"Stopped; the run is saved. To continue it: rlspec track --resume --out {folder.path}\n"
+    )
+    assert (folder.resume_dir("sft") / "resume.pt").exists() and not folder.summary_path.exists()
+
+    # The resumed run, which holds no resume state while it trains.
+    step = Progress.step
+
+    def watched(self: Progress, number: int, **figures: float) -> None:
+        step(self, number, **figures)
+        assert "resume.pt" not in Path("/proc/self/maps").read_text()
+
+    monkeypatch.setattr(Progress, "step", watched)
+    assert invoke("track", "--resume", "--out", str(folder.path)).exit_code == 0
+    assert_same_run(folder, finished[0])
+    assert not any((folder.path / "resume").iterdir())
+
+
+def test_a_stop_during_the_last_step_of_a_stage_begins_no_other(
+    finished: tuple[RunFolder, Result], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = Progress.step
+
+    def terminated(self: Progress, number: int, **figures: float) -> None:
+        step(self, number, **figures)
+        if number == OPTIONS["sft_steps"]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    folder = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "step", terminated)
+        result = invoke(*arguments(model, folder.path))
+    assert result.exit_code == 143
+    assert (folder.metrics()[-1]["stage"], folder.metrics()[-1]["step"]) == ("sft", 22)
+    assert invoke("track", "--resume", "--out", str(folder.path)).exit_code == 0
+    assert_same_run(folder, finished[0])
+    assert not any((folder.path / "resume").iterdir())
+
+
 def test_resuming_a_finished_run_trains_no_more(finished: tuple[RunFolder, Result]) -> None:
     folder, first = finished
     before = folder.metrics_path.read_bytes()
+    restored = folder.path / "checkpoints" / "sft-22-restored" / "model.safetensors"
+    restored.parent.mkdir()
+    restored.write_text("mine")
     again = invoke("track", "--resume", "--out", str(folder.path))
     assert again.exit_code == 0 and again.stdout == first.stdout
     assert folder.metrics_path.read_bytes() == before
+    assert restored.read_text() == "mine"
+    shutil.rmtree(restored.parent)
 
 
 def test_other_settings_and_existing_folders_are_refused(
@@ -232,10 +293,10 @@ def test_other_settings_and_existing_folders_are_refused(
     result = invoke(*arguments(model, folder.path))
     assert result.exit_code == 2
     assert result.stderr == (
-        f"Error: {folder.path} already holds a run; continue it with --resume, or choose another --out\n"
+        f"Error: {folder.path} already holds a run; continue it with --resume, or choose another folder\n"
     )
     result = invoke("track", "--resume", "--out", str(folder.path), "--seed", "1")
-    assert result.exit_code == 2 and result.stderr.endswith("--seed is 0, not 1\n")
+    assert result.exit_code == 2 and result.stderr.endswith("--seed 0, not 1\n")
     assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
 
 

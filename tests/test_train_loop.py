@@ -15,11 +15,14 @@ from train_toys import ToyTask, toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlspec.errors import CheckpointError, OptionError, RunFolderError
+from rlspec.signals import Terminated
 from rlspec.train import (
     Callback,
     PPOConfig,
+    ResumePoint,
     SFTConfig,
     StepState,
+    TrainResult,
     evaluate,
     read_resume_point,
     save_checkpoint,
@@ -27,6 +30,7 @@ from rlspec.train import (
     train_sft,
 )
 from rlspec.train.schedule import learning_rate_at
+from rlspec.train.state import resume_step, write_resume_point
 
 TOKENIZER = toy_tokenizer()
 SFT = SFTConfig(steps=8, batch_size=12, learning_rate=1e-2, checkpoint_every=3)
@@ -124,7 +128,7 @@ def test_resume_after_sigkill_gives_the_same_losses(stage: str, kill_at: int, tm
             process.send_signal(signal.SIGKILL)
             break
     assert process.wait() == -signal.SIGKILL
-    point = read_resume_point(tmp_path, mapped=True)
+    point = read_resume_point(tmp_path)
     assert point is not None and 0 < point.step < kill_at
 
     train, config = (train_sft, SFT) if stage == "sft" else (train_ppo, PPO)
@@ -144,21 +148,90 @@ def test_resume_after_sigkill_gives_the_same_losses(stage: str, kill_at: int, tm
 
 
 class Interrupt(Callback):
+    def __init__(self, number: int, step: int, times: int = 1) -> None:
+        self.number, self.step, self.times = number, step, times
+
     def on_step(self, state: StepState) -> None:
-        if state.step == 4:
-            signal.raise_signal(signal.SIGINT)
+        if state.step == self.step:
+            for _ in range(self.times):
+                signal.raise_signal(self.number)
 
 
-def test_ctrl_c_stops_between_steps_and_resumes(tmp_path: Path) -> None:
-    previous = signal.getsignal(signal.SIGINT)
-    stopped = train_sft(toy_model(), TOKENIZER, ToyTask(), SFT, callbacks=[Interrupt()], resume_dir=tmp_path)
-    assert stopped.stopped and stopped.steps == 4
-    assert signal.getsignal(signal.SIGINT) is previous
+def sft_with(callback: Callback, folder: Path) -> TrainResult:
+    return train_sft(toy_model(), TOKENIZER, ToyTask(), SFT, callbacks=[callback], resume_dir=folder)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_stop_between_steps_and_the_run_resumes(number: int, tmp_path: Path) -> None:
+    previous = signal.getsignal(number)
+    stopped = sft_with(Interrupt(number, 4), tmp_path)
+    assert stopped.stopped and stopped.steps == 4 and stopped.signal == number
+    assert signal.getsignal(number) is previous
     resumed = train_sft(toy_model(seed=9), TOKENIZER, ToyTask(), SFT, resume_dir=tmp_path)
     assert resumed.losses == train_sft(toy_model(), TOKENIZER, ToyTask(), SFT).losses
     # A finished stage loads its weights and does nothing more.
     again = train_sft(toy_model(seed=9), TOKENIZER, ToyTask(), SFT, resume_dir=tmp_path)
     assert again == resumed
+
+
+@pytest.mark.parametrize(
+    ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
+)
+def test_a_second_signal_stops_at_once(number: int, error: type[BaseException], tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt) as stop:
+        sft_with(Interrupt(number, 4, times=2), tmp_path)
+    assert stop.type is error
+
+
+def test_a_signal_during_the_last_step_is_told(tmp_path: Path) -> None:
+    result = sft_with(Interrupt(signal.SIGTERM, SFT.steps), tmp_path)
+    assert result.steps == SFT.steps and not result.stopped and result.signal == signal.SIGTERM
+
+
+def mapped_files() -> str:
+    return Path("/proc/self/maps").read_text()
+
+
+def anonymous_bytes() -> int:
+    """Memory of this process that no file stands behind."""
+    (line,) = (x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+def test_a_look_at_the_step_reads_no_tensor(tmp_path: Path) -> None:
+    size = 64 << 20
+    big = {"model": {"weight": torch.ones(size // 4)}}
+    write_resume_point(tmp_path, ResumePoint("sft", 3, 8, [1.0], 2.0, {}, big))
+    del big
+    before = anonymous_bytes()
+    assert resume_step(tmp_path) == 3
+    assert anonymous_bytes() - before < size / 4
+    assert "resume.pt" not in mapped_files()
+    # The measure would notice: a state that is read whole, and one that is held.
+    whole = torch.load(tmp_path / "resume.pt", weights_only=True)
+    assert anonymous_bytes() - before > size / 2
+    del whole
+    point = read_resume_point(tmp_path)
+    assert point is not None and "resume.pt" in mapped_files()
+
+
+class Maps(Callback):
+    """Whether the resume state was still mapped at each step."""
+
+    def __init__(self) -> None:
+        self.seen: list[bool] = []
+
+    def on_step(self, state: StepState) -> None:
+        self.seen.append("resume.pt" in mapped_files())
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_the_resume_state_is_let_go_before_training_goes_on(stage: str, tmp_path: Path) -> None:
+    train, config = (train_sft, SFT) if stage == "sft" else (train_ppo, PPO)
+    stop, maps = Interrupt(signal.SIGTERM, 3), Maps()
+    train(toy_model(), TOKENIZER, ToyTask(), config, callbacks=[stop], resume_dir=tmp_path)  # type: ignore[operator]
+    train(toy_model(), TOKENIZER, ToyTask(), config, callbacks=[maps], resume_dir=tmp_path)  # type: ignore[operator]
+    assert maps.seen and not any(maps.seen)
 
 
 def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Path) -> None:
@@ -176,9 +249,9 @@ def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Path) -
 
 def test_checkpoints_are_hugging_face_folders(tmp_path: Path) -> None:
     folder = tmp_path / "checkpoints" / "sft-3"
-    for seed in (0, 1):  # the second replaces the first
+    for seed in (0, 1):
         model = toy_model(seed)
-        save_checkpoint(model, TOKENIZER, folder)
+        save_checkpoint(model, TOKENIZER, folder, overwrite=seed == 1)
         loaded = AutoModelForCausalLM.from_pretrained(folder)
         for name, tensor in model.state_dict().items():
             assert torch.equal(loaded.state_dict()[name], tensor)
@@ -186,6 +259,30 @@ def test_checkpoints_are_hugging_face_folders(tmp_path: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     assert tokenizer.apply_chat_template(messages, tokenize=False) == "<s> 1 2 >"
     assert [path.name for path in folder.parent.iterdir()] == ["sft-3"]
+
+
+def test_a_checkpoint_replaces_nothing_unasked(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    folder.mkdir()
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(CheckpointError, match="exists already"):
+        save_checkpoint(toy_model(), TOKENIZER, folder)
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine", "notes.txt"]
+
+
+def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_other(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(toy_model(0), TOKENIZER, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def fail(content: Path) -> None:
+        assert (content / "config.json").is_file()
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        save_checkpoint(toy_model(1), TOKENIZER, folder, overwrite=True, on_complete=fail)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
 
 
 def test_learning_rates() -> None:

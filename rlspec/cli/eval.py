@@ -19,6 +19,7 @@ _DEFAULTS = TrackConfig()
 @click.option("--task", default=_DEFAULTS.task, show_default=True, help="Task to evaluate on.")
 @click.option(
     "--shift",
+    "shifts",
     default=",".join(_DEFAULTS.shifts),
     show_default=True,
     help="Shifts, separated by commas: none (in distribution), rule, cards, both, target.",
@@ -33,7 +34,7 @@ def command(
     model: str,
     compare: str | None,
     task: str,
-    shift: str,
+    shifts: str,
     deals: int,
     turns: int,
     seed: int,
@@ -47,7 +48,7 @@ def command(
     config = TrackConfig(
         model=model,
         task=task,
-        shifts=split_names(shift),
+        shifts=split_names(shifts),
         deals=deals,
         turns=turns,
         seed=seed,

@@ -8,7 +8,10 @@ from typing import Any
 
 import click
 
+from rlspec.cli.exits import stopped
+from rlspec.cli.flags import as_flags
 from rlspec.errors import RlspecError
+from rlspec.signals import sigterm_raises
 
 # Command -> module; a command's module is imported when that command is asked for (or listed by --help).
 COMMANDS = ("track", "restore", "eval", "report", "env")
@@ -27,10 +30,15 @@ class _Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         try:
-            return super().invoke(ctx)
+            with sigterm_raises():
+                return super().invoke(ctx)
         except RlspecError as error:
-            click.echo(f"Error: {error}", err=True)
+            command = self.get_command(ctx, ctx.invoked_subcommand or "")
+            click.echo(f"Error: {as_flags(str(error), command or self)}", err=True)
             ctx.exit(error.exit_code)
+        except KeyboardInterrupt as stop:
+            click.echo("Stopped", err=True)
+            ctx.exit(stopped(stop))
 
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:

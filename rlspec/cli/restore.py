@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from rlspec.cli.exits import INTERRUPTED
+from rlspec.cli.exits import stopped
 from rlspec.errors import CheckpointError
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ _FOLDER = click.Path(path_type=Path)
     "--rank",
     default="0.2",
     show_default=True,
-    help="Directions of each matrix: a share, a count, energy:0.9 or gap:0.2.",
+    help="Directions of each matrix: a share (1.0 is all), a count (1 is one), energy:0.9 or gap:0.2.",
 )
 @click.option(
     "--part",
@@ -115,12 +115,12 @@ def _run(plan: Plan, target: Target, memory_gib: float, report_file: Path | None
             on_step=bar.step,
             on_commit=bar.finishing,
         )
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         bar.close()
         click.echo(
             f"Stopped; nothing is at {target.out} yet. To finish it: the same command with --resume", err=True
         )
-        raise SystemExit(INTERRUPTED) from None
+        raise SystemExit(stopped(stop)) from None
     except CheckpointError as error:
         kept = "; what is finished is kept, the same command with --resume goes on" if bar.begun else ""
         raise CheckpointError(f"{error}{kept}") from None

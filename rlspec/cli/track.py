@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Any
 
 import click
 
-from rlspec.cli.exits import INTERRUPTED
-from rlspec.run.config import TrackConfig, flag, read_config_file
+from rlspec.cli.exits import stopped
+from rlspec.cli.flags import flag
+from rlspec.run.config import TrackConfig, read_config_file
 
 _DEFAULTS = TrackConfig()
 
@@ -53,7 +55,11 @@ def _setting(name: str, kind: Any, text: str, default: str | None = None) -> Any
     f"{_DEFAULTS.ppo_learning_rate} for the embedded model, else 1e-06",
 )
 @_setting("ppo_from", int, "Start PPO from this tracked SFT step.", "the last")
-@_setting("rank", str, "Directions tracked: a share of each matrix's smaller side, or a count.")
+@_setting(
+    "rank",
+    str,
+    "Directions tracked: a share of each matrix's smaller side (1.0 is all), or a count (1 is one).",
+)
 @_setting("modules", str, "Matrices tracked: q, k, v, o, mlp, embed, lm_head.")
 @_setting("engine", str, "How spectra are computed: delta (fast) or exact (full decompositions).")
 @_setting("shifts", str, "Evaluations; none is in distribution.")
@@ -70,8 +76,8 @@ def _setting(name: str, kind: Any, text: str, default: str | None = None) -> Any
 @click.option("--resume", is_flag=True, help="Continue the run in --out with its own settings.")
 def command(out: Path | None, config_file: Path | None, resume: bool, **flags: Any) -> None:
     """Train a model on a task, SFT first and PPO from there, and track how its weights' singular values and
-    singular vectors move against the start. Leaves a run folder with report.html; Ctrl-C leaves one that
-    --resume continues."""
+    singular vectors move against the start. Leaves a run folder with report.html; Ctrl-C or SIGTERM leaves one
+    that --resume continues."""
     given = {name: value for name, value in flags.items() if value is not None}
     from_file = read_config_file(config_file) if config_file else {}
 
@@ -83,6 +89,8 @@ def command(out: Path | None, config_file: Path | None, resume: bool, **flags: A
 
     try:
         run_track(config, out, resume=resume)
-    except Interrupted as stop:
-        click.echo(f"Stopped; the run is saved. To continue it: {stop.command}", err=True)
-        raise SystemExit(INTERRUPTED) from None
+    except Interrupted as interrupted:
+        again = f"rlspec track --resume --out {shlex.quote(str(interrupted.folder))}"
+        click.echo(f"Stopped; the run is saved. To continue it: {again}", err=True)
+        assert isinstance(interrupted.__cause__, KeyboardInterrupt)
+        raise SystemExit(stopped(interrupted.__cause__)) from None

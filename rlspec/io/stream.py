@@ -31,7 +31,7 @@ Io = Literal["auto", "direct", "buffered"]
 _BLOCKS = 4
 
 
-class MemoryBoundError(CheckpointError):
+class MemoryBoundError(CheckpointError, ValueError):
     """A tensor does not fit the memory that reading may use, or those still held leave it no room."""
 
 

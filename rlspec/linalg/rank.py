@@ -3,6 +3,7 @@ snap to a spectral gap."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, Union
 
@@ -10,8 +11,13 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError
+from rlspec.linalg.shares import count_of_share
 
 RankLike = Union["Rank", float, int, str]
+
+# How a count and a share are written. "1." and "1e0" could be meant as either, so they are neither.
+_COUNT = re.compile(r"[1-9][0-9]*")
+_SHARE = re.compile(r"0?\.[0-9]+|1\.0+|[1-9](\.[0-9]+)?e-[0-9]+")
 
 _SNAP = 0.05  # "gap:" looks for the largest gap within this share of k on either side
 
@@ -20,7 +26,8 @@ _SNAP = 0.05  # "gap:" looks for the largest gap within this share of k on eithe
 class Rank:
     """A rule that turns a spectrum into k, the number of leading directions.
 
-    ``share``: k = share * min(m, n), at least 1. ``count``: k = value, at most min(m, n). ``gap``: like
+    ``share``: k = share * min(m, n), rounded, at least 1. ``count``: k = value, at most min(m, n). So ``1`` is one
+    direction and ``1.0`` all of them. ``gap``: like
     ``share``, then moved to the place within +-5 % of it where the relative drop between neighbouring
     singular values is largest. ``energy``: the fewest whose squared singular values sum to that share of all.
     """
@@ -31,29 +38,24 @@ class Rank:
     @classmethod
     def parse(cls, rank: RankLike) -> Rank:
         """Read ``0.2`` (share), ``768`` (count), ``"0.2"``, ``"768"``, ``"gap:0.2"`` or
-        ``"energy:0.9"``.
+        ``"energy:0.9"``. ``1`` and ``"1"`` are one direction, ``1.0`` and ``"1.0"`` all of them.
 
         Raises:
-            OptionError: anything else, a share outside (0, 1], a count below 1.
+            OptionError: anything else, a share outside (0, 1], a count below 1, what could be meant as either
+                (``"1."``, ``64.0``, True).
         """
         if isinstance(rank, Rank):
             return rank
         text = str(rank).strip()
-        kind: Literal["share", "count", "gap", "energy"] = "share"
-        if text.startswith("gap:"):
-            kind, text = "gap", text[len("gap:") :]
-        elif text.startswith("energy:"):
-            kind, text = "energy", text[len("energy:") :]
-        elif text.isdigit():
-            kind = "count"
-        try:
-            value = float(text)
-        except ValueError:
-            raise _invalid(rank) from None
-        if kind == "count" and value >= 1:
-            return cls(kind, value)
-        if kind != "count" and 0.0 < value <= 1.0:
-            return cls(kind, value)
+        if _COUNT.fullmatch(text):
+            return cls("count", float(text))
+        kind, colon, number = text.rpartition(":")
+        if _SHARE.fullmatch(number) or (colon and number == "1"):
+            share = float(number)
+            if 0.0 < share <= 1.0 and kind in ("gap", "energy"):
+                return cls("gap" if kind == "gap" else "energy", share)
+            if 0.0 < share <= 1.0 and not colon:
+                return cls("share", share)
         raise _invalid(rank)
 
     def resolve(self, spectrum: Tensor | int) -> int:
@@ -69,11 +71,13 @@ class Rank:
         r = spectrum if isinstance(spectrum, int) else int(spectrum.shape[-1])
         if self.kind == "count":
             return min(int(self.value), r)
-        k = max(1, round(self.value * r))
+        k = count_of_share(self.value, r)
         if self.kind == "share":
             return k
         if isinstance(spectrum, int):
-            raise OptionError(f"rank {self} needs the singular values of the matrix, not only its size")
+            raise OptionError(
+                f"rank={str(self)!r} needs the singular values of the matrix, not only its size"
+            )
         return _snap(spectrum, k) if self.kind == "gap" else _energy(spectrum, self.value)
 
     @property
@@ -84,7 +88,8 @@ class Rank:
     def __str__(self) -> str:
         if self.kind == "count":
             return str(int(self.value))
-        return f"{self.kind}:{self.value:g}" if self.needs_values else f"{self.value:g}"
+        share = repr(float(self.value))  # 1.0 and not 1, which is a count
+        return f"{self.kind}:{share}" if self.needs_values else share
 
 
 def _snap(spectrum: Tensor, k: int) -> int:
@@ -107,5 +112,6 @@ def _energy(spectrum: Tensor, share: float) -> int:
 
 def _invalid(rank: object) -> OptionError:
     return OptionError(
-        f"rank {rank!r} is not valid: give a share in (0, 1] such as 0.2, a count such as 768, gap:0.2 or energy:0.9"
+        f"rank={rank!r} is not valid: give a share such as 0.2 (1.0 is all directions), a count such as 768 "
+        "(1 is one direction), gap:0.2 or energy:0.9"
     )

@@ -18,6 +18,7 @@ from rlspec.linalg.estimates import perturbation_bound
 from rlspec.linalg.exact import exact_svd, leading_by_gram
 from rlspec.linalg.precision import fast_matmul
 from rlspec.linalg.randomized import leading_svd, sketch_width
+from rlspec.linalg.shares import count_of_share
 
 Method = Literal["auto", "exact", "randomized", "warm"]
 
@@ -70,7 +71,8 @@ def svd(
 
     Args:
         A: (..., m, n), float64, float32, bfloat16 or float16, finite.
-        rank: triplets wanted, 1 to min(m, n), or a share of min(m, n) in (0, 1); None for all of them.
+        rank: triplets wanted, a count from 1 to min(m, n), or a share of min(m, n) in (0, 1]: 1 is one triplet,
+            1.0 is all of them, as None is.
         method: "exact" decomposes densely. "randomized" is Chebyshev-filtered subspace iteration from a random
             sketch. "warm" is the same from ``warm_start``. "auto" takes the cheapest for the shape, the rank and
             what was given. Every method falls back to "exact" where the iteration cannot help, and notes it.
@@ -243,25 +245,25 @@ def _check(
 ) -> int:
     """The rank as a count, after refusing everything that cannot be decomposed."""
     if method not in get_args(Method):
-        raise OptionError(f"method {method!r} does not exist, choose one of {', '.join(get_args(Method))}")
+        raise OptionError(f"method={method!r} does not exist, choose one of {', '.join(get_args(Method))}")
     if not isinstance(A, Tensor) or A.ndim < 2 or not A.is_floating_point():
         found = f"{A.dtype} {tuple(A.shape)}" if isinstance(A, Tensor) else type(A).__name__
         raise TensorError(f"svd needs a floating tensor of shape (..., m, n), found {found}")
     r = min(A.shape[-2:])
     if rank is None:
         rank = r
-    if isinstance(rank, float) and 0.0 < rank < 1.0:
-        rank = min(r, max(1, round(rank * r)))
+    if isinstance(rank, float) and 0.0 < rank <= 1.0:
+        rank = count_of_share(rank, r)
     if isinstance(rank, bool) or not isinstance(rank, int) or not (1 <= rank <= r or rank == r):
         raise OptionError(
-            f"rank must be an integer from 1 to min(m, n) = {r}, or a share in (0, 1), found {rank!r}"
+            f"rank={rank!r} must be a count from 1 to min(m, n) = {r}, or a share in (0, 1] (1.0 is all)"
         )
     if not 0 < tol < 1:
-        raise OptionError(f"tol must lie between 0 and 1, found {tol}")
+        raise OptionError(f"tol={tol} must lie between 0 and 1")
     if max_rounds < 1:
-        raise OptionError(f"max_rounds must be at least 1, found {max_rounds}")
+        raise OptionError(f"max_rounds={max_rounds} must be at least 1")
     if method == "warm" and warm_start is None:
-        raise OptionError("method 'warm' needs warm_start")
+        raise OptionError("method='warm' needs warm_start=")
     finite = torch.isfinite(A)
     if not bool(finite.all()):
         place = tuple(int(i) for i in (~finite).nonzero()[0])

@@ -122,20 +122,16 @@ class Target:
             source = given.resolve()
             if place == source or source in place.parents or place in source.parents:
                 raise CheckpointError(
-                    f"--out {self.out} is, holds or lies in the {name} checkpoint {given}; inputs are never written, "
+                    f"{self.out} is, holds or lies in the {name} checkpoint {given}; inputs are never written, "
                     "choose another folder"
                 )
         if not self.out.exists():
             return
         if not self.overwrite:
             complete = "; it is complete, nothing is left to resume" if self.resume else ""
-            raise CheckpointError(
-                f"--out {self.out} exists already{complete}; give --overwrite to replace it"
-            )
+            raise CheckpointError(f"{self.out} exists already{complete}; give overwrite=True to replace it")
         if not self.out.is_dir() or (any(self.out.iterdir()) and not any(self.out.glob("*.safetensors"))):
-            raise CheckpointError(
-                f"--out {self.out} is not a checkpoint; --overwrite replaces checkpoints only"
-            )
+            raise CheckpointError(f"{self.out} is not a checkpoint; overwrite=True replaces checkpoints only")
 
 
 def run_plan(

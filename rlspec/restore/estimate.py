@@ -57,7 +57,7 @@ def memory_bytes(memory_gib: float) -> int:
         OptionError: not a number above 0.
     """
     if not (math.isfinite(memory_gib) and memory_gib > 0):
-        raise OptionError(f"--memory-gib {memory_gib} must be a number above 0")
+        raise OptionError(f"memory_gib={memory_gib} must be a number above 0")
     return int(memory_gib * 2**30)
 
 
@@ -72,8 +72,8 @@ def check_memory(plan: Plan, memory: int) -> None:
         if needed > memory:
             raise OptionError(
                 f"{step.name} {list(step.entry.shape)}: restoring it takes about {needed / 2**30:.1f} GiB, "
-                f"--memory-gib allows {memory / 2**30:.1f}: raise it to {needed / 2**30 + 0.05:.1f}, or choose "
-                "--modules without it"
+                f"memory_gib={memory / 2**30:.1f} is too little: give memory_gib={needed / 2**30 + 0.05:.1f}, or choose "
+                "modules without it"
             )
 
 

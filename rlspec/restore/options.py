@@ -31,7 +31,8 @@ class RestoreOptions:
     """The settings that decide what a restored checkpoint holds (how fast it comes to be is not among them).
 
     Attributes:
-        rank: how many directions of each matrix, see :class:`rlspec.spectra.Rank`.
+        rank: how many directions of each matrix: a share such as 0.2 (1.0 is all of them), a count such as 64 (1 is
+            one of them), "energy:0.9" or "gap:0.2"; see :class:`rlspec.spectra.Rank`.
         part: "top" (the leading ones), "tail" (the last ones) or "I:J", the half-open range of indices, each a
             number or a share such as "10%:25%".
         mode: "directions", "values", "both", "copy" or "interpolate", see :func:`rlspec.restore_matrix`.
@@ -64,15 +65,15 @@ class RestoreOptions:
         _choice("dtype", self.dtype, get_args(Dtype))
         _choice("rounding", self.rounding, get_args(Rounding))
         if not 0.0 <= self.strength <= 1.0:
-            raise OptionError(f"--strength {self.strength!r} is not in [0, 1]")
+            raise OptionError(f"strength={self.strength!r} is not in [0, 1]")
         if self.part not in ("top", "tail"):
             _band(self.part, 1 << 62)
         if self.part != "top" and self.restore_mode in ELEMENTWISE:
             raise OptionError(
-                f"--part {self.part} says nothing to --mode {self.mode}, which takes whole matrices"
+                f"part={self.part!r} says nothing to mode={self.mode!r}, which takes whole matrices"
             )
         if self.part == "tail" and self.restore_mode != "directions" and Rank.parse(self.rank).needs_values:
-            raise OptionError(f"--part tail --mode {self.mode} needs a --rank that is a share or a count")
+            raise OptionError(f"part='tail' with mode={self.mode!r} needs a rank that is a share or a count")
         if self.layers is not None:
             _pieces(self.layers)
 
@@ -125,7 +126,7 @@ class RestoreOptions:
             if stop > count or start >= stop:
                 found = f"{count} layers, 0 to {count - 1}" if count else "no numbered layers"
                 raise OptionError(
-                    f"--layers {self.layers}: no {start}..{stop - 1} here; the model has {found}"
+                    f"layers={self.layers!r}: no {start}..{stop - 1} here; the model has {found}"
                 )
             chosen.update(range(start, stop))
         return frozenset(chosen)
@@ -146,21 +147,21 @@ _END = r"(\d+(?:\.\d+)?%|\d+)"
 def _band(text: str, r: int) -> tuple[int, int]:
     match = re.fullmatch(rf"{_END}:{_END}", text)
     if match is None:
-        raise OptionError(f"--part {text!r} is not valid: top, tail, or indices such as 0:64 or 10%:25%")
+        raise OptionError(f"part={text!r} is not valid: top, tail, or indices such as 0:64 or 10%:25%")
     start, stop = _end(match[1], r), _end(match[2], r)
     if start >= stop and (match[1].endswith("%") == match[2].endswith("%")) and r >= 1 << 62:
-        raise OptionError(f"--part {text}: the range is empty")
+        raise OptionError(f"part={text!r}: the range is empty")
     return start, stop
 
 
 def _pieces(text: str) -> list[tuple[str, str, bool]]:
-    """(first, last, half-open) of every piece of a --layers text."""
+    """(first, last, half-open) of every piece of a text for ``layers``."""
     found = []
     for piece in text.split(","):
         match = re.fullmatch(rf"{_END}(?:([:-]){_END})?", piece.strip())
         ends_are_counts = match is not None and "%" not in piece
         if match is None or (match[2] != ":" and not ends_are_counts):
-            raise OptionError(f"--layers {text!r} is not valid: give for example 0:25%, 0-9,20 or 0:10")
+            raise OptionError(f"layers={text!r} is not valid: give for example 0:25%, 0-9,20 or 0:10")
         found.append((match[1], match[3] or match[1], match[2] == ":"))
     return found
 

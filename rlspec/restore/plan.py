@@ -164,7 +164,7 @@ def _step(
                 kept.append(projection)
                 directions.append(options.directions(r))
         if not kept:
-            reason = f"--part {options.part} lies past its directions"
+            reason = f"part {options.part} lies past its directions"
         elif options.strength == 0 and not merged and options.dtype == "keep":
             reason = _NO_STRENGTH
         else:

@@ -71,7 +71,7 @@ def select(shapes: Mapping[str, Shape], options: RestoreOptions, config: Config 
                 unmatched.append(name)
             reasons[name] = _reason(name, shape, holds, pattern is not None, options.elementwise)
         elif layers is not None and layer is not None and not in_tower(name) and layer not in layers:
-            reasons[name] = f"layer {layer} is not among --layers {options.layers}"
+            reasons[name] = f"layer {layer} is not among layers {options.layers}"
         else:
             chosen[name] = found
     if not chosen:
@@ -94,7 +94,7 @@ def _pattern(text: str) -> re.Pattern[str]:
         return re.compile(text)
     except re.error as error:
         raise OptionError(
-            f"--modules {text!r} is neither a list of {', '.join(MODULES)}, attn, all nor a valid regular "
+            f"modules={text!r} is neither a list of {', '.join(MODULES)}, attn, all nor a valid regular "
             f"expression: {error}"
         ) from None
 
@@ -110,7 +110,7 @@ def _check_found(shapes: Mapping[str, Shape], modules: tuple[str, ...], config: 
         ]
         table = f"; not matched by name: {', '.join(kinds)}" if kinds else ""
         raise ProjectionError(
-            f"{error}; --modules also takes a regular expression for tensor names{table}"
+            f"{error}; modules= also takes a regular expression for tensor names{table}"
         ) from None
 
 
@@ -141,19 +141,19 @@ def _by_pattern(
 
 def _reason(name: str, shape: Shape, holds: tuple[str, ...], by_pattern: bool, elementwise: bool) -> str:
     if by_pattern:
-        return "not a matrix" if len(shape) != 2 and not elementwise else "does not match --modules"
+        return "not a matrix" if len(shape) != 2 and not elementwise else "does not match"
     if len(shape) != 2 and not holds:
         return "not a matrix"
     if in_tower(name):
         return "part of the vision or audio model"
-    return f"{'/'.join(holds)} is not among --modules" if holds else "name not known"
+    return f"{'/'.join(holds)} is not among the modules" if holds else "name not known"
 
 
 def _nothing(modules: str, options: RestoreOptions, by_pattern: bool, shapes: Mapping[str, Shape]) -> str:
     example = next((name for name in shapes if layer_of(name) is not None), next(iter(shapes), "none at all"))
     if by_pattern:
         return (
-            f"--modules {modules!r} is not a list of {', '.join(MODULES)}, attn, all, and as a regular expression "
+            f"modules={modules!r} is not a list of {', '.join(MODULES)}, attn, all, and as a regular expression "
             f"it matches no matrix; the tensors are named like {example!r}"
         )
-    return f"--modules {modules} has nothing in --layers {options.layers}"
+    return f"modules={modules!r} has nothing in layers={options.layers!r}"

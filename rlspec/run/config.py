@@ -44,7 +44,7 @@ class TrackConfig:
     `micro_batch_size` is the rows of one forward pass while training; it changes speed and memory only.
 
     Raises:
-        OptionError: A value out of range; the message names the option as it is written on the command line.
+        OptionError: A value out of range; the message names it, as in ``every=0``.
     """
 
     model: str = EMBEDDED
@@ -89,7 +89,9 @@ class TrackConfig:
             self._require(name, len(set(values)) == len(values), "names that differ from each other")
         for stage in self.stages:
             if stage not in STAGES:
-                raise OptionError(f"--stages: unknown stage {stage!r}; valid: {', '.join(STAGES)}")
+                raise OptionError(
+                    f"stages={','.join(self.stages)!r}: unknown stage {stage!r}; valid: {', '.join(STAGES)}"
+                )
         # The order is fixed: PPO starts from where SFT ends.
         object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
         self._check_choice("engine")
@@ -100,24 +102,22 @@ class TrackConfig:
     def _check_choice(self, name: str) -> None:
         valid = typing.get_args(typing.get_type_hints(type(self))[name])
         if getattr(self, name) not in valid:
-            raise OptionError(
-                f"{flag(name)}: unknown value {getattr(self, name)!r}; valid: {', '.join(valid)}"
-            )
+            raise OptionError(f"{name}={getattr(self, name)!r}: unknown value; valid: {', '.join(valid)}")
 
     def _check_ppo_from(self, step: int) -> None:
         if self.stages != STAGES:
-            raise OptionError("--ppo-from needs both stages, --stages sft,ppo")
+            raise OptionError(f"ppo_from={step} needs both stages, stages='sft,ppo'")
         if not 0 <= step <= self.sft_steps or (step % self.every and step != self.sft_steps):
             raise OptionError(
-                f"--ppo-from must be a tracked SFT step (a multiple of --every {self.every}, "
-                f"at most {self.sft_steps}), not {step}"
+                f"ppo_from={step} must be a tracked SFT step: a multiple of every={self.every}, at most "
+                f"sft_steps={self.sft_steps}"
             )
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
             value = getattr(self, name)
             shown = ",".join(value) if isinstance(value, tuple) else value
-            raise OptionError(f"{flag(name)} must be {wanted}, not {shown!r}")
+            raise OptionError(f"{name}={shown!r} must be {wanted}")
 
     @property
     def ood_shift(self) -> str | None:
@@ -154,19 +154,27 @@ class TrackConfig:
         Raises:
             OptionError: An unknown key (the valid ones are listed), a value of the wrong type or range.
         """
-        known = [field.name for field in fields(cls)]
-        values: dict[str, Any] = {}
-        for key, value in settings.items():
-            name = str(key).replace("-", "_")
-            if name not in known:
-                raise OptionError(f"{source}: unknown setting {key!r}; valid: {', '.join(known)}")
-            values[name] = _convert(name, value, source)
-        return cls(**values)
+        return cls(**checked_types(settings, source=source))
 
 
-def flag(name: str) -> str:
-    """The command-line spelling of a setting."""
-    return "--" + name.replace("_", "-")
+def checked_types(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]:
+    """Settings read from YAML or the command line under the names and with the types of :class:`TrackConfig`.
+
+    Whether the values go together is not looked at: further settings may come from elsewhere.
+
+    Raises:
+        OptionError: An unknown key (the valid ones are listed), one given twice, a value of the wrong type.
+    """
+    known = [field.name for field in fields(TrackConfig)]
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in known:
+            raise OptionError(f"{source}: unknown setting {key!r}; valid: {', '.join(known)}")
+        if name in values:
+            raise OptionError(f"{source}: {name} is given twice, with - and with _")
+        values[name] = _convert(name, value, source)
+    return values
 
 
 def split_names(value: str | Iterable[Any]) -> tuple[str, ...]:
@@ -198,7 +206,7 @@ def _convert(name: str, value: Any, source: str) -> Any:
 
 
 def read_config_file(path: Path | str) -> dict[str, Any]:
-    """The settings of a YAML file for `--config`.
+    """The settings of a YAML file.
 
     Raises:
         OptionError: The file is missing, is not YAML, or is not a mapping.
@@ -206,11 +214,11 @@ def read_config_file(path: Path | str) -> dict[str, Any]:
     try:
         settings = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise OptionError(f"--config {path}: {error.strerror}") from None
+        raise OptionError(f"{path}: {error.strerror}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"--config {path}: not YAML: {' '.join(str(error).split())}") from None
+        raise OptionError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
     if settings is None:
         return {}
     if not isinstance(settings, dict):
-        raise OptionError(f"--config {path}: must be a mapping of settings to values")
+        raise OptionError(f"{path}: must be a mapping of settings to values")
     return settings

@@ -87,7 +87,7 @@ def evaluate_models(config: TrackConfig, *, compare: str | None = None, json_fil
         RlspecError: An unknown shift, an unreadable model, or no folder for the file.
     """
     if json_file is not None and not json_file.absolute().parent.is_dir():
-        raise OptionError(f"--json {json_file}: no such folder")
+        raise OptionError(f"json_file={str(json_file)!r}: no such folder")
     device = choose_device(config.device)
     names = [config.model] if compare is None else [config.model, compare]
     folders = [model_folder(name) for name in names]
@@ -96,14 +96,18 @@ def evaluate_models(config: TrackConfig, *, compare: str | None = None, json_fil
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     result: Row = {"task": config.task, "deals": config.deals, "turns": config.turns, "seed": config.seed}
-    by_model: list[list[Row]] = []
+    prepared = []
     for folder in folders:
         tokenizer = load_tokenizer(folder)
         task = get_task(config.task, tokenizer=tokenizer, turns=config.turns)
         for shift in config.shifts:
             check_shift(task, shift)
-        model = load_model(folder, device).eval()
-        by_model.append(_evaluate_shifts(model, tokenizer, task, config))
+        prepared.append((folder, tokenizer, task))
+    # Each model is gone before the next is loaded: no name here holds it.
+    by_model = [
+        _evaluate_shifts(load_model(folder, device).eval(), tokenizer, task, config)
+        for folder, tokenizer, task in prepared
+    ]
     result["evals"] = [{"model": name, **row} for name, rows in zip(names, by_model) for row in rows]
     if compare is not None:
         result["tests"] = [paired_test(before, after) for before, after in zip(*by_model)]

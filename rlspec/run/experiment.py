@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import shlex
-import shutil
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,18 +29,20 @@ from rlspec.run.recorder import Clock, EventRecorder
 from rlspec.run.settings import refuse_other_settings
 from rlspec.run.summary import summarize, summary_lines
 from rlspec.run.tensorboard import TensorBoardLog
+from rlspec.signals import interrupt
 from rlspec.spectra import Rank, SpectralBasis, SpectralTracker
 from rlspec.tasks import Task, check_shift, get_task
-from rlspec.train import PPOConfig, SFTConfig, TrainResult, read_resume_point, train_ppo, train_sft
+from rlspec.train import PPOConfig, SFTConfig, TrainResult, train_ppo, train_sft
 from rlspec.train.kl import KLProbe
+from rlspec.train.state import remove_resume_point, resume_step
 
 
 class Interrupted(Exception):
-    """Ctrl-C; ``command`` is what continues the run."""
+    """Ctrl-C or SIGTERM; the run in ``folder`` is saved and can be continued. Its cause tells which it was."""
 
     def __init__(self, folder: Path) -> None:
-        self.command = f"rlspec track --resume --out {shlex.quote(str(folder))}"
-        super().__init__(self.command)
+        self.folder = folder
+        super().__init__(f"the run in {folder} was interrupted")
 
 
 @dataclass
@@ -67,7 +68,7 @@ def run_track(config: TrackConfig, out: Path | str | None = None, *, resume: boo
 
     Raises:
         RlspecError: bad input of any kind, before anything is written.
-        Interrupted: Ctrl-C, once the state is saved.
+        Interrupted: Ctrl-C or SIGTERM, once the state is saved.
     """
     clock = Clock()
     path = Path(out) if out is not None else Path("runs") / time.strftime("track-%Y%m%d-%H%M%S")
@@ -81,8 +82,8 @@ def run_track(config: TrackConfig, out: Path | str | None = None, *, resume: boo
     folder = RunFolder.open(path) if resume else RunFolder.create(path, config.to_settings())
     try:
         _run(config, folder, inputs, clock, progress)
-    except KeyboardInterrupt:
-        raise Interrupted(path) from None
+    except KeyboardInterrupt as stop:
+        raise Interrupted(path) from stop
     finally:
         progress.stop()
         folder.close()
@@ -107,7 +108,11 @@ def _read_inputs(config: TrackConfig) -> _Inputs:
 
 def _run(config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress) -> None:
     finished = _finished_stages(config, folder)
-    folder.rewind([*finished, *_interrupted_stage(config, folder, len(finished))])
+    interrupted = _interrupted_stage(config, folder, len(finished))
+    folder.rewind([*finished, *interrupted], _paths_to_write(config, folder))
+    for stage, _ in finished:
+        # The stage's last checkpoint holds its weights; the optimizer's state is of no more use.
+        remove_resume_point(folder.resume_dir(stage))
     metrics = folder.metrics()
     if metrics:
         clock.restore(metrics[-1])
@@ -131,10 +136,20 @@ def _finished_stages(config: TrackConfig, folder: RunFolder) -> list[tuple[str, 
 def _interrupted_stage(config: TrackConfig, folder: RunFolder, finished: int) -> list[tuple[str, int]]:
     """(stage, step) that the trainer's resume state stands at, if a stage was begun and not finished."""
     for stage in config.stages[finished:]:
-        point = read_resume_point(folder.resume_dir(stage))
-        if point is not None:
-            return [(stage, point.step)]
+        step = resume_step(folder.resume_dir(stage))
+        if step is not None:
+            return [(stage, step)]
     return []
+
+
+def _paths_to_write(config: TrackConfig, folder: RunFolder) -> Iterator[Path]:
+    """Array file and checkpoint of every event."""
+    for stage in config.stages:
+        for step in range(config.steps(stage) + 1):
+            if config.is_event(stage, step):
+                yield folder.arrays_path(stage, step)
+                if config.keeps_checkpoint(stage, step):
+                    yield folder.checkpoint_dir(stage, step)
 
 
 def _basis(config: TrackConfig, inputs: _Inputs, progress: Progress) -> SpectralBasis:
@@ -162,7 +177,7 @@ def _run_stages(
         tracker = SpectralTracker(basis, engine=config.engine)
     with clock.timed("kl"):
         probe = KLProbe(inputs.model, inputs.tokenizer, inputs.task, seed=config.seed)
-    tensorboard = TensorBoardLog(folder.tensorboard_dir, folder.metrics(), folder.spectra())
+    tensorboard = TensorBoardLog(folder.tensorboard_dir, folder.metrics(), folder.spectra(), folder.manifest)
     recorder = EventRecorder(
         config,
         folder,
@@ -185,13 +200,11 @@ def _run_stages(
                 inputs.model = None  # two models in memory would be one too many
                 inputs.model = load_model(folder.checkpoint_dir("sft", start), inputs.device)
             recorder.begin(seconds_training=before, origin=origin)
-            point = read_resume_point(folder.resume_dir(stage))
-            progress.start(stage, 0 if point is None else point.step, config.steps(stage))
+            progress.start(stage, resume_step(folder.resume_dir(stage)) or 0, config.steps(stage))
             result = _train(stage, config, ppo, inputs, recorder, folder)
-            if result.stopped:
-                raise KeyboardInterrupt
-            # The stage's last checkpoint holds its weights; the optimizer's state is of no more use.
-            shutil.rmtree(folder.resume_dir(stage), ignore_errors=True)
+            if result.signal is not None:
+                raise interrupt(result.signal)
+            remove_resume_point(folder.resume_dir(stage))
     finally:
         tensorboard.close()
 

@@ -10,6 +10,7 @@
     checkpoints/<stage>-<step>/        Hugging Face folders (model and tokenizer)
     resume/<stage>/                    the trainer's own state
     tb/                                TensorBoard events
+    written.jsonl                      what of all this the run wrote itself: it removes nothing else
     summary.json, report.html          written at the end
 """
 
@@ -17,8 +18,7 @@ from __future__ import annotations
 
 import fcntl
 import json
-import re
-import shutil
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -28,8 +28,7 @@ import yaml
 from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.run.jsonl import Row, append_rows, keep_rows, read_rows, repair
-
-_EVENT_NAME = re.compile(r"(?P<stage>[a-z]+)-(?P<step>\d+)(\.safetensors)?")
+from rlspec.run.manifest import Manifest
 
 
 class RunFolder:
@@ -40,6 +39,7 @@ class RunFolder:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
+        self.manifest = Manifest(self.path)
         self._lock: IO[bytes] | None = None
 
     @classmethod
@@ -74,16 +74,17 @@ class RunFolder:
         folder._take_lock()
         for rows in (folder.metrics_path, folder.spectra_path, folder.evals_path):
             repair(rows)
+        folder.manifest.repair()
         return folder
 
     def refuse_existing(self) -> None:
         """Raise RunFolderError if anything is at ``path``."""
         if self.config_path.exists():
             raise RunFolderError(
-                f"{self.path} already holds a run; continue it with --resume, or choose another --out"
+                f"{self.path} already holds a run; continue it with resume=True, or choose another folder"
             )
         if self.path.exists() or self.path.is_symlink():
-            raise RunFolderError(f"{self.path} already exists; choose another --out")
+            raise RunFolderError(f"{self.path} already exists; choose another folder")
 
     def _take_lock(self) -> None:
         lock = (self.path / ".lock").open("ab")
@@ -170,26 +171,43 @@ class RunFolder:
         append_rows(self.evals_path, evals)
         append_rows(self.metrics_path, [metrics])
 
-    def rewind(self, points: Sequence[tuple[str, int]]) -> None:
+    def rewind(self, points: Sequence[tuple[str, int]], to_write: Iterable[Path] = ()) -> None:
         """Drop everything later than ``points``, the last step of each stage that the trainer still knows.
 
         Stages that are not named lose all their events. Incomplete events (no metrics row) go as well, so
-        that the continued run writes each row once.
+        that the continued run writes each row once. Of files, only those go that the run wrote and that are
+        as it wrote them.
+
+        Args:
+            to_write: checkpoints and array files of all events of the run.
+
+        Raises:
+            RunFolderError: Something of the user's is where the continued run would write; nothing was dropped.
         """
         last = dict(points)
-        keep_rows(self.metrics_path, lambda row: row["step"] <= last.get(row["stage"], -1))
-        complete = {(row["stage"], row["step"]) for row in self.metrics()}
-        for path in (self.spectra_path, self.evals_path):
-            keep_rows(path, lambda row: (row["stage"], row["step"]) in complete)
-        for parent in (self.path / "spectra", self.path / "checkpoints"):
-            for entry in sorted(parent.iterdir()) if parent.is_dir() else ():
-                match = _EVENT_NAME.fullmatch(entry.name)
-                if match and (match["stage"], int(match["step"])) in complete:
-                    continue
-                if entry.is_dir():
-                    shutil.rmtree(entry)
-                else:
-                    entry.unlink()
+
+        def known(row: Row) -> bool:
+            return row["step"] <= last.get(row["stage"], -1)
+
+        complete = {(row["stage"], row["step"]) for row in self.metrics() if known(row)}
+        kept = {path(*event) for event in complete for path in (self.arrays_path, self.checkpoint_dir)}
+        written = self.manifest.paths(self.path / "spectra", self.path / "checkpoints")
+        late = [path for path in written if path not in kept]
+        for path in late:
+            if found := self.manifest.changed(path):
+                raise RunFolderError(
+                    f"{path}: {found}; the run would write it anew: move it elsewhere to continue"
+                )
+        for path in to_write:
+            if path not in kept and path not in written and os.path.lexists(path):
+                raise RunFolderError(
+                    f"{path}: the run would write it, and what is there it did not write: move it elsewhere to continue"
+                )
+        keep_rows(self.metrics_path, known)
+        for rows in (self.spectra_path, self.evals_path):
+            keep_rows(rows, lambda row: (row["stage"], row["step"]) in complete)
+        for path in late:
+            self.manifest.remove(path)
 
     def write_summary(self, summary: Mapping[str, Any]) -> None:
         write_atomically(self.summary_path, (json.dumps(summary, indent=2) + "\n").encode())

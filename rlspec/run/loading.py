@@ -17,7 +17,7 @@ from rlspec.tasks import Task, evaluation_problems
 
 
 def model_folder(name: str) -> Path:
-    """The Hugging Face folder that ``--model`` names: the embedded model's, or the path itself.
+    """The Hugging Face folder that ``model`` names: the embedded model's, or the path itself.
 
     Raises:
         CheckpointError: No folder with a config.json is there.
@@ -29,7 +29,7 @@ def model_folder(name: str) -> Path:
     folder = Path(name).expanduser()
     if not folder.is_dir():
         raise CheckpointError(
-            f"{name}: no such folder; --model wants a local Hugging Face folder, or {EMBEDDED!r}"
+            f"{name}: no such folder; model= wants a local Hugging Face folder, or {EMBEDDED!r}"
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in it, so it is not a Hugging Face checkpoint")

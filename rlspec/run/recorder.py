@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 from rlspec.io.files import replacing
@@ -133,10 +133,12 @@ class EventRecorder(Callback):
         with clock.timed("kl"):
             kl = self.probe.measure(state.model)
         with clock.timed("saving"):
-            save_arrays(record.arrays, self.folder.arrays_path(state.stage, state.step))
+            with self._writing_arrays(state) as temporary:
+                save_file(record.arrays, temporary)
             if config.keeps_checkpoint(state.stage, state.step):
                 checkpoint = self.folder.checkpoint_dir(state.stage, state.step)
-                save_checkpoint(state.model, state.tokenizer, checkpoint)
+                record_it = partial(self.folder.manifest.record, checkpoint)
+                save_checkpoint(state.model, state.tokenizer, checkpoint, on_complete=record_it)
         self._commit(state, self._figures(state, evals, kl), record.rows, evals)
 
     def _repeat(self, state: StepState, stage: str, step: int) -> None:
@@ -147,11 +149,21 @@ class EventRecorder(Callback):
             return [{**row, **here} for row in rows if (row["stage"], row["step"]) == there]
 
         spectra = [{**row, "stage": state.stage, "step": 0} for row in moved(self.folder.spectra())]
-        shutil.copyfile(self.folder.arrays_path(stage, step), self.folder.arrays_path(state.stage, 0))
+        with self._writing_arrays(state) as temporary:
+            shutil.copyfile(self.folder.arrays_path(stage, step), temporary)
         (source,) = moved(self.folder.metrics())
         evals = moved(self.folder.evals())
         figures = self._figures(state, evals, source["kl_base_nats_per_token"])
         self._commit(state, figures, spectra, evals)
+
+    @contextmanager
+    def _writing_arrays(self, state: StepState) -> Iterator[Path]:
+        """Context for writing an event's array file, there whole or not at all: yields where to."""
+        path = self.folder.arrays_path(state.stage, state.step)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as temporary:
+            yield temporary
+            self.folder.manifest.record(path, temporary)
 
     def _figures(self, state: StepState, evals: list[Row], kl: float) -> Row:
         # The row's seconds are cumulative; those of a single step would not fit among them.
@@ -174,13 +186,6 @@ class EventRecorder(Callback):
         self.tensorboard.add(metrics, spectra)
         line = event_line(metrics, spectra, state.total, self.config.ood_shift)
         self.progress.say(f"{line}  {self.progress.eta(state.step)}".rstrip())
-
-
-def save_arrays(arrays: dict[str, torch.Tensor], path: Path) -> None:
-    """Write the arrays of a record as one safetensors file, there whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with replacing(path) as temporary:
-        save_file(arrays, temporary)
 
 
 def event_line(metrics: Row, spectra: Sequence[Row], total: int, ood_shift: str | None) -> str:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from rlspec.errors import OptionError, RunFolderError
-from rlspec.run.config import EMBEDDED, TrackConfig, flag
+from rlspec.run.config import EMBEDDED, TrackConfig, checked_types
 from rlspec.run.folder import RunFolder
 
 
@@ -22,32 +22,31 @@ def resolve_settings(
 ) -> TrackConfig:
     """The config of a run: ``flags`` win over ``from_file``, which wins over the defaults.
 
+    They are merged first and checked then: a value may need another one that comes from elsewhere.
     A resumed run takes its settings from its own config.yaml; flags and file may repeat, not change them.
 
     Raises:
         OptionError: An unknown or wrong setting, or ``resume`` without ``out``.
         RunFolderError: There is no run to resume, or a setting differs from its config.yaml.
     """
-    file_config = TrackConfig.from_settings(_absolute(from_file), source=f"--config {config_file}")
+    asked = {
+        **checked_types(_absolute(from_file), source=str(config_file)),
+        **checked_types(_absolute(flags), source="command line"),
+    }
     if not resume:
-        settings = {**_only(file_config, from_file), **_absolute(flags)}
-        return TrackConfig.from_settings(settings, source="command line")
+        return TrackConfig(**asked)
     if out is None:
-        raise OptionError("--resume needs --out, the folder of the run to continue")
+        raise OptionError("resume=True needs out=, the folder of the run to continue")
     folder = RunFolder(out)
     stored = TrackConfig.from_settings(folder.settings(), source=str(folder.config_path))
-    asked = {**_only(file_config, from_file), **_absolute(flags)}
-    wanted = TrackConfig.from_settings({**stored.to_settings(), **asked}, source="command line")
-    refuse_other_settings(stored, wanted, folder)
+    refuse_other_settings(stored, replace(stored, **asked), folder)
     return stored
 
 
 def refuse_other_settings(stored: TrackConfig, wanted: TrackConfig, folder: RunFolder) -> None:
     """Raise RunFolderError naming each setting of ``wanted`` that is not as in the folder's config.yaml."""
     pairs = [(f.name, getattr(stored, f.name), getattr(wanted, f.name)) for f in fields(TrackConfig)]
-    differences = [
-        f"{flag(name)} is {_shown(old)}, not {_shown(new)}" for name, old, new in pairs if old != new
-    ]
+    differences = [f"{name}={_shown(old)!r}, not {_shown(new)!r}" for name, old, new in pairs if old != new]
     if differences:
         raise RunFolderError(f"{folder.config_path} has other settings: {'; '.join(differences)}")
 
@@ -60,11 +59,5 @@ def _absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
     return {**settings, "model": str(Path(str(model)).expanduser().absolute())}
 
 
-def _only(config: TrackConfig, names: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings of ``config`` that ``names`` names (with either ``-`` or ``_``)."""
-    settings = config.to_settings()
-    return {key: settings[key] for key in (str(name).replace("-", "_") for name in names)}
-
-
-def _shown(value: Any) -> str:
-    return ",".join(value) if isinstance(value, tuple) else str(value)
+def _shown(value: Any) -> Any:
+    return ",".join(value) if isinstance(value, tuple) else value

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,6 +10,7 @@ from statistics import fmean
 from torch.utils.tensorboard import SummaryWriter
 
 from rlspec.run.jsonl import Row
+from rlspec.run.manifest import Manifest
 
 _SPECTRA = ("angle_left_mean_rad", "angle_right_mean_rad", "sigma_change_rel_max", "delta_relative")
 # Columns of a metrics row that place it rather than measure something.
@@ -20,13 +20,20 @@ _PLACE = ("step", "global_step")
 class TensorBoardLog:
     """Scalars on the run's one step axis (`global_step`).
 
-    The folder is written anew from the rows of the events so far, because TensorBoard's files cannot be cut
-    back: a resumed run leaves no doubled or stale points.
+    The event file is written anew from the rows of the events so far, because TensorBoard's files cannot be cut
+    back: a resumed run leaves no doubled or stale points. Event files of others in the folder stay.
     """
 
-    def __init__(self, folder: Path, metrics: Iterable[Row], spectra: Iterable[Row]) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
+    def __init__(
+        self, folder: Path, metrics: Iterable[Row], spectra: Iterable[Row], manifest: Manifest
+    ) -> None:
+        for path in manifest.paths(folder):
+            manifest.remove(path)
+        folder.mkdir(exist_ok=True)
+        others = set(folder.iterdir())
         self._writer = SummaryWriter(str(folder))
+        for path in set(folder.iterdir()) - others:
+            manifest.record(path)
         by_event: dict[tuple[str, int], list[Row]] = defaultdict(list)
         for row in spectra:
             by_event[row["stage"], row["step"]].append(row)

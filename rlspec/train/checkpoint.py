@@ -4,34 +4,44 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rlspec.io.files import sync_folder
+from rlspec.io.staging import Staging
 
 
-def save_checkpoint(model: Any, tokenizer: Any, folder: Path) -> None:
+def save_checkpoint(
+    model: Any,
+    tokenizer: Any,
+    folder: Path | str,
+    *,
+    overwrite: bool = False,
+    on_complete: Callable[[Path], None] = lambda content: None,
+) -> None:
     """Write model and tokenizer so that ``from_pretrained(folder)`` loads both.
 
-    Everything goes to a temporary folder beside it, which is renamed when it is complete; an existing
-    checkpoint of that name is replaced.
+    Everything goes to a hidden folder beside it, which gets the name when it is complete.
+
+    Args:
+        overwrite: ``folder`` may exist; everything in it is replaced, in one step.
+        on_complete: called with the complete folder before that.
+
+    Raises:
+        CheckpointError: ``folder`` exists and is not to be overwritten, or cannot be written.
     """
-    folder = Path(folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = folder.with_name(f".{folder.name}.tmp")
-    replaced = folder.with_name(f".{folder.name}.old")
-    for leftover in (temporary, replaced):
-        if leftover.exists():
-            shutil.rmtree(leftover)
-    model.save_pretrained(temporary, safe_serialization=True)
-    tokenizer.save_pretrained(temporary)
-    for path in temporary.rglob("*"):
-        if path.is_file():
-            with open(path, "rb") as file:
-                os.fsync(file.fileno())
-    if folder.exists():
-        os.rename(folder, replaced)
-    os.rename(temporary, folder)
-    sync_folder(folder.parent)
-    if replaced.exists():
-        shutil.rmtree(replaced)
+    staging = Staging(Path(folder), "", resume=False, overwrite=overwrite)
+    try:
+        model.save_pretrained(staging.checkpoint, safe_serialization=True)
+        tokenizer.save_pretrained(staging.checkpoint)
+        for path in staging.checkpoint.rglob("*"):
+            if path.is_file():
+                with open(path, "rb") as file:
+                    os.fsync(file.fileno())
+        on_complete(staging.checkpoint)
+        staging.publish()
+    except BaseException:
+        shutil.rmtree(staging.folder, ignore_errors=True)
+        raise
+    finally:
+        staging.unlock()

@@ -1,10 +1,9 @@
-"""The loop that both stages share: steps, callbacks, resume states, and a clean stop on Ctrl-C."""
+"""The loop that both stages share: steps, callbacks, resume states, and a clean stop on Ctrl-C and SIGTERM."""
 
 from __future__ import annotations
 
 import math
 import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,9 +15,17 @@ from typing import Any
 import torch
 
 from rlspec.errors import TensorError
+from rlspec.signals import handling, interrupt
 from rlspec.train.callbacks import Callback, StepState, notify
 from rlspec.train.schedule import derived_seed
-from rlspec.train.state import ResumePoint, check_same_settings, read_resume_point, write_resume_point
+from rlspec.train.state import (
+    Part,
+    ResumePoint,
+    check_same_settings,
+    load_parts,
+    read_resume_point,
+    write_resume_point,
+)
 
 
 @dataclass(frozen=True)
@@ -28,38 +35,33 @@ class TrainResult:
     losses: list[float]  # one a step, from the first step of the first attempt
     steps: int  # finished steps
     seconds: float  # spent training, over resumes too
-    stopped: bool  # by Ctrl-C, before the last step
+    stopped: bool  # by Ctrl-C or SIGTERM, before the last step
+    signal: int | None = None  # number of the one that came, be it during the last step
 
 
 class StopRequest:
-    """Whether Ctrl-C was pressed since :func:`stoppable` was entered."""
+    """The signal that asked to stop since :func:`stoppable` was entered, if one did."""
 
     def __init__(self) -> None:
-        self.made = False
+        self.signal: int | None = None
 
 
 @contextmanager
 def stoppable() -> Iterator[StopRequest]:
-    """Context that turns the first Ctrl-C into a request to stop at the next step boundary.
+    """Context that turns the first Ctrl-C or SIGTERM into a request to stop at the next step boundary.
 
-    A second Ctrl-C interrupts at once. Outside the main thread, where Python allows no signal handlers, it
-    does nothing.
+    A second one interrupts at once. Outside the main thread, where Python allows no signal handlers, it does
+    nothing.
     """
     request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if request.made:
-            raise KeyboardInterrupt
-        request.made = True
+        if request.signal is not None:
+            raise interrupt(number)
+        request.signal = number
 
-    if threading.current_thread() is not threading.main_thread():
+    with handling(handle, signal.SIGINT, signal.SIGTERM):
         yield request
-        return
-    previous = signal.signal(signal.SIGINT, handle)
-    try:
-        yield request
-    finally:
-        signal.signal(signal.SIGINT, previous)
 
 
 def run_steps(
@@ -70,7 +72,7 @@ def run_steps(
     config: Any,
     model: Any,
     tokenizer: Any,
-    parts: Mapping[str, Any],
+    parts: Mapping[str, Part],
     callbacks: Sequence[Callback],
     resume_dir: Path | None,
 ) -> TrainResult:
@@ -79,7 +81,7 @@ def run_steps(
     ``take_step(step)`` trains and returns its logs, "loss" among them. ``parts`` are the objects with a
     ``state_dict`` that the trajectory depends on besides the step number; the model is always one of them. A
     resume state is written after the callbacks of its step, every ``config.checkpoint_every`` steps, at the
-    end, and on Ctrl-C.
+    end, and on Ctrl-C and SIGTERM.
 
     Raises:
         TensorError: a loss is not finite.
@@ -91,11 +93,12 @@ def run_steps(
     seconds = 0.0
     done = 0
     point = read_resume_point(resume_dir) if resume_dir is not None else None
+    fresh = point is None
     if point is not None and resume_dir is not None:
         check_same_settings(point, stage, settings, resume_dir)
-        for name, part in parts.items():
-            part.load_state_dict(point.parts[name])
+        load_parts(point, parts)
         done, losses, seconds = point.step, list(point.losses), point.seconds
+    del point  # and with it the mapped file
 
     def state(logs: dict[str, float]) -> StepState:
         return StepState(stage, done, total, model, tokenizer, logs, seconds)
@@ -107,9 +110,9 @@ def run_steps(
 
     saved = done
     with stoppable() as stop:
-        if point is None:
+        if fresh:
             notify(callbacks, state({}))
-        while done < total and not stop.made:
+        while done < total and stop.signal is None:
             began = time.perf_counter()
             # Dropout is the only user of the global generators; seeding them by step makes it resumable.
             torch.manual_seed(derived_seed(config.seed, stage, done + 1))
@@ -127,4 +130,4 @@ def run_steps(
                 saved = done
         if saved != done:
             save()
-    return TrainResult(losses, done, seconds, stopped=done < total)
+    return TrainResult(losses, done, seconds, stopped=done < total, signal=stop.signal)

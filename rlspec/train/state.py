@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from rlspec.errors import CheckpointError, RunFolderError
 from rlspec.io.files import replacing
@@ -16,6 +17,8 @@ FILE_NAME = "resume.pt"
 FORMAT = 1
 # Settings that may differ between a run and its continuation without changing any loss.
 FREE_SETTINGS = frozenset({"checkpoint_every"})
+
+Part = nn.Module | torch.optim.Optimizer
 
 
 @dataclass(frozen=True)
@@ -38,10 +41,9 @@ def write_resume_point(folder: Path, point: ResumePoint) -> None:
         torch.save({"format": FORMAT, **vars(point)}, temporary)
 
 
-def read_resume_point(folder: Path, *, mapped: bool = False) -> ResumePoint | None:
-    """The folder's resume state on the CPU, or None if there is none.
-
-    ``mapped`` leaves the tensors on disk until they are touched: for a look at the step and the losses.
+def read_resume_point(folder: Path) -> ResumePoint | None:
+    """The folder's resume state, or None if there is none. Its tensors are on the CPU and map the file: they take
+    memory as they are touched, and keep the file on disk as long as they live.
 
     Raises:
         CheckpointError: the file is not a resume state, or one of another format.
@@ -50,7 +52,7 @@ def read_resume_point(folder: Path, *, mapped: bool = False) -> ResumePoint | No
     if not path.exists():
         return None
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         found = content.pop("format")
     except Exception as error:
         # torch.load raises half a dozen unrelated types for a damaged file.
@@ -60,6 +62,37 @@ def read_resume_point(folder: Path, *, mapped: bool = False) -> ResumePoint | No
     if found != FORMAT:
         raise CheckpointError(f"{path}: resume state of format {found}, this version reads {FORMAT}")
     return ResumePoint(**content)
+
+
+def resume_step(folder: Path) -> int | None:
+    """The finished steps of the folder's resume state, or None if there is none.
+
+    Raises:
+        CheckpointError: as :func:`read_resume_point`.
+    """
+    point = read_resume_point(folder)
+    return None if point is None else point.step
+
+
+def load_parts(point: ResumePoint, parts: Mapping[str, Part]) -> None:
+    """Give each part its state; nothing of the part refers to the file afterwards."""
+    for name, part in parts.items():
+        part.load_state_dict(point.parts[name])
+        if isinstance(part, torch.optim.Optimizer):
+            # Modules copy what they are given, optimizers keep it.
+            for values in part.state.values():
+                values.update({key: v.clone() for key, v in values.items() if _on_cpu(v)})
+
+
+def _on_cpu(value: object) -> bool:
+    return isinstance(value, Tensor) and value.device.type == "cpu"
+
+
+def remove_resume_point(folder: Path) -> None:
+    """Delete the folder's resume state, and the folder unless it holds something else."""
+    (folder / FILE_NAME).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def check_same_settings(point: ResumePoint, stage: str, settings: Mapping[str, Any], folder: Path) -> None:

@@ -1,0 +1,26 @@
+"""Options as the command line writes them. The library's errors speak of arguments; users here gave flags."""
+
+from __future__ import annotations
+
+import re
+
+import click
+
+
+def flag(name: str) -> str:
+    """The command-line spelling of a setting."""
+    return "--" + name.replace("_", "-")
+
+
+def as_flags(message: str, command: click.Command) -> str:
+    """A message with the command's options in place of arguments: ``rank=2`` becomes ``--rank 2``, ``resume=True``
+    becomes ``--resume``, and ``out=`` without a value ``--out``."""
+    for option in command.params:
+        if isinstance(option, click.Option) and option.name is not None:
+            spelled = max(option.opts, key=len)
+            here = rf"(?<![\w.=/-]){option.name}="
+            if option.is_flag:
+                message = re.sub(here + r"True\b", spelled, message)
+            message = re.sub(here + r"(?=[\w'\"./~-])", f"{spelled} ", message)
+            message = re.sub(here, spelled, message)
+    return message
