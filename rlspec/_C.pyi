@@ -23,6 +23,14 @@ def read_header(
         FileError: the file is unreadable or malformed; its ``kind`` is one of `ERROR_KINDS`.
     """
 
+def parse_file(
+    content: bytes,
+) -> tuple[list[tuple[str, str, tuple[int, ...], int, int]], dict[str, str]]:
+    """The same of a safetensors file whose content is at hand."""
+
+def refuse_lfs_pointer(content: bytes) -> None:
+    """Raise `FileError` of kind ``lfs_pointer`` where a file with this content is one of Git LFS."""
+
 def read_weight_map(path: bytes) -> dict[str, str]:
     """Tensor names and the files that hold them, from an index in JSON; raises `FileError`."""
 

@@ -127,7 +127,8 @@ HOSTILE: list[tuple[str, Any, int, Any]] = [
     ("invalid_utf8", b'{"\xc0\x80":' + json.dumps(GOOD).encode() + b"}", 8, {"x": GOOD}),
     ("invalid_json", b'{"x":' + json.dumps(GOOD).encode(), 8, {"x": GOOD}),
     ("invalid_json", b"[]", 0, b"{}"),
-    ("invalid_json", b" {}", 0, b"{} "),
+    ("invalid_json", b"\xef\xbb\xbf{}", 0, b" \n{}"),
+    ("invalid_json", b'{"x":{"y":1e309}}', 0, b'{"__metadata__":null}'),
     ("invalid_json", b"{}\x00", 0, b"{}\n"),
     ("too_deep", b'{"x":{"y":' + b"[" * 100000, 0, b"{}"),
     ("duplicate_key", b'{"x":%b,"x":%b}' % ((json.dumps(GOOD).encode(),) * 2), 8, {"x": GOOD}),
@@ -192,7 +193,7 @@ def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_error_is_tested_here() -> None:
-    by_files = {"open_failed", "file_too_short", "header_too_large", "header_truncated"}
+    by_files = {"open_failed", "file_too_short", "header_too_large", "header_truncated", "lfs_pointer"}
     by_races = {"read_failed"}  # a disk error, or a file cut while it is read
     elsewhere = {"write_failed", "tensor_too_large", "buffers_held", "forked"}  # not of headers
     assert {kind for kind, *_ in HOSTILE} | by_files | by_races | elsewhere == set(_C.ERROR_KINDS)
