@@ -8,7 +8,8 @@ from pathlib import Path
 
 import header_fuzz
 import pytest
-from header_fuzz import LISTED, Tensors, compare, file_of, official, ours
+from header_faults import file_of, random_file
+from header_fuzz import LISTED, Tensors, compare, official, ours
 
 from rlspec import _C
 
@@ -78,7 +79,7 @@ def test_a_reader_with_a_fault_is_found_out(broken: object, monkeypatch: pytest.
 def test_a_file_on_disk_is_judged_as_one_at_hand(tmp_path: Path) -> None:
     rng, path = random.Random(0), tmp_path / "f.safetensors"
     for _ in range(500):
-        content = header_fuzz.random_file(rng)
+        content = random_file(rng)
         path.write_bytes(content)
         try:
             found, _ = _C.read_header(os.fsencode(path))

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from header_fuzz import file_of, official
+from header_faults import file_of
+from header_fuzz import official
 from restore_toys import pair
 from safetensors.torch import save_file
 
