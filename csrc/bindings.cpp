@@ -155,7 +155,7 @@ void add_reading(py::module_& module) {
 
 void add_writing(py::module_& module) {
   py::class_<rlspec::OutputFile>(module, "OutputFile")
-      .def(py::init<const std::string&>(), py::arg("path"))
+      .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("fresh") = true)
       .def(
           "clone", [](rlspec::OutputFile& file, const std::string& path) { return file.clone(rlspec::File(path)); },
           py::arg("path"), Unlocked())
@@ -166,6 +166,7 @@ void add_writing(py::module_& module) {
           [](rlspec::OutputFile& file, const std::string& path, std::uint64_t from, std::uint64_t to,
              std::uint64_t count) { file.copy(rlspec::Source(path, rlspec::Io::kAuto), from, to, count); },
           py::arg("path"), py::arg("from_offset"), py::arg("offset"), py::arg("count"), Unlocked())
+      .def("sync", &rlspec::OutputFile::sync, Unlocked())
       .def("finish", &rlspec::OutputFile::finish, Unlocked());
   module.def("rename_new", &rlspec::rename_new, py::arg("source"), py::arg("target"), Unlocked());
   module.def("exchange", &rlspec::exchange, py::arg("a"), py::arg("b"), Unlocked());

@@ -77,15 +77,18 @@ def pool_bytes(begin: int, end: int) -> int:
     """What reading a range takes of a pool."""
 
 class OutputFile:
-    """A new file; every method raises `FileError`, of kind ``write_failed`` unless the source is at fault."""
+    """A file to be written; every method raises `FileError`, of kind ``write_failed`` unless the source is at fault."""
 
-    def __init__(self, path: bytes) -> None: ...
+    def __init__(self, path: bytes, fresh: bool = True) -> None:
+        """``fresh``: a new file; otherwise one that was begun before is gone on with."""
     def clone(self, path: bytes) -> bool:
         """Share all the bytes of another file where the file system can; False: it cannot."""
     def reserve(self, size: int) -> None:
         """Give it its size and its space on the disk."""
     def write(self, offset: int, data: Buffer) -> None: ...
     def copy(self, path: bytes, from_offset: int, offset: int, count: int) -> None: ...
+    def sync(self) -> None:
+        """Everything so far is on the disk when this returns."""
     def finish(self) -> None:
         """Everything is on the disk when this returns."""
 
