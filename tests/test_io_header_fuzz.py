@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from pathlib import Path
 
 import header_fuzz
@@ -74,6 +75,20 @@ def test_a_reader_with_a_fault_is_found_out(broken: object, monkeypatch: pytest.
     monkeypatch.setattr(header_fuzz, "ours", broken)
     with pytest.raises(AssertionError, match="the library"):
         compare(seed=0, count=30_000)
+
+
+def test_every_fuzz_target_has_seeds_and_words() -> None:
+    """What OSS-Fuzz asks for, as ``csrc/fuzz/build.sh`` takes it from there."""
+    folder = Path(__file__).parents[1] / "csrc" / "fuzz"
+    targets = {path.stem for path in folder.glob("*_fuzzer.cpp")}
+    assert targets == {path.name for path in (folder / "corpus").iterdir()} and len(targets) == 3
+    assert os.access(folder / "build.sh", os.X_OK)
+    for target in targets:
+        assert "LLVMFuzzerTestOneInput" in (folder / f"{target}.cpp").read_text()
+    words = [line for line in (folder / "safetensors.dict").read_text().splitlines() if line[:1] != "#"]
+    assert all(re.fullmatch(r'"(\\(["\\]|x[0-9A-F]{2})|[^"\\])+"', word) for word in words), words
+    for seed in (folder / "corpus" / "file_fuzzer").iterdir():
+        assert isinstance(ours(seed.read_bytes()), str) == (official(seed.read_bytes()) is None), seed
 
 
 def test_a_file_on_disk_is_judged_as_one_at_hand(tmp_path: Path) -> None:
