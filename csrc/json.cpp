@@ -1,5 +1,6 @@
 #include "json.hpp"
 
+#include <algorithm>
 #include <limits>
 #include <locale>
 #include <sstream>
@@ -12,8 +13,9 @@ bool is_digit(char c) { return c >= '0' && c <= '9'; }
 
 // Whether a well-formed number lies past the largest double. Too small a one does not: it is rounded to zero.
 bool overflows(std::string_view number) {
-  const bool plain = number.find_first_of("eE") == std::string_view::npos;
-  if (plain && number.size() <= std::numeric_limits<double>::max_exponent10) return false;
+  const std::size_t digits = std::min(number.find_first_of("eE"), number.size());
+  const std::size_t exponent = number.size() - digits;
+  if (digits <= 200 && exponent <= 3) return false;  // below 1e200 * 1e99; the slow way is for few
   std::istringstream stream{std::string(number)};
   stream.imbue(std::locale::classic());
   double value = 0;
