@@ -34,7 +34,7 @@ typecheck: $(VENV)/installed-dev ## mypy
 # Everything but the bindings, which need Python.
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))
 CXX_TEST = $(CXX) -std=c++17 -g -O1 -Wall -Wextra -Werror -pthread -fno-sanitize-recover=all -Icsrc
-FUZZ_SECONDS ?= 20
+FUZZ_SECONDS ?= 7
 
 cpp-test: ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	mkdir -p build/tests
@@ -47,17 +47,21 @@ cpp-tsan: ## the C++ tests under ThreadSanitizer
 	build/test_tsan build/tests
 
 # Coverage-guided (libFuzzer) with clang; elsewhere random changes to the corpus.
-fuzz: ## fuzz the readers of headers and indices for FUZZ_SECONDS
-	mkdir -p build/corpus
 ifneq ($(shell command -v clang++),)
-	clang++ -std=c++17 -g -O1 -fsanitize=fuzzer,address,undefined -fno-sanitize-recover=all -Icsrc \
-		csrc/header.cpp csrc/json.cpp csrc/file.cpp csrc/weight_map.cpp csrc/fuzz/fuzz.cpp -o build/fuzz
-	build/fuzz -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -print_final_stats=1 build/corpus csrc/fuzz/corpus
+FUZZ_BUILD = CXX=clang++ LIB_FUZZING_ENGINE=-fsanitize=fuzzer
+FUZZ_RUN = mkdir -p build/corpus/$$name; $$target -max_total_time=$(FUZZ_SECONDS) -max_len=4096 -dict=$$target.dict -print_final_stats=1 \
+	build/corpus/$$name csrc/fuzz/corpus/$$name
 else
-	$(CXX_TEST) -fsanitize=address,undefined csrc/header.cpp csrc/json.cpp csrc/file.cpp csrc/weight_map.cpp \
-		csrc/fuzz/fuzz.cpp csrc/fuzz/replay.cpp -o build/fuzz
-	build/fuzz csrc/fuzz/corpus $(FUZZ_SECONDS)
+FUZZ_BUILD = CXX="$(CXX)" LIB_FUZZING_ENGINE=csrc/fuzz/replay.cpp
+FUZZ_RUN = $$target csrc/fuzz/corpus/$$name $(FUZZ_SECONDS)
 endif
+
+fuzz: ## fuzz each reader of headers, files and indices for FUZZ_SECONDS
+	mkdir -p build/fuzzers
+	$(FUZZ_BUILD) CXXFLAGS="-g -O1 -Wall -Wextra -Werror -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		OUT=build/fuzzers csrc/fuzz/build.sh
+	set -e; for target in build/fuzzers/*_fuzzer; do \
+		name=$$(basename $$target); $(FUZZ_RUN); done
 
 format: $(VENV)/installed-dev ## ruff format and the fixes that ruff can make
 	$(BIN)/ruff check --fix .

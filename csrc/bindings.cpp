@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "header.hpp"
+#include "lfs.hpp"
 #include "output.hpp"
 #include "pool.hpp"
 #include "reader.hpp"
@@ -27,13 +28,7 @@ void raise(const rlspec::Error& error) {
   PyErr_SetObject(file_error, instance.ptr());
 }
 
-py::tuple read_header(const py::bytes& path) {
-  const std::string name = path;
-  rlspec::Header header;
-  {
-    const py::gil_scoped_release release;
-    header = rlspec::read_header(name);
-  }
+py::tuple as_tuple(const rlspec::Header& header) {
   py::list tensors(header.tensors.size());
   for (std::size_t i = 0; i < header.tensors.size(); ++i) {
     const rlspec::TensorInfo& tensor = header.tensors[i];
@@ -44,6 +39,16 @@ py::tuple read_header(const py::bytes& path) {
   py::dict metadata;
   for (const auto& [key, value] : header.metadata) metadata[py::str(key)] = py::str(value);
   return py::make_tuple(tensors, metadata);
+}
+
+py::tuple read_header(const py::bytes& path) {
+  const std::string name = path;
+  rlspec::Header header;
+  {
+    const py::gil_scoped_release release;
+    header = rlspec::read_header(name);
+  }
+  return as_tuple(header);
 }
 
 py::dict read_weight_map(const py::bytes& path) {
@@ -150,7 +155,7 @@ void add_reading(py::module_& module) {
 
 void add_writing(py::module_& module) {
   py::class_<rlspec::OutputFile>(module, "OutputFile")
-      .def(py::init<const std::string&>(), py::arg("path"))
+      .def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("fresh") = true)
       .def(
           "clone", [](rlspec::OutputFile& file, const std::string& path) { return file.clone(rlspec::File(path)); },
           py::arg("path"), Unlocked())
@@ -161,6 +166,7 @@ void add_writing(py::module_& module) {
           [](rlspec::OutputFile& file, const std::string& path, std::uint64_t from, std::uint64_t to,
              std::uint64_t count) { file.copy(rlspec::Source(path, rlspec::Io::kAuto), from, to, count); },
           py::arg("path"), py::arg("from_offset"), py::arg("offset"), py::arg("count"), Unlocked())
+      .def("sync", &rlspec::OutputFile::sync, Unlocked())
       .def("finish", &rlspec::OutputFile::finish, Unlocked());
   module.def("rename_new", &rlspec::rename_new, py::arg("source"), py::arg("target"), Unlocked());
   module.def("exchange", &rlspec::exchange, py::arg("a"), py::arg("b"), Unlocked());
@@ -187,6 +193,12 @@ PYBIND11_MODULE(_C, module) {
   module.attr("ERROR_KINDS") = py::tuple(kinds);
   module.def("read_header", &read_header, py::arg("path"),
              "The tensors of a safetensors file, in the order of their bytes, and its metadata.");
+  module.def(
+      "parse_file", [](const py::bytes& content) { return as_tuple(rlspec::parse_file(std::string_view(content))); },
+      py::arg("content"), "The same of a file's content.");
+  module.def(
+      "refuse_lfs_pointer", [](const py::bytes& content) { rlspec::refuse_lfs_pointer(std::string_view(content)); },
+      py::arg("content"));
   module.def("read_weight_map", &read_weight_map, py::arg("path"), "Which file holds which tensor.");
   add_reading(module);
   add_writing(module);

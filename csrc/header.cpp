@@ -7,6 +7,7 @@
 
 #include "file.hpp"
 #include "json.hpp"
+#include "lfs.hpp"
 
 namespace rlspec {
 
@@ -112,16 +113,35 @@ void check_cover(const std::vector<TensorInfo>& tensors, std::uint64_t data_size
   }
 }
 
+constexpr std::uint64_t kPrefix = 8;      // bytes of the header's length
+constexpr std::uint64_t kBeginning = 64;  // enough to know what else it may be
+
+// Where the tensors begin in a file of `file_size` bytes. `beginning`: its first kBeginning bytes, or all of them.
+std::uint64_t data_start(std::string_view beginning, std::uint64_t file_size) {
+  refuse_lfs_pointer(beginning);
+  if (file_size < kPrefix) throw Error(ErrorKind::kFileTooShort, std::to_string(file_size) + " bytes");
+  std::uint64_t length = 0;
+  for (std::size_t i = kPrefix; i-- > 0;) length = length << 8 | static_cast<unsigned char>(beginning[i]);
+  if (length > kMaxHeaderBytes) {
+    throw Error(ErrorKind::kHeaderTooLarge,
+                std::to_string(length) + " bytes, at most " + std::to_string(kMaxHeaderBytes));
+  }
+  if (length > file_size - kPrefix) {
+    throw Error(ErrorKind::kHeaderTruncated,
+                std::to_string(length) + " bytes claimed, " + std::to_string(file_size - kPrefix) + " there");
+  }
+  return kPrefix + length;
+}
+
 }  // namespace
 
 Header parse_header(std::string_view text, std::uint64_t data_start, std::uint64_t file_size) {
   check_utf8(text);
-  // White space is allowed after the object (it is how writers align the data), not before it.
-  if (text.empty() || text.front() != '{') throw Error(ErrorKind::kInvalidJson, "it does not begin with {");
   Header header;
   JsonReader json(text, kMaxHeaderDepth);
   json.object([&](const std::string& name) {
     if (name == "__metadata__") {
+      if (json.null()) return;
       expect_type(json, JsonReader::Type::kObject, "__metadata__ is not an object");
       json.object([&](const std::string& key) {
         expect_type(json, JsonReader::Type::kString, "__metadata__ holds something else than strings");
@@ -143,27 +163,19 @@ Header parse_header(std::string_view text, std::uint64_t data_start, std::uint64
   return header;
 }
 
+Header parse_file(std::string_view content) {
+  const std::uint64_t start = data_start(content.substr(0, kBeginning), content.size());
+  return parse_header(content.substr(kPrefix, start - kPrefix), start, content.size());
+}
+
 Header read_header(const std::string& path) {
   const File file(path);
-  constexpr std::uint64_t kPrefix = 8;
-  if (file.size() < kPrefix) {
-    throw Error(ErrorKind::kFileTooShort, std::to_string(file.size()) + " bytes");
-  }
-  std::array<char, kPrefix> prefix{};
-  file.read(0, prefix.data(), prefix.size());
-  std::uint64_t length = 0;
-  for (std::size_t i = kPrefix; i-- > 0;) length = length << 8 | static_cast<unsigned char>(prefix[i]);
-  if (length > kMaxHeaderBytes) {
-    throw Error(ErrorKind::kHeaderTooLarge,
-                std::to_string(length) + " bytes, at most " + std::to_string(kMaxHeaderBytes));
-  }
-  if (length > file.size() - kPrefix) {
-    throw Error(ErrorKind::kHeaderTruncated,
-                std::to_string(length) + " bytes claimed, " + std::to_string(file.size() - kPrefix) + " there");
-  }
-  std::string text(length, '\0');
+  std::string beginning(std::min<std::uint64_t>(kBeginning, file.size()), '\0');
+  file.read(0, beginning.data(), beginning.size());
+  const std::uint64_t start = data_start(beginning, file.size());
+  std::string text(start - kPrefix, '\0');
   file.read(kPrefix, text.data(), text.size());
-  return parse_header(text, kPrefix + length, file.size());
+  return parse_header(text, start, file.size());
 }
 
 }  // namespace rlspec

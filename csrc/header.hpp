@@ -17,7 +17,7 @@
 namespace rlspec {
 
 inline constexpr std::uint64_t kMaxHeaderBytes = 100'000'000;  // the limit of the format's own library
-inline constexpr int kMaxHeaderDepth = 32;                     // a valid header needs 3
+inline constexpr int kMaxHeaderDepth = 127;                    // the same; a valid header needs 3
 
 struct TensorInfo {
   std::string name;
@@ -35,6 +35,9 @@ struct Header {
 // `json`: the header's text. `data_start`, `file_size`: where the tensors begin and end, in bytes.
 // Throws Error.
 Header parse_header(std::string_view json, std::uint64_t data_start, std::uint64_t file_size);
+
+// `content`: a whole file. Throws Error.
+Header parse_file(std::string_view content);
 
 // `path`: as the operating system takes it. Throws Error.
 Header read_header(const std::string& path);

@@ -1,12 +1,27 @@
 #include "json.hpp"
 
+#include <algorithm>
 #include <limits>
+#include <locale>
+#include <sstream>
 
 namespace rlspec {
 
 namespace {
 
 bool is_digit(char c) { return c >= '0' && c <= '9'; }
+
+// Whether a well-formed number lies past the largest double. Too small a one does not: it is rounded to zero.
+bool overflows(std::string_view number) {
+  const std::size_t digits = std::min(number.find_first_of("eE"), number.size());
+  const std::size_t exponent = number.size() - digits;
+  if (digits <= 200 && exponent <= 3) return false;  // below 1e200 * 1e99; the slow way is for few
+  std::istringstream stream{std::string(number)};
+  stream.imbue(std::locale::classic());
+  double value = 0;
+  stream >> value;
+  return stream.fail() && (value > 1 || value < -1);
+}
 
 // `code` is a scalar value: never a surrogate, at most 0x10FFFF.
 void append_utf8(std::string& out, unsigned code) {
@@ -96,6 +111,11 @@ std::uint64_t JsonReader::unsigned_integer() {
   return value;
 }
 
+bool JsonReader::null() {
+  peek();
+  return word("null");
+}
+
 void JsonReader::skip() {
   switch (type()) {
     case Type::kObject: object([this](const std::string&) { skip(); }); break;
@@ -171,17 +191,19 @@ std::string_view JsonReader::number() {
     take("+-");
     digits();
   }
-  return text_.substr(start, at_ - start);
+  const std::string_view text = text_.substr(start, at_ - start);
+  if (overflows(text)) fail("number out of range");
+  return text;
 }
 
 void JsonReader::literal() {
-  for (const std::string_view word : {"true", "false", "null"}) {
-    if (text_.compare(at_, word.size(), word) == 0) {
-      at_ += word.size();
-      return;
-    }
-  }
-  fail("expected a value");
+  if (!word("true") && !word("false") && !word("null")) fail("expected a value");
+}
+
+bool JsonReader::word(std::string_view wanted) {
+  const bool found = text_.compare(at_, wanted.size(), wanted) == 0;
+  if (found) at_ += wanted.size();
+  return found;
 }
 
 void JsonReader::escape(std::string& out) {

@@ -1,6 +1,6 @@
 // A strict reader for JSON (RFC 8259) that walks the text once and builds no tree, so that a hostile header costs
-// no more memory than its own text. It refuses what general parsers let pass: keys given twice, and nesting past a
-// limit, which would otherwise overflow the stack.
+// no more memory than its own text. It refuses what general parsers let pass: keys given twice, nesting past a limit,
+// which would otherwise overflow the stack, and numbers that no double holds.
 #pragma once
 
 #include <cstdint>
@@ -53,6 +53,9 @@ class JsonReader {
   // A number without sign, fraction and exponent that fits 64 bits. Other numbers: kInvalidEntry.
   std::uint64_t unsigned_integer();
 
+  // True: the next value was null, which is consumed.
+  bool null();
+
   // Any value, checked but not kept.
   void skip();
 
@@ -66,6 +69,7 @@ class JsonReader {
   void skip_space();
   char peek();  // the next character after white space; throws at the end
   std::string_view number();
+  bool word(std::string_view wanted);
   void literal();
   void escape(std::string& out);
   unsigned hex4();

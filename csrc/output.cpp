@@ -67,8 +67,8 @@ bool rename_with(const std::string& from, const std::string& to, unsigned flags)
 
 }  // namespace
 
-OutputFile::OutputFile(const std::string& path)
-    : descriptor_(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC | O_NOFOLLOW, 0666)) {
+OutputFile::OutputFile(const std::string& path, bool fresh)
+    : descriptor_(::open(path.c_str(), O_WRONLY | O_CLOEXEC | O_NOFOLLOW | (fresh ? O_CREAT | O_TRUNC : 0), 0666)) {
   if (descriptor_ < 0) fail(errno);
   direct_ = open_direct(path);
 }
@@ -184,6 +184,10 @@ void OutputFile::copy_plainly(const File& from, std::uint64_t from_offset, std::
     offset += part;
     count -= part;
   }
+}
+
+void OutputFile::sync() {
+  if (::fsync(descriptor_) != 0) fail(errno);
 }
 
 void OutputFile::finish() {

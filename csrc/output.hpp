@@ -11,10 +11,11 @@
 
 namespace rlspec {
 
-// A new file. Every method throws kWriteFailed (a full disk, a limit, a device error).
+// A file to be written. Every method throws kWriteFailed (a full disk, a limit, a device error).
 class OutputFile {
  public:
-  explicit OutputFile(const std::string& path);  // replaces what is there
+  // `fresh`: a new file, which replaces what is there. Otherwise one that was begun before is gone on with.
+  explicit OutputFile(const std::string& path, bool fresh = true);
   ~OutputFile();
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
@@ -31,6 +32,10 @@ class OutputFile {
   // Copies `count` bytes from byte `from_offset` of `from`. Safe to call from several threads on ranges that do not
   // overlap. Throws kReadFailed, too, also where that file ends early.
   void copy(const Source& from, std::uint64_t from_offset, std::uint64_t offset, std::uint64_t count);
+
+  // Everything so far is on the disk when this returns. To be called before a file is closed that will be gone on with:
+  // what the disk fails to write later would be told to nobody.
+  void sync();
 
   // Everything is on the disk when this returns; nothing can be written afterwards.
   void finish();

@@ -66,7 +66,6 @@ bool Reader::next(std::chrono::milliseconds patience, Block& out) {
                                              std::to_string(pool_->bound()) + " allowed");
   }
   Block block{std::move(item.buffer), item.data, static_cast<std::size_t>(item.request.end - item.request.begin)};
-  item.source.reset();
   if (allocated_ == delivered_) ++allocated_;  // no bytes, so no thread had to look at it
   ++delivered_;
   taken_ = std::max(taken_, delivered_);
@@ -104,7 +103,10 @@ void Reader::work() {
     lock.lock();
     --job.item->running;
     if (error && !job.item->error) job.item->error = error;
-    if (job.item->ready()) pool_->changed().notify_all();
+    if (job.item->ready()) {
+      if (job.item->running == 0) job.item->source.reset();
+      pool_->changed().notify_all();
+    }
   }
 }
 
@@ -154,6 +156,10 @@ std::shared_ptr<const Source> Reader::source(std::size_t file) {
   if (!open) {
     open = std::make_shared<const Source>(paths_[file], io_);
     sources_[file] = open;
+  }
+  if (open != latest_[0]) {
+    latest_[1] = std::move(latest_[0]);
+    latest_[0] = open;
   }
   return open;
 }

@@ -8,6 +8,7 @@
 // bytes are then read in chunks by as many threads as are free.
 #pragma once
 
+#include <array>
 #include <chrono>
 #include <cstddef>
 #include <cstdint>
@@ -67,7 +68,7 @@ class Reader {
     std::uint64_t at = 0;        // first byte of the file that no thread has taken on
     std::size_t running = 0;     // chunks being read
     std::exception_ptr error;
-    std::shared_ptr<const Source> source;
+    std::shared_ptr<const Source> source;  // until the bytes are read
 
     bool ready() const { return error || (at == request.end && running == 0); }
   };
@@ -87,7 +88,8 @@ class Reader {
   const Io io_;
   const std::shared_ptr<Pool> pool_;  // its lock guards all that follows
   std::vector<Item> items_;
-  std::vector<std::weak_ptr<const Source>> sources_;  // open as long as a request needs them
+  std::vector<std::weak_ptr<const Source>> sources_;  // open while they are read from
+  std::array<std::shared_ptr<const Source>, 2> latest_;  // and the last two: requests may alternate between a pair
   std::size_t delivered_ = 0;
   std::size_t allocated_ = 0;
   std::size_t taken_ = 0;  // requests before this one have no chunk left to take

@@ -12,6 +12,7 @@ enum class ErrorKind {
   kOpenFailed,
   kReadFailed,
   kFileTooShort,
+  kLfsPointer,
   kHeaderTooLarge,
   kHeaderTruncated,
   kInvalidUtf8,
@@ -40,10 +41,11 @@ struct ErrorText {
 };
 
 // In the order of the enumeration (checked below).
-inline constexpr std::array<ErrorText, 22> kErrorTexts{{
+inline constexpr std::array<ErrorText, 23> kErrorTexts{{
     {ErrorKind::kOpenFailed, "open_failed", "cannot be opened"},
     {ErrorKind::kReadFailed, "read_failed", "cannot be read"},
     {ErrorKind::kFileTooShort, "file_too_short", "too short for a safetensors file"},
+    {ErrorKind::kLfsPointer, "lfs_pointer", "a Git LFS pointer instead of the file"},
     {ErrorKind::kHeaderTooLarge, "header_too_large", "larger than is read"},
     {ErrorKind::kHeaderTruncated, "header_truncated", "the file ends inside the header"},
     {ErrorKind::kInvalidUtf8, "invalid_utf8", "not UTF-8"},

@@ -3,11 +3,13 @@
 #include "file.hpp"
 #include "header.hpp"
 #include "json.hpp"
+#include "lfs.hpp"
 #include "status.hpp"
 
 namespace rlspec {
 
 WeightMap parse_weight_map(std::string_view text) {
+  refuse_lfs_pointer(text);
   check_utf8(text);
   WeightMap map;
   bool found = false;

@@ -23,6 +23,14 @@ def read_header(
         FileError: the file is unreadable or malformed; its ``kind`` is one of `ERROR_KINDS`.
     """
 
+def parse_file(
+    content: bytes,
+) -> tuple[list[tuple[str, str, tuple[int, ...], int, int]], dict[str, str]]:
+    """The same of a safetensors file whose content is at hand."""
+
+def refuse_lfs_pointer(content: bytes) -> None:
+    """Raise `FileError` of kind ``lfs_pointer`` where a file with this content is one of Git LFS."""
+
 def read_weight_map(path: bytes) -> dict[str, str]:
     """Tensor names and the files that hold them, from an index in JSON; raises `FileError`."""
 
@@ -69,15 +77,18 @@ def pool_bytes(begin: int, end: int) -> int:
     """What reading a range takes of a pool."""
 
 class OutputFile:
-    """A new file; every method raises `FileError`, of kind ``write_failed`` unless the source is at fault."""
+    """A file to be written; every method raises `FileError`, of kind ``write_failed`` unless the source is at fault."""
 
-    def __init__(self, path: bytes) -> None: ...
+    def __init__(self, path: bytes, fresh: bool = True) -> None:
+        """``fresh``: a new file; otherwise one that was begun before is gone on with."""
     def clone(self, path: bytes) -> bool:
         """Share all the bytes of another file where the file system can; False: it cannot."""
     def reserve(self, size: int) -> None:
         """Give it its size and its space on the disk."""
     def write(self, offset: int, data: Buffer) -> None: ...
     def copy(self, path: bytes, from_offset: int, offset: int, count: int) -> None: ...
+    def sync(self) -> None:
+        """Everything so far is on the disk when this returns."""
     def finish(self) -> None:
         """Everything is on the disk when this returns."""
 

@@ -12,21 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from header_faults import BITS
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.index import CheckpointIndex, read_header
-
-BITS = {
-    **dict.fromkeys(("F4",), 4),
-    **dict.fromkeys(("F6_E2M3", "F6_E3M2"), 6),
-    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 8),
-    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 16),
-    **dict.fromkeys(("I32", "U32", "F32"), 32),
-    **dict.fromkeys(("I64", "U64", "F64", "C64"), 64),
-}
 
 
 def raw_file(path: Path, header: Any, data: int) -> Path:
@@ -91,43 +83,14 @@ def test_byte_ranges_hold_the_tensors(tmp_path: Path) -> None:
         assert entry.shape == tuple(tensors[name].shape) and entry.shard == path
 
 
-def test_mutated_headers_are_judged_as_the_official_library_judges_them(tmp_path: Path) -> None:
-    """We are stricter about keys given twice and deep nesting, and about nothing else."""
-    rng = random.Random(1)
-    valid = json.dumps({"a": tensor("F32", [1, 2], 0, 8), "b": tensor("I8", [3], 8, 11)}).encode()
-    accepted = refused = 0
-    for trial in range(1500):
-        text = bytearray(valid)
-        for _ in range(rng.choice((0, 1, 1, 1, 2))):
-            at = rng.randrange(len(text))
-            if rng.random() < 0.5:
-                text[at] = rng.choice(b'{}[]",:019e-.\\ \x00\xff')
-            else:
-                del text[at : at + rng.randint(1, 3)]
-        path = raw_file(tmp_path / "m.safetensors", bytes(text), 11)
-        try:
-            expected = official(path)
-        except SafetensorError:
-            expected = None
-        try:
-            found = {e.name: (e.dtype, list(e.shape)) for e in read_header(path)}
-            accepted += 1
-        except CheckpointError as error:
-            refused += 1
-            stricter = "given twice" in str(error) or "too deeply" in str(error)
-            assert expected is None or stricter, (trial, bytes(text), str(error))
-            continue
-        assert found == expected, (trial, bytes(text))
-    assert accepted > 100 and refused > 100
-
-
 # Each hostile header with its kind, the bytes of tensors behind it, and the mended twin that must pass.
 GOOD = tensor("F32", [2], 0, 8)
 HOSTILE: list[tuple[str, Any, int, Any]] = [
     ("invalid_utf8", b'{"\xc0\x80":' + json.dumps(GOOD).encode() + b"}", 8, {"x": GOOD}),
     ("invalid_json", b'{"x":' + json.dumps(GOOD).encode(), 8, {"x": GOOD}),
     ("invalid_json", b"[]", 0, b"{}"),
-    ("invalid_json", b" {}", 0, b"{} "),
+    ("invalid_json", b"\xef\xbb\xbf{}", 0, b" \n{}"),
+    ("invalid_json", b'{"x":{"y":1e309}}', 0, b'{"__metadata__":null}'),
     ("invalid_json", b"{}\x00", 0, b"{}\n"),
     ("too_deep", b'{"x":{"y":' + b"[" * 100000, 0, b"{}"),
     ("duplicate_key", b'{"x":%b,"x":%b}' % ((json.dumps(GOOD).encode(),) * 2), 8, {"x": GOOD}),
@@ -192,7 +155,7 @@ def test_a_single_file_goes_before_an_index(tmp_path: Path) -> None:
 
 
 def test_every_kind_of_error_is_tested_here() -> None:
-    by_files = {"open_failed", "file_too_short", "header_too_large", "header_truncated"}
+    by_files = {"open_failed", "file_too_short", "header_too_large", "header_truncated", "lfs_pointer"}
     by_races = {"read_failed"}  # a disk error, or a file cut while it is read
     elsewhere = {"write_failed", "tensor_too_large", "buffers_held", "forked"}  # not of headers
     assert {kind for kind, *_ in HOSTILE} | by_files | by_races | elsewhere == set(_C.ERROR_KINDS)

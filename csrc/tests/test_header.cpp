@@ -30,13 +30,14 @@ void test_json() {
       json.end();
     };
   };
-  for (const char* good : {"{}", "[]", "0", "-0", "1.5e+3", "10", "\"\"", "true", " null\n", "[1, [2], {\"a\": {}}]",
+  for (const char* good : {"{}", "[]", "0", "-0", "1.5e+3", "10", "\"\"", "true", " null\n", "1e308", "1e-999", "0e999", "[1, [2], {\"a\": {}}]",
                            "\"\\ud83d\\ude00\"", "\"\\u00e9\\n\""}) {
     expect_kind(skip(good), "none", good);
   }
   for (const char* bad : {"", " ", "{", "[", "[1,]", "[,]", "{\"a\":1,}", "{\"a\" 1}", "{a:1}", "01", "+1", "1.", ".5",
                           "1e", "-", "tru", "nul", "True", "\"", "\"\\x\"", "\"\\u12\"", "\"\\ud800\"", "\"\\udc00\"",
-                          "\"\\ud800\\u0041\"", "\"\n\"", "1 2", "[1 2]", "{}}", "'a'", "NaN", "//\n1"}) {
+                          "\"\\ud800\\u0041\"", "\"\n\"", "1 2", "[1 2]", "{}}", "'a'", "NaN", "//\n1",
+                          "nullx", "1e309", "-1e309", "1.8e308"}) {
     expect_kind(skip(bad), "invalid_json", bad);
   }
   expect_kind(skip("{\"a\":1,\"\\u0061\":2}"), "duplicate_key", "one key under two spellings");
@@ -71,6 +72,7 @@ void test_utf8() {
 }
 
 constexpr std::uint64_t kStart = 1000;
+const std::string kPointer = "version https://git-lfs.github.com/spec/v1\noid sha256:12ab\nsize 4976698672\n";
 
 // Parses `json` as the header of a file with `data` bytes of tensors.
 std::function<void()> header(const std::string& json, std::uint64_t data) {
@@ -92,6 +94,8 @@ void test_header() {
   check(parsed.tensors[0].shape.empty() && parsed.tensors[1].dtype == "BF16", "dtype and shape");
   check(parsed.metadata.size() == 1 && parsed.metadata[0].second == "pt", "metadata");
   expect_kind(header("{}", 0), "none", "no tensors");
+  expect_kind(header(" \t\r\n{}", 0), "none", "blanks before the object");
+  expect_kind(header("{\"__metadata__\": null}", 0), "none", "no metadata, said in so many words");
   expect_kind(header("{" + entry("a", "F4", "2", "0,1") + "}", 1), "none", "two F4 fill a byte");
 
   struct Case {
@@ -101,7 +105,10 @@ void test_header() {
   };
   const std::vector<Case> cases{
       {"invalid_json", "", 0},
-      {"invalid_json", " {}", 0},
+      {"invalid_json", " ", 0},
+      {"invalid_json", "\xEF\xBB\xBF{}", 0},
+      {"invalid_json", "{\"__metadata__\": nullx}", 0},
+      {"duplicate_key", "{\"__metadata__\": null, \"__metadata__\": null}", 0},
       {"invalid_json", "[]", 0},
       {"invalid_json", "{} x", 0},
       {"invalid_utf8", "{\"\xC0\x80\":0}", 0},
@@ -114,7 +121,7 @@ void test_header() {
       {"invalid_entry", "{" + entry("a", "F32", "\"1\"", "0,4") + "}", 4},
       {"invalid_entry", "{\"__metadata__\":{\"a\":1}}", 0},
       {"invalid_entry", "{\"__metadata__\":[]}", 0},
-      {"too_deep", "{\"a\":{\"x\":" + repeat("[", 40) + repeat("]", 40) + "}}", 0},
+      {"too_deep", "{\"a\":{\"x\":" + repeat("[", 126) + repeat("]", 126) + "}}", 0},
       {"duplicate_key", "{" + entry("a", "F32", "1", "0,4") + "," + entry("a", "F32", "1", "0,4") + "}", 4},
       {"duplicate_key", "{\"a\":{\"dtype\":\"F32\",\"dtype\":\"F32\",\"shape\":[1],\"data_offsets\":[0,4]}}", 4},
       {"unknown_dtype", "{" + entry("a", "F33", "1", "0,4") + "}", 4},
@@ -177,6 +184,14 @@ void test_file(const std::string& folder) {
   expect_kind(read, "header_too_large", "header past the cap");
   write(prefix(UINT64_MAX) + json);
   expect_kind(read, "header_too_large", "header of 2^64 - 1 bytes");
+  write(prefix(UINT64_MAX - 7) + json);  // and 8 wraps to 0
+  expect_kind(read, "header_too_large", "a header that wraps");
+  for (const std::string& pointer : {kPointer, kPointer.substr(0, 40)}) {
+    write(pointer);
+    expect_kind(read, "lfs_pointer", "a pointer of Git LFS");
+  }
+  write(kPointer.substr(0, 30));
+  expect_kind(read, "header_too_large", "something like a pointer");
   write("1234567");
   expect_kind(read, "file_too_short", "seven bytes");
   write("");
@@ -205,6 +220,7 @@ void test_weight_map() {
   expect_kind(parse(R"({"weight_map": {}, "weight_map": {}})"), "duplicate_key", "two maps");
   expect_kind(parse(R"({"weight_map": {"a": "x", "\u0061": "y"}})"), "duplicate_key", "one tensor twice");
   expect_kind(parse(R"({"weight_map": {}} {})"), "invalid_json", "text behind the index");
+  expect_kind(parse(kPointer), "lfs_pointer", "a pointer of Git LFS");
   expect_kind(parse("{\"weight_map\": {\"\xFF\": \"x\"}}"), "invalid_utf8", "not UTF-8");
   expect_kind(parse("{\"a\":" + repeat("[", 100000)), "too_deep", "deep metadata");
 }

@@ -66,6 +66,31 @@ void test_parts(const std::string& folder) {
 }
 
 // Large copies go past the page cache, page by page; their ends and what is written beside them do not.
+void test_gone_on_with(const std::string& folder) {
+  const std::string path = folder + "/again.bin";
+  {
+    OutputFile out(path);
+    out.reserve(9);
+    out.write(0, "one", 3);
+    out.sync();
+  }
+  {
+    OutputFile out(path, false);
+    out.write(6, "two", 3);
+    out.sync();
+  }
+  {
+    OutputFile out(path, false);
+    out.write(3, "---", 3);
+    out.finish();
+  }
+  check(content_of(path) == "one---two", "a file that was closed is gone on with");
+  OutputFile(path).finish();
+  check(content_of(path).empty(), "a fresh one is empty");
+  ::unlink(path.c_str());
+  expect_kind([&] { OutputFile(path, false); }, "write_failed", "nothing to go on with");
+}
+
 void test_large_copies(const std::string& folder) {
   const std::string from = folder + "/large.bin";
   const std::string to = folder + "/large-copy.bin";
@@ -136,6 +161,7 @@ void test_renames(const std::string& folder) {
 
 void output_tests(const std::string& folder) {
   test_parts(folder);
+  test_gone_on_with(folder);
   test_large_copies(folder);
   test_limit(folder);
   test_renames(folder);

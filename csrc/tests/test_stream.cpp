@@ -5,7 +5,10 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <cstdio>
+#include <filesystem>
 #include <fstream>
+#include <iterator>
 #include <random>
 #include <string>
 #include <thread>
@@ -223,6 +226,41 @@ void test_errors(const std::string& folder) {
 }
 
 // Readers that are dropped at any moment, and blocks that another thread drops.
+std::size_t open_files() {
+  const std::filesystem::directory_iterator all("/proc/self/fd");
+  return static_cast<std::size_t>(std::distance(begin(all), end(all)));
+}
+
+void test_many_files(const std::string& folder) {
+  constexpr int kFiles = 60;
+  std::vector<std::string> paths, contents;
+  std::vector<Request> requests;
+  std::uint64_t all = 0;
+  for (int i = 0; i < kFiles; ++i) {
+    paths.push_back(folder + "/many" + std::to_string(i));
+    contents.push_back(file_of(paths.back(), 5000, static_cast<unsigned>(i)));
+    for (const std::uint64_t begin : {0, 2000}) {
+      requests.push_back({static_cast<std::size_t>(i), begin, begin + 3000});
+      all += rlspec::pool_bytes(requests.back());
+    }
+  }
+  const std::size_t before = open_files();
+  const auto pool = std::make_shared<Pool>(all);
+  Reader reader(paths, requests, pool, 4, Io::kAuto);
+  std::size_t most = 0;
+  for (int i = 0; i < 400 && (pool->in_use() < all || open_files() > before + 4); ++i) {
+    most = std::max(most, open_files());
+    std::this_thread::sleep_for(5ms);
+  }
+  check(pool->in_use() == all, "all is read ahead");
+  check(open_files() <= before + 4, "two files stay open when all is read");
+  check(most <= before + 2 * (4 + 3) + 1, "no more are open than are read from");
+  for (const Request& request : requests) {
+    check(holds(take(reader), contents[request.file], request), "the bytes of many files");
+  }
+  for (const std::string& path : paths) std::remove(path.c_str());
+}
+
 void test_abandoned(const std::string& folder) {
   const std::string path = folder + "/abandoned.bin";
   const std::string content = file_of(path, 1 << 20, 6);
@@ -252,5 +290,6 @@ void stream_tests(const std::string& folder) {
   test_every_way(folder);
   test_held(folder);
   test_errors(folder);
+  test_many_files(folder);
   test_abandoned(folder);
 }

@@ -6,12 +6,16 @@ import errno
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rlspec import _C
 from rlspec.errors import CheckpointError
+
+# How the names of the files end, beside the weights, that loaders of a model read.
+_LOADED = (".json", ".jinja", ".model", ".txt")
 
 
 @contextmanager
@@ -72,12 +76,31 @@ def write_error(path: str | Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be written: {error.strerror or error}")
 
 
+def refuse_lfs_pointers(files: Iterable[Path]) -> None:
+    """Refuse files in whose place a clone without Git LFS has a pointer; those that no loader reads may be pointers.
+
+    Raises:
+        CheckpointError: one is a pointer, or cannot be read.
+    """
+    for path in files:
+        if path.suffix not in _LOADED:
+            continue
+        try:
+            with path.open("rb") as file:
+                _C.refuse_lfs_pointer(file.read(64))
+        except OSError as error:
+            raise read_error(path, error) from None
+        except _C.FileError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+
 def read_json_object(path: Path) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Raises:
-        CheckpointError: it cannot be read, or holds something else.
+        CheckpointError: it cannot be read, is a pointer of Git LFS, or holds something else.
     """
+    refuse_lfs_pointers([path])
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:

@@ -16,6 +16,7 @@ import torch
 from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.dtypes import TORCH_DTYPES, stored_name
+from rlspec.io.files import refuse_lfs_pointers
 from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, TensorEntry, check_link
 from rlspec.io.stream import by_shard
 
@@ -185,7 +186,7 @@ def companions(like: CheckpointIndex, tokenizer: Path | None = None) -> dict[Pat
         Each file's place in the new folder, and the file.
 
     Raises:
-        CheckpointError: one is a symbolic link that leaves its folder.
+        CheckpointError: one is a symbolic link that leaves its folder, or a pointer of Git LFS.
     """
     if like.path.is_file():
         return {}
@@ -196,6 +197,7 @@ def companions(like: CheckpointIndex, tokenizer: Path | None = None) -> dict[Pat
         if Path("tokenizer_config.json") in own:
             files = {place: path for place, path in files.items() if not _is_tokenizer(place)}
         files |= own
+    refuse_lfs_pointers(files.values())
     return files
 
 

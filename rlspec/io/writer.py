@@ -8,6 +8,7 @@ import stat
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from types import TracebackType
 
@@ -19,6 +20,7 @@ from rlspec.errors import CheckpointError
 from rlspec.io.files import read_error, sync_folder, write_error
 from rlspec.io.index import INDEX_FILE, CheckpointIndex
 from rlspec.io.layout import Place, ShardLayout, companions, index_content, lay_out
+from rlspec.io.outputs import OutputFiles
 from rlspec.io.staging import Staging, write_file
 
 # How much is copied before the copier looks whether it is to stop.
@@ -68,9 +70,10 @@ class CheckpointWriter:
         todo = [layout for layout in layouts if finished.get(layout.name) != layout.size]
         self._stop = threading.Event()
         self._lock = threading.Lock()
+        files = OutputFiles()
         try:
             self._check_space(todo)
-            self._shards = [_Shard(layout, self._staging, self._stop, self._lock) for layout in todo]
+            self._shards = [_Shard(layout, self._staging, files, self._stop, self._lock) for layout in todo]
         except BaseException:
             self._staging.unlock()
             raise
@@ -194,15 +197,19 @@ class _Shard:
     """A shard that is being written under a temporary name."""
 
     def __init__(
-        self, layout: ShardLayout, staging: Staging, stop: threading.Event, lock: threading.Lock
+        self,
+        layout: ShardLayout,
+        staging: Staging,
+        files: OutputFiles,
+        stop: threading.Event,
+        lock: threading.Lock,
     ) -> None:
         self.layout = layout
         self._staging = staging
+        self._files = files
         self._stop = stop
         self._lock = lock  # of the whole writer: held for moments only
         self._path = staging.checkpoint / layout.name
-        self._temporary = self._path.with_name(f".{self._path.name}.tmp")
-        self._file: _C.OutputFile | None = None
         self._claimed: dict[str, list[tuple[int, int]]] = {}
         self._left = sum(place.bytes for place in layout.changed.values())
         self._untouched = set(layout.changed)
@@ -213,28 +220,34 @@ class _Shard:
         """All that comes from the original; finishes the shard if nothing else is missing."""
         if self._stop.is_set():
             return
-        layout = self.layout
-        source = os.fsencode(layout.source)
         try:
-            whole = not layout.changed
-            file = self._opened(reserve=not whole)
-            if not (whole and file.clone(source)):
-                if whole:
-                    file.reserve(layout.size)
-                if layout.header is not None:
-                    file.write(0, layout.header)
-                for there, here, count in layout.copies:
-                    for done in range(0, count, _COPY_BYTES):
-                        if self._stop.is_set():
-                            return
-                        part = min(_COPY_BYTES, count - done)
-                        file.copy(source, there + done, here + done, part)
+            with self._opened() as file:
+                if not self._copy_to(file):
+                    return
         except _C.FileError as error:
             raise self._explained(error) from None
         with self._lock:
             self._is_copied = True
         if self._is_complete():
             self.finish()
+
+    def _copy_to(self, file: _C.OutputFile) -> bool:
+        """False: it was stopped."""
+        layout = self.layout
+        source = os.fsencode(layout.source)
+        whole = not layout.changed
+        if whole and file.clone(source):
+            return True
+        if whole:
+            file.reserve(layout.size)
+        if layout.header is not None:
+            file.write(0, layout.header)
+        for there, here, count in layout.copies:
+            for done in range(0, count, _COPY_BYTES):
+                if self._stop.is_set():
+                    return False
+                file.copy(source, there + done, here + done, min(_COPY_BYTES, count - done))
+        return True
 
     def claim(self, name: str, start: int, count: int) -> None:
         """Remember which bytes of a tensor are written; each may be once."""
@@ -253,7 +266,8 @@ class _Shard:
 
     def write(self, offset: int, data: object) -> None:
         try:
-            self._opened(reserve=True).write(offset, data)  # type: ignore[arg-type]
+            with self._opened() as file:
+                file.write(offset, data)  # type: ignore[arg-type]
         except _C.FileError as error:
             raise self._explained(error) from None
 
@@ -266,11 +280,7 @@ class _Shard:
     def finish(self) -> None:
         """On the disk, under its name, remembered."""
         try:
-            file = self._opened(reserve=False)
-            file.finish()
-            os.replace(self._temporary, self._path)
-            sync_folder(self._path.parent)
-            self._file = None
+            self._files.finish(self._path)
             self._staging.finish(self.layout.name, self.layout.size)
         except _C.FileError as error:
             raise self._explained(error) from None
@@ -283,18 +293,8 @@ class _Shard:
             self._is_finishing |= complete
             return complete
 
-    def _opened(self, *, reserve: bool) -> _C.OutputFile:
-        with self._lock:
-            if self._file is None:
-                try:
-                    self._path.parent.mkdir(parents=True, exist_ok=True)
-                except OSError as error:
-                    raise write_error(self._path.parent, error) from None
-                file = _C.OutputFile(os.fsencode(self._temporary))
-                if reserve:
-                    file.reserve(self.layout.size)
-                self._file = file
-            return self._file
+    def _opened(self) -> AbstractContextManager[_C.OutputFile]:
+        return self._files.opened(self._path, self.layout.size if self.layout.changed else None)
 
     def _explained(self, error: _C.FileError) -> CheckpointError:
         path = self._path if error.kind == "write_failed" else self.layout.source

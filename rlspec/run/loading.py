@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from rlspec.errors import CheckpointError
+from rlspec.io.files import refuse_lfs_pointers
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import check_finite, find_projections
 from rlspec.run.config import EMBEDDED
@@ -20,7 +21,7 @@ def model_folder(name: str) -> Path:
     """The Hugging Face folder that ``model`` names: the embedded model's, or the path itself.
 
     Raises:
-        CheckpointError: No folder with a config.json is there.
+        CheckpointError: No folder with a config.json is there, or one with pointers of Git LFS.
     """
     if name == EMBEDDED:
         from rlspec.models import embedded_model_path
@@ -33,6 +34,7 @@ def model_folder(name: str) -> Path:
         )
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in it, so it is not a Hugging Face checkpoint")
+    refuse_lfs_pointers(path for path in sorted(folder.iterdir()) if path.is_file())
     return folder
 
 
