@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rlspec.errors import CheckpointError, TensorError
+from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, streamed_by_rows
 from rlspec.restore.matrix import Rounding
 from rlspec.restore.options import Dtype, RestoreOptions
@@ -138,6 +139,7 @@ class Target:
             )
 
 
+@pinned_arithmetic()
 def run_plan(
     plan: Plan,
     target: Target,

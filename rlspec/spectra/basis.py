@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlspec.errors import OptionError
 from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.spectra.cache import cached_factors
 from rlspec.spectra.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.rank import Rank, RankLike
@@ -88,6 +89,7 @@ class SpectralBasis:
         return cls._build(tensors, modules, rank, cache_dir, progress)
 
     @classmethod
+    @pinned_arithmetic()
     def _build(
         cls,
         source: WeightSource,

@@ -102,6 +102,7 @@ def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kep
         sigma_error_bound=torch.where(same, zero, bounds.sigma),
         angle_error_bound_rad=torch.where(same, zero, angle),
         engine=("delta",) * reference.S.shape[0],
+        arithmetic=(str(solution.delta.dtype).removeprefix("torch."),) * reference.S.shape[0],
         notes=(None,) * reference.S.shape[0],
     )
 

@@ -65,6 +65,7 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
         sigma_error_bound=torch.where(same.squeeze(-1), zero, backward),
         angle_error_bound_rad=torch.where(same.squeeze(-1), zero, angle.clamp_max(math.pi / 2)),
         engine=("exact",) * weight.shape[0],
+        arithmetic=("float64",) * weight.shape[0],
         notes=(None,) * weight.shape[0],
     )
 

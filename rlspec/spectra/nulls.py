@@ -76,7 +76,7 @@ def null_rotations(
 
 def _noise(key: str, like: Tensor) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    return torch.randn(like.shape, generator=generator).to(like)
+    return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like)
 
 
 def _there(value: Tensor | None) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import Projection
-from rlspec.linalg.precision import fast_matmul
+from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
@@ -88,7 +88,7 @@ class SpectralTracker:
         Raises:
             TensorError: a weight is missing, has another shape than its reference, or holds NaN or infinity.
         """
-        with torch.no_grad(), fast_matmul():
+        with pinned_arithmetic():
             return self._measure(source, step, stage, null_draws)
 
     def _measure(self, source: WeightSource, step: int, stage: str, null_draws: int) -> SpectralRecord:
