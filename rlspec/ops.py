@@ -1,4 +1,4 @@
-"""Operations with a Triton kernel on a GPU and a cache-blocked torch version on a CPU; same results.
+"""Operations with a Triton kernel on a GPU and a cache-blocked torch version on a CPU; the same but for rounding.
 
 The choice is :func:`rlspec.backend.backend_for`'s. Each operation has a plain float64 twin in
 :mod:`rlspec.reference`.

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from rlspec.perturb.delta import DenseDelta
 from rlspec.spectra import metrics
 
 F64 = torch.float64
@@ -15,7 +16,7 @@ F64 = torch.float64
 def test_update_statistics_and_sparsity():
     reference = torch.tensor([[[1.0, -2.0], [4.0, 0.0]]], dtype=F64)
     weight = torch.tensor([[[1.0005, -2.0], [4.4, 0.0]]], dtype=F64)
-    found = metrics.update(weight, reference)
+    found = DenseDelta.between(weight, reference).stats
     assert found.sparsity.item() == 0.75  # 1.0005 moved by less than 1e-3 of itself, 4.4 by more
     assert found.delta_frobenius.item() == pytest.approx(math.hypot(0.0005, 0.4), rel=1e-12)
     assert found.reference_frobenius.item() == pytest.approx(math.sqrt(21.0), rel=1e-15)
@@ -24,12 +25,12 @@ def test_update_statistics_and_sparsity():
 def test_difference_of_bfloat16_is_exact():
     torch.manual_seed(0)
     a, b = torch.randn(2, 1, 64, 64).bfloat16()
-    assert torch.equal(metrics.update(a, b).delta.double(), a.double() - b.double())
+    assert torch.equal(DenseDelta.between(a, b).values.double(), a.double() - b.double())
 
 
 def test_unchanged_matrix_has_zeros_everywhere():
     w = torch.randn(2, 5, 7)
-    found = metrics.update(w, w)
+    found = DenseDelta.between(w, w).stats
     assert found.sparsity.tolist() == [1.0, 1.0]
     assert found.delta_frobenius.tolist() == [0.0, 0.0]
     for value in metrics.projected_energy(torch.zeros(2, 3, 3), found.delta_frobenius):

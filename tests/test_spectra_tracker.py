@@ -84,6 +84,20 @@ def test_rows_hold_every_column_and_are_json():
     json.dumps(record.rows, allow_nan=False)
 
 
+def test_rows_say_which_arithmetic_made_them():
+    weight, tuned, *_ = planted(40, 40, 8, largest=1e-2)
+    for dtype, far, engine, arithmetic in (
+        (torch.float32, 0.0, "delta", "float32"),
+        (torch.bfloat16, 0.0, "delta", "float32"),
+        (F64, 0.0, "delta", "float64"),
+        (torch.float32, 1.0, "exact", "float64"),  # no small update: a full decomposition
+    ):
+        basis = SpectralBasis.from_tensors(tensors(weight.to(dtype)), modules="q")
+        moved = tuned + far * torch.randn(40, 40, dtype=F64, generator=torch.Generator().manual_seed(0))
+        (row,) = SpectralTracker(basis).measure(tensors(moved.to(dtype)), step=1).rows
+        assert (row["engine"], row["arithmetic"]) == (engine, arithmetic)
+
+
 def test_unchanged_weights_measure_exact_zeros():
     g = torch.Generator().manual_seed(3)
     ref = torch.randn(48, 32, generator=g)

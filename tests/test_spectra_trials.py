@@ -1,13 +1,18 @@
-"""The bounds that go with every measurement, in a thousand random trials: none is exceeded, and they are not idle."""
+"""The bounds that go with every measurement, in a thousand random trials and some of the sizes and factors that are met
+in models: none is exceeded, and they are not idle."""
 
 from __future__ import annotations
 
 import math
 import random
+from statistics import median
 
 import pytest
 import torch
 from spectra_toys import F64, by_delta, by_exact, errors, stacked
+
+from rlspec.linalg.angles import principal_sines
+from rlspec.linalg.precision import pinned_arithmetic
 
 SHAPES = [(48, 48), (24, 60), (60, 24), (16, 16)]
 SPECTRA = ["flat", "decay", "gap", "clusters", "random"]
@@ -67,6 +72,46 @@ def test_bounds_hold_in_every_trial_and_are_near_the_error() -> None:
     assert sum(map(len, sigma_slack)) > GROUPS * EACH / 2  # the delta form did most of them
     assert float(torch.cat(sigma_slack).median()) < 30
     assert float(torch.cat(angle_slack).median()) < 30
+
+
+LARGE = [(400, 400), (400, 640), (640, 400), (512, 512), (400, 400), (800, 800)]
+REFERENCES, UPDATES_EACH = 18, 6
+
+
+def test_bounds_hold_at_the_sizes_of_models_with_float32_factors() -> None:
+    """Against LAPACK in float64; each reference is decomposed once and measured under several updates."""
+    draw, g = random.Random(1), torch.Generator().manual_seed(1)
+    sigma_slack, angle_slack = [], []
+    for i in range(REFERENCES):
+        base = reference(draw.choice(SPECTRA), *LARGE[i % len(LARGE)], g).float()
+        rank = draw.choice([0.1, 0.2, 0.5])
+        with pinned_arithmetic():
+            references = stacked([base], rank, torch.float32)
+        k = references.k
+        u_ref, _, vh_ref = torch.linalg.svd(base.double(), full_matrices=False)
+        for _ in range(UPDATES_EACH):
+            kind, eps = draw.choice(UPDATES), 10.0 ** draw.uniform(-5.0, -0.7)
+            tuned = base.double() + update(kind, base.double(), eps, g)
+            tuned = tuned.to(draw.choice([torch.float32, torch.bfloat16]))
+            with pinned_arithmetic():
+                found = by_delta(references, tuned[None])
+            u, s, vh = torch.linalg.svd(tuned.double(), full_matrices=False)
+            sigma = float((found.sigma[0] - s[:k]).abs().max())
+            angle = 0.0
+            for mine, a, b in ((found.sines_left, u_ref, u), (found.sines_right, vh_ref.mT, vh.mT)):
+                assert mine is not None
+                true = principal_sines(a[:, :k], b[:, :k]).asin()
+                angle = max(angle, float((mine[0].asin() - true).abs().max()))
+            case = (tuple(base.shape), kind, eps, rank, tuned.dtype, found.engine)
+            assert sigma <= float(found.sigma_error_bound), case
+            assert angle <= float(found.angle_error_bound_rad), case
+            if found.engine == ("delta",):
+                assert found.arithmetic == ("float32",)
+                sigma_slack.append(float(found.sigma_error_bound) / max(sigma, 1e-300))
+                angle_slack.append(float(found.angle_error_bound_rad) / max(angle, 1e-300))
+    assert len(sigma_slack) > REFERENCES * UPDATES_EACH / 2  # the delta form did most of them
+    assert median(sigma_slack) < 70 and median(angle_slack) < 170
+    assert min(sigma_slack) < 10 and min(angle_slack) < 10  # the twin: bounds a tenth as wide are exceeded
 
 
 def test_an_angle_near_a_right_one_is_not_told_closer_than_its_sine_can() -> None:

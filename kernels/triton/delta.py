@@ -2,8 +2,9 @@
 
 Memory bound: each weight is read once, each entry of E written once. The matrices stay where they are (in the
 model, in the copy of the reference): the kernel finds them through a table of pointers, so matrices of any
-shapes go in one launch. Each program reduces one tile to five partial sums, which the host adds up in float64:
-no atomics, so the result does not depend on the order in which programs run.
+shapes go in one launch. Each program reduces one tile to five partial sums, and a second launch adds those of each
+matrix up in float64, in an order fixed by their number: no atomics, so no bit depends on the order in which programs run,
+nor on the other matrices.
 
     L: matrices   T: tiles of all the matrices   BLOCK: entries of a tile
 """
@@ -22,6 +23,7 @@ from triton.runtime.interpreter import InterpretedFunction
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _COLUMNS = 5  # of the partial sums: E², W², W_ref², changed, non-finite
+_SUMMED = 1024  # tiles added at a time; a constant, on which the order of the additions hangs
 
 
 class DeltaPrep(NamedTuple):
@@ -97,6 +99,24 @@ def _delta_prep_kernel(
     tl.store(partial + 4, tl.sum((~finite).to(tl.float32)))
 
 
+@triton.jit
+def _sum_tiles_kernel(
+    partials,  # float32 (T, 5)
+    starts,  # int64 (L + 1,): first tile of each matrix, and past the last one's
+    sums,  # float64 (L, 5)
+    BLOCK: tl.constexpr,
+):
+    matrix = tl.program_id(0)
+    column = tl.program_id(1)
+    first = tl.load(starts + matrix)
+    stop = tl.load(starts + matrix + 1)
+    total = tl.zeros((BLOCK,), dtype=tl.float64)
+    for start in range(first, stop, BLOCK):
+        at = start + tl.arange(0, BLOCK)
+        total += tl.load(partials + 5 * at + column, mask=at < stop, other=0.0).to(tl.float64)
+    tl.store(sums + 5 * matrix + column, tl.sum(total))
+
+
 def delta_prep_triton(
     tuned: Sequence[Tensor],
     base: Sequence[Tensor],
@@ -130,11 +150,13 @@ def delta_prep_triton(
     delta = list(out) if out is not None else [torch.empty_like(w, dtype=out_dtype) for w in tuned]
     rows = [[*(x.data_ptr() for x in triple), triple[0].numel()] for triple in zip(tuned, base, delta)]
     table = torch.tensor(rows, dtype=torch.int64, device=device)
-    counts = torch.tensor([triton.cdiv(w.numel(), block) for w in tuned])
-    owner = torch.repeat_interleave(torch.arange(len(tuned)), counts)
-    first = torch.cumsum(counts, 0) - counts
-    tiles = torch.stack([owner, torch.arange(len(owner)) - first[owner]], dim=1).to(torch.int32).to(device)
+    counts = torch.tensor([triton.cdiv(w.numel(), block) for w in tuned], dtype=torch.int64, device="cpu")
+    starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    owner = torch.repeat_interleave(counts)
+    within = torch.arange(len(owner), device="cpu") - starts[owner]
+    tiles = torch.stack([owner, within], dim=1).to(torch.int32).to(device)
     partials = torch.empty(len(owner), _COLUMNS, dtype=torch.float32, device=device)
+    sums = torch.empty(len(tuned), _COLUMNS, dtype=torch.float64, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
         _delta_prep_kernel[(len(owner),)](
             table,
@@ -149,8 +171,7 @@ def delta_prep_triton(
             BLOCK=block,
             num_warps=num_warps,
         )
-    sums = torch.zeros(len(tuned), _COLUMNS, dtype=torch.float64, device=device)
-    sums.index_add_(0, owner.to(device), partials.double())
+        _sum_tiles_kernel[(len(tuned), _COLUMNS)](partials, starts.to(device), sums, BLOCK=_SUMMED)
     return DeltaPrep(delta, sums[:, 0], sums[:, 1], sums[:, 2], sums[:, 3].long(), sums[:, 4].long())
 
 

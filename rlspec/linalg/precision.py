@@ -1,81 +1,89 @@
-"""Which arithmetic a float32 matrix product runs in.
+"""The arithmetic that every public entry point computes in, whatever is switched on around the call.
 
-oneDNN can split float32 factors into bfloat16 parts. With AVX-512 that keeps float32's accuracy at twice the speed of
-the default; with AMX it truly computes in bfloat16; with AVX2 alone it gains nothing. So it is taken on CPUs with
-AVX-512 where a probe finds it accurate. Nothing is timed: the choice is the same in every process on a machine, and a
-resumed run computes as the interrupted one did.
+People set switches for their training: TF32, reduced precision of float32 products, autocast, a default device, inference
+mode. None of them may change what is computed here, nor how fast: a product that is less accurate than the bounds assume
+makes them wide, and wide bounds send every matrix to the exact engine.
+
+Two kinds: modes of the calling thread, and flags of the whole process (see :mod:`.flags`). What is not pinned changes no
+result: the default dtype, as every tensor made here names its own, and ``torch.use_deterministic_algorithms``.
 """
 
 from __future__ import annotations
 
-import functools
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
 
-# float32 products of 512 terms are off by about 2.5e-7; bfloat16 ones by 2e-3.
-_FLOAT32_ERROR = 2e-6
+from rlspec.linalg.flags import Flag, flags
+
+_DEVICES = ("cpu", "cuda", "xpu", "mps")  # that have autocast
+_lock = threading.Lock()
+_holders = 0  # calls that compute now, in all threads
+_before: list[
+    tuple[Flag, Any, Any]
+] = []  # a flag, what it is pinned to, what it was before the first of them
 
 
 @contextmanager
-def fast_matmul() -> Iterator[None]:
-    """Run float32 matrix products by the fastest route that keeps float32 accuracy; restores the flags on exit.
+def pinned_arithmetic() -> Iterator[None]:
+    """Compute in the dtypes of the tensors at hand, by the fastest route that keeps their accuracy; without gradients.
 
-    On a CPU this takes oneDNN's bfloat16-split products where a probe finds them accurate. On CUDA it keeps TF32 out.
-    The flags are process-wide, so another thread's products are affected for the duration.
+    Usable as a decorator too. Everything is as before afterwards, also upon an exception. The flags are process-wide, so
+    another thread's products are float32 as well for the duration; they are set by the first of overlapping calls and
+    put back by the last, except one that somebody else has set meanwhile.
     """
-    saved: list[tuple[Any, str]] = []
+    with ExitStack() as stack:
+        for mode in _thread_modes():
+            stack.enter_context(mode)
+        stack.enter_context(_process_flags())
+        yield
+
+
+def _thread_modes() -> list[AbstractContextManager[Any]]:
+    """What this thread is to compute under; only what it does not already."""
+    modes: list[AbstractContextManager[Any]] = []
+    if torch.is_inference_mode_enabled():  # a basis made in it could not be trained against
+        modes.append(torch.inference_mode(False))
+    modes.append(torch.no_grad())
+    modes += [torch.autocast(kind, enabled=False) for kind in _DEVICES if torch.is_autocast_enabled(kind)]
+    if torch.get_default_device().type != "cpu":
+        modes.append(torch.device("cpu"))
+    return modes
+
+
+@contextmanager
+def _process_flags() -> Iterator[None]:
+    global _holders
+    with _lock:
+        if _holders == 0:
+            _pin()
+        _holders += 1
     try:
-        for backend, wanted in _routes():
-            saved.append((backend, backend.fp32_precision))
-            backend.fp32_precision = wanted
         yield
     finally:
-        for backend, value in reversed(saved):
-            backend.fp32_precision = value
+        with _lock:
+            _holders -= 1
+            if _holders == 0:
+                _put_back()
 
 
-def _routes() -> list[tuple[Any, str]]:
-    """Flag holders of this torch and the value each should have; older releases have no such flags."""
-    routes: list[tuple[Any, str]] = []
-    if torch.cuda.is_available() and hasattr(torch.backends.cuda.matmul, "fp32_precision"):
-        routes.append((torch.backends.cuda.matmul, "ieee"))
-    if split_products_pay():
-        routes.append((_mkldnn_matmul(), "bf16"))
-    return routes
-
-
-def _mkldnn_matmul() -> Any:
-    """The holder of oneDNN's product flag, or None where this torch has none."""
-    holder = getattr(torch.backends.mkldnn, "matmul", None)
-    return holder if hasattr(holder, "fp32_precision") else None
-
-
-@functools.cache
-def split_products_are_accurate() -> bool:
-    """Whether oneDNN's bfloat16-split float32 products are as accurate as float32 on this CPU."""
-    backend = _mkldnn_matmul()
-    if backend is None or not torch.backends.mkldnn.is_available():
-        return False
-    generator = torch.Generator().manual_seed(0)
-    # Every form in use: plain, transposed left factor, batched. Each may take a route of its own.
-    a = torch.randn(2, 256, 512, generator=generator)
-    b = torch.randn(2, 512, 256, generator=generator)
-    truth = a.double() @ b.double()
-    before = backend.fp32_precision
+def _pin() -> None:
     try:
-        backend.fp32_precision = "bf16"
-        forms = [torch.stack([a[0] @ b[0], a[1] @ b[1]]), a.mT.contiguous().mT @ b, torch.bmm(a, b)]
-    except RuntimeError:  # a build of torch that refuses the setting
-        return False
-    finally:
-        backend.fp32_precision = before
-    worst = max(float((form - truth).norm() / truth.norm()) for form in forms)
-    return worst < _FLOAT32_ERROR
+        for flag in flags():
+            wanted = flag.wanted()
+            if flag.read() != wanted:
+                _before.append((flag, wanted, flag.original()))
+                flag.write(wanted)
+    except BaseException:
+        _put_back()
+        raise
 
 
-def split_products_pay() -> bool:
-    """Whether those products are accurate here, on a CPU where they are also faster."""
-    return torch.backends.cpu.get_cpu_capability().startswith("AVX512") and split_products_are_accurate()
+def _put_back() -> None:
+    while _before:
+        flag, wanted, original = _before.pop()
+        if flag.read() == wanted:
+            flag.write(original)

@@ -24,6 +24,9 @@ from rlspec.linalg.orth import gram, orthonormal, well_conditioned
 from rlspec.linalg.products import ALIGNED, transposed_product
 
 _MAX_SKETCH_DEGREE = 6
+# Of the filter for columns that start near the wanted ones. What comes beside them is filtered as a sketch is: with less,
+# the guard columns are too poor, and a warm start takes more rounds than a cold one saves.
+_START_DEGREE = 2
 _MAX_DEGREE = 12
 # The filter is asked for this much more than the estimate says is needed: directions near the edge are neither fully
 # captured by the sketch nor fully suppressed, and the bound counts every column.
@@ -84,10 +87,10 @@ def leading_svd(
     edge = edge.to(a.dtype)[:, None, None]
 
     signs = torch.randint(0, 2, (b, n, width), generator=generator).to(a).mul_(2).sub_(1)
+    given = 0 if start is None else start.shape[-1]
+    y = filter_sketch(apply, signs[..., given:], edge, _sketch_degree(quantiles[:, 0], top, edge, eps))
     if start is not None:
-        y = torch.cat([start.to(a), filter_sketch(apply, signs[..., start.shape[-1] :], edge, 2)], dim=-1)
-    else:
-        y = filter_sketch(apply, signs, edge, _sketch_degree(quantiles[:, 0], top, edge, eps))
+        y = torch.cat([filter_sketch(apply, start.to(a), edge, _START_DEGREE), y], dim=-1)
     y = well_conditioned(y)
     y, image, theta, q = _rayleigh_ritz(y, apply, lambda y, image: y.mT @ image, a.dtype)
     z = y @ q

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlspec.errors import OptionError, TensorError
 from rlspec.linalg.estimates import perturbation_bound
 from rlspec.linalg.exact import exact_svd, leading_by_gram
-from rlspec.linalg.precision import fast_matmul
+from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.randomized import leading_svd, sketch_width
 from rlspec.linalg.shares import count_of_share
 
@@ -100,7 +100,7 @@ def svd(
     a = a.mT if flipped else a
     if generator is None:
         generator = torch.Generator().manual_seed(0)
-    with torch.no_grad(), fast_matmul():
+    with pinned_arithmetic():
         start = _start_vectors(warm_start, lead, flipped, k, sketch_width(k, min(m, n)), (m, n))
         parts = _solve(a.to(out_dtype), k, method, tol, generator, start, max_rounds)
     u, v = (parts.Vh.mT, parts.U) if flipped else (parts.U, parts.Vh.mT)

@@ -3,7 +3,8 @@
 These are bounds in practice, not in theory: a norm is sampled, and the spectrum past the candidate span is the
 reference's, shifted. The constants were set on some 20,000 random trials. Of 21,600 others, drawn once they were
 settled, none exceeded its bound (so fewer than 1 in 7,000 of this kind do, at 95 % confidence); the median bound is some
-20 times the error. A thousand trials are in the tests.
+20 times the error. At r of 400 to 800 with float32 factors none of 400 did, and the median is some 35 times the error of
+a value and 90 times that of an angle. A thousand trials are in the tests, and a hundred at those sizes.
 """
 
 from __future__ import annotations

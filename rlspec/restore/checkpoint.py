@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from rlspec.errors import CheckpointError, TensorError
+from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import RankLike
 from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, streamed_by_rows
 from rlspec.restore.matrix import Rounding
@@ -134,6 +135,7 @@ class Target:
             raise CheckpointError(f"{self.out} is not a checkpoint; overwrite=True replaces checkpoints only")
 
 
+@pinned_arithmetic()
 def run_plan(
     plan: Plan,
     target: Target,

@@ -16,7 +16,7 @@ from torch import Tensor
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import check_finite
 from rlspec.linalg.factor import reference_factors
-from rlspec.linalg.precision import fast_matmul
+from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.change import Change, restoring_change
@@ -53,7 +53,7 @@ class RestoreResult:
     note: str | None = None
 
 
-@torch.no_grad()
+@pinned_arithmetic()
 def restore_matrix(
     W_base: Tensor,
     W_tuned: Tensor,
@@ -121,8 +121,7 @@ def restore_matrix(
         if k == 0:
             change = Change(torch.zeros_like(W_tuned, dtype=torch.float32), 0.0, 0.0, "none")
         else:
-            with fast_matmul():
-                change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
+            change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
     weight, sums = add_rounded(
         W_tuned, change.delta, strength, target, stochastic=rounding == "stochastic", generator=generator
     )

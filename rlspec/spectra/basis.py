@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError
 from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.cache import cached_factors
@@ -100,6 +101,7 @@ class SpectralBasis:
         return cls._build(tensors, modules, rank, cache_dir, device, progress)
 
     @classmethod
+    @pinned_arithmetic()
     def _build(
         cls,
         source: WeightSource,

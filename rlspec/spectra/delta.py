@@ -121,6 +121,7 @@ def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list
         sigma_error_bound=torch.where(same, zero, bounds.sigma),
         angle_error_bound_rad=torch.where(same, zero, angle),
         engine=("delta",) * len(kept),
+        arithmetic=(str(solution.delta.dtype).removeprefix("torch."),) * len(kept),
         notes=(None,) * len(kept),
     )
 

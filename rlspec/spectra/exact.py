@@ -67,6 +67,7 @@ def measure_exact(reference: Reference, delta: Delta) -> Measurement:
         sigma_error_bound=torch.where(same.squeeze(-1), zero, backward),
         angle_error_bound_rad=torch.where(same.squeeze(-1), zero, angle.clamp_max(math.pi / 2)),
         engine=("exact",) * delta.shape[0],
+        arithmetic=("float64",) * delta.shape[0],
         notes=(None,) * delta.shape[0],
     )
 

@@ -84,4 +84,4 @@ def null_rotations(
 
 def _noise(key: str, shape: tuple[int, int]) -> Tensor:
     generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    return torch.randn(shape, generator=generator).double()
+    return torch.randn(shape, generator=generator, dtype=torch.float32).double()

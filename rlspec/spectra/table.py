@@ -73,6 +73,7 @@ COLUMNS: dict[str, str] = {
     "null_random_percentile": "percentage of those random updates that turn less than the measured one",
     "null_draws": "how many random updates",
     "engine": "delta or exact",
+    "arithmetic": "float32 or float64, of the products with ΔW, whatever precision torch is set to",
     "note": "why a value is missing, or what was done",
 }
 
@@ -130,7 +131,7 @@ def measured_rows(
     for i, (matrix, projection) in enumerate(zip(matrices, projections, strict=True)):
         row = _header(matrix, projection, stage, step)
         row.update({name: _finite(column[i]) for name, column in values.items()})
-        row["engine"] = measurement.engine[i]
+        row["engine"], row["arithmetic"] = measurement.engine[i], measurement.arithmetic[i]
         row["note"] = _join([matrix.note, measurement.notes[i], *skipped])
         rows.append(row)
     return rows

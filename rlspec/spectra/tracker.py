@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import Projection, check_finite
-from rlspec.linalg.precision import fast_matmul
+from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.perturb.delta import DenseDelta
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.reference import Reference, stack
@@ -116,7 +116,7 @@ class SpectralTracker:
         Raises:
             TensorError: a weight is missing, has another shape than its reference, or holds NaN or infinity.
         """
-        with torch.no_grad(), fast_matmul():
+        with pinned_arithmetic():
             return self._measure(source, step, stage, null_draws)
 
     def _measure(self, source: WeightSource, step: int, stage: str, null_draws: int) -> SpectralRecord:

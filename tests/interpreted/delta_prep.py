@@ -8,10 +8,14 @@ The interpreter cannot show races, alignment or register use; the ahead-of-time 
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
 
 from rlspec import ops
 from rlspec.kernels.delta import DeltaPrep, delta_prep_triton
@@ -145,6 +149,81 @@ def test_result_does_not_depend_on_the_neighbours() -> None:
     for i, pair in enumerate(zip(tuned, base)):
         alone = delta_prep_triton([pair[0]], [pair[1]])
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together))
+
+
+def shuffle_programs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Let the interpreter run the programs of every launch in an order drawn anew."""
+    generator = torch.Generator().manual_seed(seed)
+    ordinary = type(interpreter_builder).set_grid_idx
+    orders: dict[tuple[int, int, int], list[int]] = {}
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        nx, ny, nz = grid = interpreter_builder.grid_dim
+        if (x, y, z) == (0, 0, 0):
+            orders[grid] = torch.randperm(nx * ny * nz, generator=generator).tolist()
+        place = orders[grid][(x * ny + y) * nz + z]
+        ordinary(interpreter_builder, place // (ny * nz), place // nz % ny, place % nz)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx, raising=False)
+
+
+@triton.jit
+def _atomic_twin(x, total, entries, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    tile = tl.load(x + at, mask=at < entries, other=0.0)
+    tl.atomic_add(total, tl.sum(tile * tile))
+
+
+def test_no_bit_depends_on_the_order_of_the_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned, base = (side[1:4] for side in pairs(torch.float32, torch.float32))
+    x = max(tuned, key=Tensor.numel)
+
+    def atomic() -> float:
+        total = torch.zeros(1)
+        _atomic_twin[(triton.cdiv(x.numel(), 256),)](x, total, x.numel(), BLOCK=256)
+        return total.item()
+
+    ordered, twin = delta_prep_triton(tuned, base, block=256), {atomic()}
+    for seed in range(4):
+        shuffle_programs(monkeypatch, seed)
+        found = delta_prep_triton(tuned, base, block=256)
+        assert all(torch.equal(a, b) for a, b in zip(ordered.delta, found.delta))
+        assert all(torch.equal(a, b) for a, b in zip(ordered[1:], found[1:]))
+        twin.add(atomic())
+    assert len(twin) > 1  # the broken twin: what atomics add up hangs on the order
+
+
+def test_nothing_is_added_up_outside_the_kernels() -> None:
+    """index_add_ and its kin add by atomics on a GPU; the launcher calls nothing that adds floating numbers."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            out = function(*args, **(kwargs or {}))
+            if isinstance(out, Tensor) and out.is_floating_point():
+                called.add(function.overloadpacket.__name__)
+            return out
+
+    called: set[str] = set()
+    tuned, base = pairs(torch.bfloat16, torch.bfloat16)
+    with Recorder():
+        delta_prep_triton(tuned, base)
+        adding = {name for name in called if re.search("add|sum|put|scatter|reduce|copy|mm", name)}
+        assert called and not adding, adding
+        torch.zeros(2).index_add_(0, torch.tensor([0, 0]), torch.ones(2))
+    assert "index_add_" in called  # the twin that the recorder sees
+
+
+def test_matrices_of_more_tiles_than_are_added_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another number at a time is another order of additions, and no other sum than to float64's rounding."""
+    from rlspec.kernels import delta
+
+    tuned, base = pairs(torch.bfloat16, torch.bfloat16)
+    whole = delta_prep_triton(tuned, base, block=256)
+    monkeypatch.setattr(delta, "_SUMMED", 4)
+    parts = delta_prep_triton(tuned, base, block=256)
+    for a, b in zip(whole[1:], parts[1:]):
+        torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
 
 
 def test_the_bar_catches_sums_in_bfloat16() -> None:
