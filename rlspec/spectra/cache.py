@@ -43,20 +43,27 @@ def cached_factors(weight: Tensor, cache_dir: str | Path | None = None) -> Facto
         cache_dir: folder of the cache; default :func:`default_cache_dir`.
 
     Returns:
-        U, S, Vh as ``factor.reference_factors`` gives them. A cache that cannot be written costs time, not
-        results.
+        U, S, Vh as ``factor.reference_factors`` gives them, row-major and in memory of their own whether they were
+        read or computed: how BLAS sums depends on layout and alignment, and a resumed run must get the same bits
+        as one that was never stopped. A cache that cannot be written costs time, not results.
     """
     if weight.numel() < MIN_ENTRIES:
-        return reference_factors(weight)
+        return _fresh(reference_factors(weight))
     key = content_key(weight)
     path = Path(cache_dir if cache_dir is not None else default_cache_dir()) / key[:2] / f"{key}.safetensors"
     found = _load(path, key)
     if found is not None:
-        return found
-    factors = reference_factors(weight)
+        return _fresh(found)
+    factors = _fresh(reference_factors(weight))
     with contextlib.suppress(OSError, SafetensorError):  # the second is how safetensors tells of the first
         _store(path, key, factors)
     return factors
+
+
+def _fresh(factors: Factors) -> Factors:
+    """Copies laid out row by row, where the allocator puts them."""
+    u, s, vh = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
+    return u, s, vh
 
 
 def content_key(weight: Tensor) -> str:
