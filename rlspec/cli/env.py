@@ -29,7 +29,7 @@ def environment() -> dict[str, str]:
         "python": platform.python_version(),
         "platform": platform.platform(),
     }
-    for package in ("torch", "transformers", "triton", "safetensors", "numpy"):
+    for package in ("torch", "transformers", "triton", "safetensors", "numpy", "tensorboard", "gymnasium"):
         facts[package] = _version(package)
     capabilities = ", ".join(f"{name} {value}" for name, value in cpu_capabilities().items())
     facts["CPU"] = f"{os.cpu_count()} cores, {capabilities}"

@@ -1,32 +1,45 @@
-"""TensorBoard events of a run, written from its metrics rows."""
+"""TensorBoard events of a run, written from its metrics rows where TensorBoard is installed."""
 
 from __future__ import annotations
 
-import shutil
 from collections import defaultdict
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import Any
 
 from rlspec.run.jsonl import Row
 
 _SPECTRA = ("angle_left_mean_rad", "angle_right_mean_rad", "sigma_change_rel_max", "delta_relative")
 # Columns of a metrics row that place it rather than measure something.
 _PLACE = ("step", "global_step")
+_SUFFIX = ".rlspec"  # of our files' names
+
+MISSING = "no TensorBoard events: pip install 'rlspec[tensorboard]' for them; everything else is written"
+
+
+def installed() -> bool:
+    """Whether events can be written."""
+    return find_spec("tensorboard") is not None
 
 
 class TensorBoardLog:
     """Scalars on the run's one step axis (`global_step`).
 
-    The folder is written anew from the rows of the events so far, because TensorBoard's files cannot be cut
-    back: a resumed run leaves no doubled or stale points.
+    They are written anew from the rows of the events so far, because TensorBoard's files cannot be cut back: a
+    resumed run leaves no doubled or stale points. Without TensorBoard nothing is written, and nothing fails.
     """
 
     def __init__(self, folder: Path, metrics: Iterable[Row], spectra: Iterable[Row]) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        self._writer = SummaryWriter(str(folder))
+        self._writer: Any = None
+        if not installed():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
+        for mine in folder.glob(f"events.out.tfevents.*{_SUFFIX}"):
+            mine.unlink()
+        self._writer = SummaryWriter(str(folder), filename_suffix=_SUFFIX)
         by_event: dict[tuple[str, int], list[Row]] = defaultdict(list)
         for row in spectra:
             by_event[row["stage"], row["step"]].append(row)
@@ -35,6 +48,8 @@ class TensorBoardLog:
 
     def add(self, metrics: Row, spectra: Iterable[Row]) -> None:
         """Write one event: each number of its metrics row, and the mean spectral figures of each module."""
+        if self._writer is None:
+            return
         stage, step = metrics["stage"], metrics["global_step"]
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name not in _PLACE:
@@ -51,7 +66,8 @@ class TensorBoardLog:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _group(name: str) -> str:
