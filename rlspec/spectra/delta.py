@@ -68,7 +68,7 @@ def _perturbative(reference: ReferenceStack, weight: Tensor, change: Update) -> 
 
 def _exactly(reference: ReferenceStack, weight: Tensor) -> Measurement:
     note = "no small rotation: measured by a full decomposition"
-    return measure_exact(reference, weight).with_notes(note)
+    return measure_exact(reference, weight, norm=spectral_norm).with_notes(note)
 
 
 def _assemble(reference: ReferenceStack, change: Update, solution: Solution, kept: Tensor) -> Measurement:

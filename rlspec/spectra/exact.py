@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -16,12 +17,20 @@ from rlspec.spectra.metrics import arcsine_rounding, effective_rank, update
 from rlspec.spectra.solve import leading_columns
 
 
-def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
+def exact_norm(a: Tensor) -> Tensor:
+    """||A||_2 of (L, m, n) from all singular values in float64, (L,)."""
+    return torch.linalg.matrix_norm(a.double(), ord=2)
+
+
+def measure_exact(
+    reference: ReferenceStack, weight: Tensor, *, norm: Callable[[Tensor], Tensor] = exact_norm
+) -> Measurement:
     """Measure a stack of weights against its references.
 
     Args:
         reference: factors of L matrices (m, n) with rank k >= 1.
         weight: (L, m, n), any floating dtype, finite.
+        norm: what takes ||ΔW||_2, which W's own decomposition does not give. By default that is a second one.
 
     Returns:
         A :class:`Measurement`. A weight equal to its reference has exactly the reference's values and zero
@@ -59,7 +68,7 @@ def measure_exact(reference: ReferenceStack, weight: Tensor) -> Measurement:
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
         best_cosine=torch.where(same, torch.ones_like(best), best.clamp_max(1.0)),
-        delta_spectral=torch.linalg.matrix_norm(delta, ord=2),
+        delta_spectral=norm(change.delta),
         effective_rank=effective_rank(s),
         effective_rank_error_bound=zero,
         sigma_error_bound=torch.where(same.squeeze(-1), zero, backward),
