@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import click
 
@@ -23,6 +22,7 @@ def environment() -> dict[str, str]:
 
     from rlspec.backend import backend_for, cpu_capabilities
     from rlspec.cli.main import installed_version
+    from rlspec.io.cache_folder import default_cache_dir
 
     facts = {
         "rlspec": installed_version(),
@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
     backends = {kind: backend_for(kind) for kind in (["cuda"] if torch.cuda.is_available() else []) + ["cpu"]}
     facts["backends"] = ", ".join(f"{kind}: {backend}" for kind, backend in backends.items())
     facts["extension"] = _extension()
-    facts["cache"] = os.environ.get("RLSPEC_CACHE", str(Path.home() / ".cache" / "rlspec"))
+    facts["cache"] = str(default_cache_dir())
     return facts
 
 

@@ -11,7 +11,7 @@ import click
 from rlspec.errors import RlspecError
 
 # Command -> module; a command's module is imported when that command is asked for (or listed by --help).
-COMMANDS = ("track", "restore", "eval", "report", "env")
+COMMANDS = ("track", "restore", "eval", "report", "cache", "env")
 
 
 class _Commands(click.Group):
