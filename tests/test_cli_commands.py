@@ -95,6 +95,7 @@ def test_env_names_versions_and_backends() -> None:
         "transformers",
         "triton",
         "CPU",
+        "threads",
         "device",
         "backends",
         "extension",

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from rlspec.cli.threads import share_the_machine
 from rlspec.errors import RlspecError
 
 # Command -> module; a command's module is imported when that command is asked for (or listed by --help).
@@ -26,6 +27,7 @@ class _Commands(click.Group):
         return import_module(f"rlspec.cli.{cmd_name}").command
 
     def invoke(self, ctx: click.Context) -> Any:
+        share_the_machine()  # before any command's module is imported, and torch with it
         try:
             return super().invoke(ctx)
         except RlspecError as error:
