@@ -176,6 +176,18 @@ def test_the_command_refuses_a_text_where_a_number_belongs(tmp_path: Path) -> No
     assert not (folder / "report.html").exists()
 
 
+@pytest.mark.parametrize("content", [b"\xff\xfe\0a", b"a: [", b"a: " + b"[" * 5000, b"a: 2024-13-45"])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.jsonl", "summary.json"])
+def test_files_that_are_something_else_are_refused_in_one_line(
+    name: str, content: bytes, tmp_path: Path
+) -> None:
+    folder = make_run(tmp_path / "run")
+    (folder / name).write_bytes(content + b"\n")
+    result = CliRunner().invoke(main, ["report", str(folder)])
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 2
+    assert result.stderr.startswith(f"Error: {folder / name}") and result.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("name", ["report.html", ".report.html.tmp"])
 def test_a_link_in_the_folder_leads_nowhere_else(name: str, tmp_path: Path) -> None:
     other = tmp_path / "precious"
