@@ -40,3 +40,12 @@ class ExtensionError(RlspecError, ImportError):
 
 class BackendError(RlspecError):
     """A backend was asked for that cannot run here."""
+
+
+class MissingPackageError(RlspecError, ImportError):
+    """A package is not installed that few need, so that it does not come with rlspec."""
+
+    def __init__(self, needed_by: str, package: str) -> None:
+        super().__init__(
+            f"{needed_by} needs {package}, which is not installed: pip install 'rlspec[{package}]'"
+        )

@@ -98,6 +98,7 @@ def test_env_names_versions_and_backends() -> None:
         "transformers",
         "triton",
         "CPU",
+        "threads",
         "device",
         "backends",
         "extension",

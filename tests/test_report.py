@@ -6,60 +6,16 @@ import json
 import random
 import re
 from pathlib import Path
-from typing import Any
 from xml.etree import ElementTree
 
 import pytest
-import yaml
+from report_toys import MODEL, make_run
 
 from rlspec.errors import RunFolderError
 from rlspec.report import write_report
 from rlspec.report.chart import Series, line_chart, ticks
 from rlspec.report.data import read_run, spearman
 from rlspec.report.heatmap import colour
-
-MODEL = "a <b>&model"
-
-
-def _metrics(stage: str, step: int, at: int, identity: float, ood: float) -> dict[str, Any]:
-    row: dict[str, Any] = {
-        "stage": stage,
-        "step": step,
-        "global_step": at,
-        "loss": 1 / (1 + at),
-        "ood_shift": "both",
-    }
-    for prefix, value in (("id", identity), ("ood", ood)):
-        row |= {f"{prefix}_accuracy": value, f"{prefix}_n": 234, f"{prefix}_low": value * 0.9}
-        row |= {f"{prefix}_high": min(1.0, value * 1.1 + 0.01)}
-    return row | {"kl_base_nats_per_token": at / 500, "seconds_wall": 10.0 + at, "seconds_tracking": 0.1 * at}
-
-
-def make_run(folder: Path, *, steps: int = 3, layers: int = 4) -> Path:
-    folder.mkdir()
-    (folder / "config.yaml").write_text(
-        yaml.safe_dump({"model": MODEL, "shifts": ["none", "both"], "seed": 3})
-    )
-    rng = random.Random(0)
-    oods = [0.0, 0.5123, 0.1] + [0.1] * steps
-    metrics = [_metrics("sft", 50 * i, 50 * i, 0.3 * min(i, 3), oods[i]) for i in range(steps)]
-    metrics += [_metrics("ppo", 5 * i, 50 * (steps - 1) + 10 * i, 0.9, 0.2) for i in range(2)]
-    spectra = []
-    for row in metrics:
-        for layer in range(layers):
-            for module in "qkv":
-                angle = rng.random() * row["global_step"] / 100
-                spectra.append(
-                    {
-                        "stage": row["stage"], "step": row["step"], "module": module, "layer": layer,
-                        "angle_left_mean_rad": angle if module != "k" else None, "angle_right_mean_rad": angle,
-                        "sigma_change_rel_mean": angle / 10, "nss_k": angle / 9, "delta_relative": angle,
-                        "note": "left angles skipped" if module == "k" else None,
-                    }
-                )  # fmt: skip
-    for name, rows in (("metrics", metrics), ("spectra", spectra)):
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
 
 
 def test_page_holds_the_figures_and_loads_nothing(tmp_path: Path) -> None:
@@ -140,6 +96,7 @@ def test_ticks_are_round_and_inside() -> None:
     assert ticks(0, 1) == pytest.approx([0, 0.2, 0.4, 0.6, 0.8, 1.0])
     assert ticks(0, 437) == pytest.approx([0, 100, 200, 300, 400])
     assert ticks(3, 3) == [3]
+    assert ticks(0, 5e-324) == [0]
 
 
 def test_colours_get_brighter() -> None:
@@ -152,6 +109,9 @@ def test_colours_get_brighter() -> None:
     assert values == sorted(values)
 
 
-def test_chart_of_nothing_says_so() -> None:
-    chart = line_chart([Series("a", [], "c0")], x_label="x", y_label="y", y_format=str, x_range=(0, 1))
-    assert "Nothing was measured" in chart
+def test_chart_of_nothing_says_so(tmp_path: Path) -> None:
+    assert line_chart([Series("a", [], "c0")], x_label="x", y_label="y", y_format=str, x_range=(0, 1)) is None
+    folder = make_run(tmp_path / "run")
+    assert "Nothing was measured" not in write_report(folder).read_text()
+    (folder / "spectra.jsonl").write_text("")
+    assert write_report(folder).read_text().count("Nothing was measured") == 1

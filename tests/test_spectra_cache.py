@@ -8,8 +8,9 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from rlspec.spectra import SpectralBasis, cache
+from rlspec.spectra import SpectralBasis, SpectralTracker, cache
 
+KEPT_FROM = cache.MIN_ENTRIES
 NAME = "model.layers.{}.self_attn.q_proj.weight"
 
 
@@ -32,6 +33,41 @@ def test_second_use_computes_nothing_and_gives_the_same(tmp_path, counted):
     second = cache.cached_factors(weight.clone(), tmp_path)
     assert len(counted) == 1
     assert all(torch.equal(a, b) for a, b in zip(first, second))
+
+
+def test_cached_factors_measure_to_the_same_bits_as_computed_ones(tmp_path):
+    assert KEPT_FROM <= 400 * 384
+    name, generator = NAME.format(0), torch.Generator().manual_seed(0)
+    weight, step = torch.randn(2, 400, 384, generator=generator)
+    records = []
+    for _ in range(2):  # with factors computed just now, and as a resumed run has them
+        basis = SpectralBasis.from_tensors({name: weight}, modules="q", cache_dir=tmp_path)
+        tracker = SpectralTracker(basis, engine="exact")
+        records.append(tracker.measure({name: weight + 0.02 * step}, step=0))
+    first, second = records
+    assert first.rows == second.rows
+    assert all(torch.equal(value, second.arrays[key]) for key, value in first.arrays.items())
+
+
+def places(weight, folder):
+    """Stride and alignment of factors computed just now, and of the same read from the cache."""
+    return [
+        [(factor.stride(), factor.data_ptr() % 64) for factor in cache.cached_factors(weight, folder)]
+        for _ in range(2)
+    ]
+
+
+@pytest.mark.parametrize("shape", [(20, 30), (400, 384), (384, 700)])
+def test_factors_lie_alike_whether_computed_or_read(tmp_path, shape):
+    computed, read = places(torch.randn(shape), tmp_path)
+    assert computed == read
+
+
+def test_without_a_copy_they_would_not(tmp_path, monkeypatch):
+    """The broken twin: LAPACK's layout at first, the mapped file's layout and alignment later."""
+    monkeypatch.setattr(cache, "_fresh", lambda factors: factors)
+    computed, read = places(torch.randn(400, 384), tmp_path)
+    assert computed != read
 
 
 def test_key_covers_content_dtype_and_shape():
@@ -110,7 +146,7 @@ def test_nor_is_a_full_disk(tmp_path, monkeypatch):
     weight = torch.randn(9, 7)
     u, s, vh = cache.cached_factors(weight, tmp_path)
     torch.testing.assert_close(((u * s) @ vh).float(), weight)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.parent.name != "users"]
 
 
 def test_default_folder_follows_the_environment(tmp_path, monkeypatch):

@@ -75,6 +75,24 @@ def test_small_updates_stay_in_the_delta_form_and_large_ones_leave_it():
     torch.testing.assert_close(found.sines_left[1], truth.sines_left[1])
 
 
+def test_a_full_decomposition_is_taken_of_the_weight_only(monkeypatch):
+    """The norm of the update comes from a few products, as in every other row of the engine."""
+    from rlspec.spectra import exact
+
+    g = torch.Generator().manual_seed(1)
+    weight = flat_at_the_cut(64, 48, g)
+    tuned = weight + random_update(weight, 2.0, None, g)
+    truth = torch.linalg.svdvals(tuned - weight)[0]
+    taken = []
+    monkeypatch.setattr(exact, "_decompose", lambda a, of=exact._decompose: taken.append(a) or of(a))
+    monkeypatch.setattr(
+        torch.linalg, "matrix_norm", lambda a, ord, of=torch.linalg.matrix_norm: taken.append(a) or of(a, ord)
+    )
+    found = by_delta(stacked([weight]), tuned[None])
+    assert found.engine == ("exact",) and [tuple(a.shape) for a in taken] == [(1, 64, 48)]
+    assert float(found.delta_spectral / truth) == pytest.approx(1.0, abs=0.02)
+
+
 def test_a_bound_notices_a_wrong_answer():
     """The broken twin: a pair whose rotation was dropped must get bounds that cover the error it makes."""
     from rlspec.perturb.bounds import residual_bounds

@@ -10,11 +10,12 @@ import click
 
 from rlspec.cli.exits import stopped
 from rlspec.cli.flags import as_flags
+from rlspec.cli.threads import share_the_machine
 from rlspec.errors import RlspecError
 from rlspec.signals import sigterm_raises
 
 # Command -> module; a command's module is imported when that command is asked for (or listed by --help).
-COMMANDS = ("track", "restore", "eval", "report", "env")
+COMMANDS = ("track", "restore", "eval", "report", "cache", "env")
 
 
 class _Commands(click.Group):
@@ -29,6 +30,7 @@ class _Commands(click.Group):
         return import_module(f"rlspec.cli.{cmd_name}").command
 
     def invoke(self, ctx: click.Context) -> Any:
+        share_the_machine()  # before any command's module is imported, and torch with it
         try:
             with sigterm_raises():
                 return super().invoke(ctx)

@@ -32,6 +32,8 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """
     mine = f".{os.getpid()}-{threading.get_ident()}" if shared else ""
     temporary = path.with_name(f".{path.name}{mine}.tmp")
+    # A leftover of a kill, or a link in a folder that came from elsewhere: what it points to must not be written.
+    temporary.unlink(missing_ok=True)
     try:
         yield temporary
         with temporary.open("rb") as file:

@@ -1,11 +1,10 @@
-"""Line charts as inline SVG."""
+"""Line charts: where everything is drawn, in the units of the picture. The template draws it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from html import escape
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 62, 16, 14, 40
 
@@ -20,11 +19,52 @@ class Series:
     band: Sequence[tuple[float, float, float]] = field(default=())
 
 
+@dataclass(frozen=True)
+class Place:
+    """A position in the picture, x to the right and y downwards from its upper left corner, and its text."""
+
+    x: float
+    y: float
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A series in place: its dots, and the outline of its band (empty where it has none)."""
+
+    label: str
+    colour: str
+    dots: Sequence[Place]
+    outline: Sequence[Place]
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """A vertical line at ``x``, with what lies before and after it, e.g. where SFT ends and PPO begins."""
+
+    x: float
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A chart of ``WIDTH`` by ``height``; its axes are at ``LEFT``, ``RIGHT``, ``TOP`` and ``BOTTOM`` from the edges."""
+
+    height: int
+    x_label: str
+    y_label: str
+    x_ticks: Sequence[Place]
+    y_ticks: Sequence[Place]
+    boundary: Boundary | None
+    lines: Sequence[Line]
+
+
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that cover [low, high]."""
-    if not high > low:
-        return [low]
     raw = (high - low) / count
+    if not raw > 0:
+        return [low]
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= raw * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
@@ -40,62 +80,37 @@ def line_chart(
     x_range: tuple[float, float],
     height: int = 260,
     y_max: float | None = None,
-    boundary: tuple[float, str, str] | None = None,
-) -> str:
-    """An SVG line chart with a y axis from 0.
+    boundary: Boundary | None = None,
+) -> Chart | None:
+    """A line chart with a y axis from 0 to ``y_max``, or to a little above the largest value; None without points.
 
     Args:
-        boundary: (x, name before, name after) of a vertical line, e.g. where SFT ends and PPO begins.
+        boundary: its ``x`` in the units of the data.
     """
     shown = [s for s in series if s.points]
     if not shown:
-        return '<p class="note">Nothing was measured here.</p>'
+        return None
     tops = [y for s in shown for _, y in s.points] + [high for s in shown for *_, high in s.band]
     top = y_max if y_max is not None else (max(tops) * 1.08 or 1.0)
     low_x, high_x = x_range
     plot_width, plot_height = WIDTH - LEFT - RIGHT, height - TOP - BOTTOM
 
-    def px(x: float) -> float:
-        return LEFT + (x - low_x) / ((high_x - low_x) or 1) * plot_width
+    def place(x: float, y: float, text: str = "") -> Place:
+        right = (x - low_x) / ((high_x - low_x) or 1)
+        return Place(LEFT + right * plot_width, TOP + (1 - min(y, top) / top) * plot_height, text)
 
-    def py(y: float) -> float:
-        return TOP + (1 - min(y, top) / top) * plot_height
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{escape(y_label)}">']
-    for y in ticks(0, top):
-        parts.append(
-            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{py(y):.1f}" y2="{py(y):.1f}"/>'
-        )
-        parts.append(f'<text x="{LEFT - 7}" y="{py(y) + 4:.1f}" text-anchor="end">{y_format(y)}</text>')
-    for x in ticks(low_x, high_x, 8):
-        parts.append(f'<text x="{px(x):.1f}" y="{height - 22}" text-anchor="middle">{x:g}</text>')
-    parts.append(
-        f'<text x="{LEFT + plot_width / 2}" y="{height - 5}" text-anchor="middle">{escape(x_label)}</text>'
-    )
-    middle = TOP + plot_height / 2
-    parts.append(
-        f'<text transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">{escape(y_label)}</text>'
-    )
-    if boundary is not None:
-        x, before, after = boundary
-        parts.append(
-            f'<line class="boundary" x1="{px(x):.1f}" x2="{px(x):.1f}" y1="{TOP}" y2="{TOP + plot_height}"/>'
-            f'<text x="{px(x) - 6:.1f}" y="{TOP + plot_height - 6}" text-anchor="end">{escape(before)}</text>'
-            f'<text x="{px(x) + 6:.1f}" y="{TOP + plot_height - 6}">{escape(after)}</text>'
-        )
+    lines = []
     for s in shown:
-        if s.band:
-            there = [f"{px(x):.1f},{py(high):.1f}" for x, _, high in s.band]
-            back = [f"{px(x):.1f},{py(low):.1f}" for x, low, _ in reversed(s.band)]
-            parts.append(f'<polygon class="band {s.colour}" points="{" ".join(there + back)}"/>')
-    for s in shown:
-        points = " ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in s.points)
-        parts.append(f'<polyline class="line {s.colour}" points="{points}"/>')
-        for x, y in s.points:
-            parts.append(
-                f'<circle class="dot {s.colour}" cx="{px(x):.1f}" cy="{py(y):.1f}" r="3">'
-                f"<title>{escape(s.label)}, step {x:g}: {y_format(y)}</title></circle>"
-            )
-    parts.append("</svg>")
-    legend = "".join(f'<span><i class="{s.colour}"></i>{escape(s.label)}</span>' for s in shown)
-    return f'<p class="legend">{legend}</p>{"".join(parts)}'
+        dots = [place(x, y, f"{s.label}, step {x:g}: {y_format(y)}") for x, y in s.points]
+        there = [place(x, high) for x, _, high in s.band]
+        back = [place(x, low) for x, low, _ in reversed(s.band)]
+        lines.append(Line(s.label, s.colour, dots, there + back))
+    return Chart(
+        height=height,
+        x_label=x_label,
+        y_label=y_label,
+        x_ticks=[place(x, 0, f"{x:g}") for x in ticks(low_x, high_x, 8)],
+        y_ticks=[place(low_x, y, y_format(y)) for y in ticks(0, top)],
+        boundary=boundary and Boundary(place(boundary.x, 0).x, boundary.before, boundary.after),
+        lines=lines,
+    )

@@ -1,8 +1,12 @@
-"""What a report is made of: the rows of a run folder, read once and checked."""
+"""What a report is made of: the rows of a run folder, read once and checked.
+
+A run folder may come from anybody: what reaches the page as a number is one, of a size that can be drawn.
+"""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +17,15 @@ import yaml
 from rlspec.errors import RunFolderError
 
 Row = dict[str, Any]
+
+# The columns that the page reads.
+_TEXTS = ("stage", "module", "note", "ood_shift")
+_NUMBERS = re.compile(
+    r"(global_)?step|layer|rank|loss|nss_k|block_vectors|delta_relative|tracking_share|n|p_value|seconds_.*"
+    r"|.*_(accuracy|low|high|n|rad|mean|percentile|per_token)",
+    re.DOTALL,
+)
+_LARGEST = 1e100
 
 
 @dataclass(frozen=True)
@@ -30,45 +43,114 @@ def read_run(folder: Path | str) -> RunData:
     """Read the files of a run folder; a run in progress will do once it has one complete event.
 
     Raises:
-        RunFolderError: the folder or a file is missing, or a line is no JSON object; names file and line.
+        RunFolderError: the folder or a file is missing, or a line is no JSON object or holds something else than
+            numbers where numbers belong; names file and line.
     """
     path = Path(folder)
     if not path.is_dir():
         raise RunFolderError(f"{path}: no such run folder")
+    config_file = path / "config.yaml"
+    text = _text(config_file)
     try:
-        config = yaml.safe_load((path / "config.yaml").read_text())
-    except OSError as error:
-        raise RunFolderError(f"{path / 'config.yaml'}: {error.strerror}; is this a run folder?") from None
-    except yaml.YAMLError as error:
-        raise RunFolderError(f"{path / 'config.yaml'}: not YAML: {' '.join(str(error).split())}") from None
+        config = yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise RunFolderError(f"{config_file}: not YAML: {' '.join(str(error).split())}") from None
     metrics = _rows(path / "metrics.jsonl")
     if not metrics:
         raise RunFolderError(f"{path / 'metrics.jsonl'}: no complete event yet; nothing to report")
     complete = {(row["stage"], row["step"]) for row in metrics}
-    spectra = [row for row in _rows(path / "spectra.jsonl") if (row["stage"], row["step"]) in complete]
-    summary_file = path / "summary.json"
-    summary = json.loads(summary_file.read_text()) if summary_file.is_file() else {}
-    return RunData(path, config if isinstance(config, dict) else {}, metrics, spectra, summary)
+    spectra = [
+        row for row in _rows(path / "spectra.jsonl", "module") if (row["stage"], row["step"]) in complete
+    ]
+    return RunData(path, config if isinstance(config, dict) else {}, metrics, spectra, _summary(path))
 
 
-def _rows(path: Path) -> list[Row]:
-    if not path.is_file():
-        raise RunFolderError(f"{path}: no such file; is this a run folder?")
-    lines = path.read_text().split("\n")
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RunFolderError(f"{path}: {error.strerror}; is this a run folder?") from None
+    except UnicodeDecodeError:
+        raise RunFolderError(f"{path}: not UTF-8 text; is this a run folder?") from None
+
+
+def _rows(path: Path, *texts: str) -> list[Row]:
+    """The rows of a file, each with ``stage``, ``step`` and the ``texts`` named."""
+    lines = _text(path).split("\n")
     rows = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
+        place = f"{path}, line {number}"
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             if number == len(lines):  # a write that was cut short; the run itself repairs it when resumed
                 continue
-            raise RunFolderError(f"{path}, line {number}: not JSON") from None
-        if not isinstance(row, dict) or not {"stage", "step"} <= row.keys():
-            raise RunFolderError(f"{path}, line {number}: wanted an object with stage and step")
+            raise RunFolderError(f"{place}: not JSON") from None
+        _check_event(place, row, *texts)
         rows.append(row)
     return rows
+
+
+def _check_event(place: str, row: Any, *texts: str) -> None:
+    """Refuse what is no row of an event, or holds values of another kind than the page takes them for."""
+    wanted = ("stage", "step", *texts)
+    if any(_object(place, row).get(name) is None for name in wanted):
+        raise RunFolderError(f"{place}: wanted an object with {', '.join(wanted)}")
+    _check_values(place, row)
+
+
+def _check_values(place: str, row: Row) -> None:
+    for name, value in row.items():
+        if value is None:
+            continue
+        if name in _TEXTS and not isinstance(value, str):
+            wanted = "a text"
+        elif _NUMBERS.fullmatch(name) and not _is_number(value):
+            wanted = "a number"
+        else:
+            continue
+        raise RunFolderError(f"{place}: {_cut(name)} is {_cut(value)}, wanted {wanted}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and abs(value) <= _LARGEST  # NaN compares false
+
+
+def _summary(folder: Path) -> Row:
+    """The contents of summary.json, or nothing where the run has none yet."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        return {}
+    text = _text(path)
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError):
+        raise RunFolderError(f"{path}: not JSON") from None
+    summary = _object(str(path), content)
+    _check_values(str(path), summary)
+    for name, event in _object(f"{path}, events", summary.get("events", {})).items():
+        place = f"{path}, events, {_cut(name)}"
+        _check_event(place, _object(place, event).get("metrics"))
+    for name, shifts in _object(f"{path}, tests", summary.get("tests", {})).items():
+        place = f"{path}, tests, {_cut(name)}"
+        for test in _object(place, shifts).values():
+            if any(_object(place, test).get(key) is None for key in ("n", "p_value")):
+                raise RunFolderError(f"{place}: wanted objects with n and p_value")
+            _check_values(place, test)
+    return summary
+
+
+def _object(place: str, value: Any) -> Row:
+    if not isinstance(value, dict):
+        raise RunFolderError(f"{place}: {_cut(value)} where an object was wanted")
+    return value
+
+
+def _cut(value: Any) -> str:
+    """A value on part of a line, whatever it holds."""
+    return f"{value!a:.60}"
 
 
 def mean(values: Iterable[float | None]) -> float | None:

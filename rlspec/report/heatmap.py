@@ -1,12 +1,48 @@
-"""Layer × step heat maps as inline SVG."""
+"""Layer × event heat maps: where every cell is drawn and in which colour. The template draws them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
+from dataclasses import dataclass
+
+from rlspec.report.chart import Place
 
 #: Dark to bright, evenly spaced in lightness, readable without colour vision.
 _STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
+_LEFT, _TOP = 30, 16  # of the first cell
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A cell by its upper left corner; ``fill`` is its colour."""
+
+    x: float
+    y: float
+    fill: str
+    text: str
+
+
+@dataclass(frozen=True)
+class HeatMap:
+    """A map of ``width`` by ``height``, with cells of ``wide`` by ``high``."""
+
+    title: str
+    width: float
+    height: float
+    wide: float
+    high: float
+    cells: Sequence[Cell]
+    layers: Sequence[Place]  # labels of the rows
+    ends: Sequence[Place]  # labels of the first and the last column; one where they are the same
+
+
+@dataclass(frozen=True)
+class ColourBar:
+    """The key of a map: colours at equal distances, from ``low`` to ``high``."""
+
+    colours: Sequence[str]
+    low: str
+    high: str
 
 
 def colour(share: float) -> str:
@@ -25,43 +61,35 @@ def heatmap(
     top: float,
     value_format: Callable[[float], str],
     title: str,
-) -> str:
+) -> HeatMap:
     """One map: rows are layers, columns are events, ``cells[layer, column index]`` values in [0, top]."""
-    wide, high, left = max(6.0, min(26.0, 330 / len(columns))), max(4.0, min(20.0, 300 / len(layers))), 30
-    width, height = left + wide * len(columns) + 4, high * len(layers) + 38
-    size = f'viewBox="0 0 {width:.0f} {height:.0f}" style="max-width: {1.3 * width:.0f}px"'
-    parts = [f'<svg {size} role="img" aria-label="{escape(title)}">']
-    parts.append(f'<text x="{left}" y="11">{escape(title)}</text>')
+    wide, high = max(6.0, min(26.0, 330 / len(columns))), max(4.0, min(20.0, 300 / len(layers)))
     label_every = max(1, round(14 / high))
+    placed, labels = [], []
     for row, layer in enumerate(layers):
-        y = 16 + row * high
+        y = _TOP + row * high
         if row % label_every == 0:
-            parts.append(f'<text x="{left - 5}" y="{y + high / 2 + 4:.1f}" text-anchor="end">{layer}</text>')
+            labels.append(Place(_LEFT - 5, y + high / 2 + 4, str(layer)))
         for column, name in enumerate(columns):
             value = cells.get((layer, column))
-            if value is None:
-                continue
-            fill = colour(value / top if top > 0 else 0.0)
-            parts.append(
-                f'<rect x="{left + column * wide:.1f}" y="{y:.1f}" width="{wide + 0.3:.1f}" '
-                f'height="{high + 0.3:.1f}" fill="{fill}"><title>layer {layer}, {escape(name)}: '
-                f"{value_format(value)}</title></rect>"
-            )
-    bottom = 16 + len(layers) * high + 14
-    for column in {0, len(columns) - 1}:
-        anchor = "start" if column == 0 else "end"
-        x = left + (0 if column == 0 else wide * len(columns))
-        parts.append(
-            f'<text x="{x:.0f}" y="{bottom:.0f}" text-anchor="{anchor}">{escape(columns[column])}</text>'
-        )
-    parts.append("</svg>")
-    return "".join(parts)
-
-
-def colour_bar(top: float, value_format: Callable[[float], str]) -> str:
-    """The key of a map: 0 to ``top``."""
-    stops = ", ".join(colour(i / 8) for i in range(9))
-    return (
-        f'<p class="bar"><span>{value_format(0.0)}</span>'
-        f'<i style="background: linear-gradient(to right, {stops})"></i><span>{value_format(top)}</span></p>'
+            if value is not None:
+                fill = colour(value / top if top > 0 else 0.0)
+                text = f"layer {layer}, {name}: {value_format(value)}"
+                placed.append(Cell(_LEFT + column * wide, y, fill, text))
+    bottom = _TOP + len(layers) * high + 14
+    ends = [Place(_LEFT, bottom, columns[0]), Place(_LEFT + wide * len(columns), bottom, columns[-1])]
+    return HeatMap(
+        title=title,
+        width=_LEFT + wide * len(columns) + 4,
+        height=high * len(layers) + 38,
+        wide=wide,
+        high=high,
+        cells=placed,
+        layers=labels,
+        ends=ends[: min(2, len(columns))],
     )
+
+
+def colour_bar(top: float, value_format: Callable[[float], str]) -> ColourBar:
+    """The key of a map: 0 to ``top``."""
+    return ColourBar([colour(i / 8) for i in range(9)], value_format(0.0), value_format(top))

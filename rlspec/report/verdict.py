@@ -23,15 +23,19 @@ def accuracy(row: Row, prefix: str) -> str:
     """``41.5 % (35.3–47.9)``: the accuracy and its 95 % interval."""
     if row.get(f"{prefix}_accuracy") is None:
         return "–"
-    low, high = 100 * row[f"{prefix}_low"], 100 * row[f"{prefix}_high"]
-    return f"{percent(row[f'{prefix}_accuracy'])} ({low:.1f}–{high:.1f})"
+    found, low, high = (row.get(f"{prefix}_{name}") for name in ("accuracy", "low", "high"))
+    return (
+        percent(found)
+        if low is None or high is None
+        else f"{percent(found)} ({100 * low:.1f}–{100 * high:.1f})"
+    )
 
 
 def events(run: RunData) -> dict[str, Row]:
     """The decisive events' metrics rows, from the summary or, before there is one, from the rows so far."""
     found = run.summary.get("events")
     if found:
-        return {name: event["metrics"] for name, event in found.items()}
+        return {name: event["metrics"] for name, event in found.items() if name in NAMES}
     chosen: dict[str, Row] = {}
     for stage in ("sft", "ppo"):
         rows = [row for row in run.metrics if row["stage"] == stage]
@@ -42,6 +46,18 @@ def events(run: RunData) -> dict[str, Row]:
         if rows:
             chosen[f"{stage}_end"] = rows[-1]
     return chosen
+
+
+def headlines(run: RunData) -> list[tuple[str, str]]:
+    """(figure, what it is) of the cards at the top of the page."""
+    cards = [(percent(run.metrics[-1].get("id_accuracy")), "ID at the end")]
+    for name, row in events(run).items():
+        if name in ("sft_peak", "sft_end", "ppo_end"):
+            cards.append((percent(row.get("ood_accuracy")), f"OOD, {NAMES[name]}"))
+    share = run.summary.get("tracking_share")
+    if share is not None:
+        cards.append((percent(share), "of the run's time spent tracking"))
+    return cards
 
 
 def _test(run: RunData, pair: str) -> Row | None:
@@ -62,7 +78,7 @@ def verdict(run: RunData) -> str:
         )
         peak = found.get("sft_peak")
         if peak is not None and end.get("ood_accuracy") is not None:
-            top, left = peak["ood_accuracy"], end["ood_accuracy"]
+            top, left = peak.get("ood_accuracy") or 0.0, end["ood_accuracy"]
             lost = (top - left) / top if top > 0 else 0.0
             at = f"step {peak['step']}"
             ended = "ended" if run.summary else "is now"

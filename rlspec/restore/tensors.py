@@ -110,10 +110,7 @@ def base_factors(label: str, weight: Tensor, options: RestoreOptions, cache_dir:
     """The base's decomposition, from the cache where it is there."""
     weight = weight.contiguous()
     factors = exact_svd(weight.double()) if options.exact else cached_factors(weight, cache_dir)
-    # In fresh memory: how BLAS sums depends on layout and alignment, and a resumed run must get the same bits from
-    # factors it reads back as an uninterrupted one gets from those it computed.
-    u, s, vh = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
-    return matrix_basis(label, weight, (u, s, vh), Rank.parse(options.rank))
+    return matrix_basis(label, weight, factors, Rank.parse(options.rank))
 
 
 def restore_with(

@@ -28,7 +28,7 @@ from rlspec.run.progress import Progress
 from rlspec.run.recorder import Clock, EventRecorder
 from rlspec.run.settings import refuse_other_settings
 from rlspec.run.summary import summarize, summary_lines
-from rlspec.run.tensorboard import TensorBoardLog
+from rlspec.run.tensorboard import MISSING, TensorBoardLog, installed
 from rlspec.signals import interrupt
 from rlspec.spectra import Rank, SpectralBasis, SpectralTracker
 from rlspec.tasks import Task, check_shift, get_task
@@ -177,6 +177,8 @@ def _run_stages(
         tracker = SpectralTracker(basis, engine=config.engine)
     with clock.timed("kl"):
         probe = KLProbe(inputs.model, inputs.tokenizer, inputs.task, seed=config.seed)
+    if not installed():
+        progress.say(MISSING)
     tensorboard = TensorBoardLog(folder.tensorboard_dir, folder.metrics(), folder.spectra(), folder.manifest)
     recorder = EventRecorder(
         config,

@@ -150,7 +150,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} holds no run to resume (no config.yaml)")
         try:
             settings = yaml.safe_load(self.config_path.read_text())
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise RunFolderError(f"{self.config_path} is not YAML: {' '.join(str(error).split())}") from None
         if not isinstance(settings, dict):
             raise RunFolderError(f"{self.config_path} is not a mapping of settings")

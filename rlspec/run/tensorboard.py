@@ -1,13 +1,13 @@
-"""TensorBoard events of a run, written from its metrics rows."""
+"""TensorBoard events of a run, written from its metrics rows where TensorBoard is installed."""
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import fmean
-
-from torch.utils.tensorboard import SummaryWriter
+from typing import Any
 
 from rlspec.run.jsonl import Row
 from rlspec.run.manifest import Manifest
@@ -16,17 +16,30 @@ _SPECTRA = ("angle_left_mean_rad", "angle_right_mean_rad", "sigma_change_rel_max
 # Columns of a metrics row that place it rather than measure something.
 _PLACE = ("step", "global_step")
 
+MISSING = "no TensorBoard events: pip install 'rlspec[tensorboard]' for them; everything else is written"
+
+
+def installed() -> bool:
+    """Whether events can be written."""
+    return find_spec("tensorboard") is not None
+
 
 class TensorBoardLog:
     """Scalars on the run's one step axis (`global_step`).
 
     The event file is written anew from the rows of the events so far, because TensorBoard's files cannot be cut
-    back: a resumed run leaves no doubled or stale points. Event files of others in the folder stay.
+    back: a resumed run leaves no doubled or stale points. Event files of others in the folder stay. Without TensorBoard
+    nothing is written, and nothing fails.
     """
 
     def __init__(
         self, folder: Path, metrics: Iterable[Row], spectra: Iterable[Row], manifest: Manifest
     ) -> None:
+        self._writer: Any = None
+        if not installed():
+            return
+        from torch.utils.tensorboard import SummaryWriter
+
         for path in manifest.paths(folder):
             manifest.remove(path)
         folder.mkdir(exist_ok=True)
@@ -42,6 +55,8 @@ class TensorBoardLog:
 
     def add(self, metrics: Row, spectra: Iterable[Row]) -> None:
         """Write one event: each number of its metrics row, and the mean spectral figures of each module."""
+        if self._writer is None:
+            return
         stage, step = metrics["stage"], metrics["global_step"]
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name not in _PLACE:
@@ -58,7 +73,8 @@ class TensorBoardLog:
         self._writer.flush()
 
     def close(self) -> None:
-        self._writer.close()
+        if self._writer is not None:
+            self._writer.close()
 
 
 def _group(name: str) -> str:

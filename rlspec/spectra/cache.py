@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import zlib
 from pathlib import Path
 from typing import Any
@@ -20,19 +19,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from rlspec.io.cache_folder import begin_use, default_cache_dir, entry_path, limit_bytes, make_room, mark_used
 from rlspec.io.files import replacing
 from rlspec.linalg.factor import reference_factors
 
 _VERSION = 1
 # Below this many entries a decomposition takes milliseconds, less than its file would.
 MIN_ENTRIES = 1 << 17
+_HEADER_BYTES = 1024  # of a file, at most
 
 Factors = tuple[Tensor, Tensor, Tensor]
-
-
-def default_cache_dir() -> Path:
-    """``$RLSPEC_CACHE``, or ``~/.cache/rlspec``."""
-    return Path(os.environ.get("RLSPEC_CACHE") or Path.home() / ".cache" / "rlspec")
 
 
 def cached_factors(weight: Tensor, cache_dir: str | Path | None = None) -> Factors:
@@ -43,20 +39,36 @@ def cached_factors(weight: Tensor, cache_dir: str | Path | None = None) -> Facto
         cache_dir: folder of the cache; default :func:`default_cache_dir`.
 
     Returns:
-        U, S, Vh as ``factor.reference_factors`` gives them. A cache that cannot be written costs time, not
-        results.
+        U, S, Vh as ``factor.reference_factors`` gives them, row-major and in memory of their own whether they were
+        read or computed: how BLAS sums depends on layout and alignment, and a resumed run must get the same bits
+        as one that was never stopped. A cache that cannot be written, or is full of what running processes use,
+        costs time, not results.
+
+    Raises:
+        OptionError: ``$RLSPEC_CACHE_GIB`` is no size.
     """
     if weight.numel() < MIN_ENTRIES:
-        return reference_factors(weight)
+        return _fresh(reference_factors(weight))
     key = content_key(weight)
-    path = Path(cache_dir if cache_dir is not None else default_cache_dir()) / key[:2] / f"{key}.safetensors"
+    folder = Path(cache_dir if cache_dir is not None else default_cache_dir())
+    path = entry_path(folder, key)
+    limit_bytes()  # a limit that is none should be told before the work
+    with contextlib.suppress(OSError):
+        begin_use(folder)
+    mark_used(path)
     found = _load(path, key)
     if found is not None:
-        return found
-    factors = reference_factors(weight)
+        return _fresh(found)
+    factors = _fresh(reference_factors(weight))
     with contextlib.suppress(OSError, SafetensorError):  # the second is how safetensors tells of the first
-        _store(path, key, factors)
+        _store(folder, key, factors)
     return factors
+
+
+def _fresh(factors: Factors) -> Factors:
+    """Copies laid out row by row, where the allocator puts them."""
+    u, s, vh = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
+    return u, s, vh
 
 
 def content_key(weight: Tensor) -> str:
@@ -80,8 +92,11 @@ def _load(path: Path, key: str) -> Factors | None:
     return (u, s, vh) if described.get("checksum") == _checksum((u, s, vh)) else None
 
 
-def _store(path: Path, key: str, factors: Factors) -> None:
+def _store(folder: Path, key: str, factors: Factors) -> None:
     u, s, vh = (t.contiguous() for t in factors)
+    if not make_room(folder, sum(t.nbytes for t in factors) + _HEADER_BYTES):
+        return
+    path = entry_path(folder, key)
     path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"key": key, "checksum": _checksum((u, s, vh))}
     with replacing(path, shared=True) as temporary:

@@ -72,7 +72,7 @@ def _perturbative(
 
 def _exactly(reference: Reference, delta: Delta) -> Measurement:
     note = "no small rotation: measured by a full decomposition"
-    return measure_exact(reference, delta).with_notes(note)
+    return measure_exact(reference, delta, norm=estimated_norm).with_notes(note)
 
 
 def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list[int]) -> Measurement:
@@ -145,6 +145,11 @@ def _whole_spectrum(reference: Reference, change: UpdateStats, sigma: Tensor) ->
     most = change.delta_frobenius / energy.sqrt().clamp_min(1e-300)
     scale = torch.minimum(torch.maximum(scale, 1.0 - most), 1.0 + most)  # 1 where nothing changed
     return torch.cat([sigma, tail * scale.unsqueeze(-1)], dim=-1)
+
+
+def estimated_norm(delta: Delta) -> Tensor:
+    """(L,) ||E||_2 on the host, see :func:`spectral_norm`."""
+    return spectral_norm(*to_host(krylov_moments(delta)))
 
 
 def krylov_moments(delta: Delta, *, columns: int = 16, passes: int = 5) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -17,12 +18,20 @@ from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.metrics import arcsine_rounding, effective_rank
 
 
-def measure_exact(reference: Reference, delta: Delta) -> Measurement:
+def exact_norm(delta: Delta) -> Tensor:
+    """(L,) ||ΔW||_2 on the host, from all singular values in float64."""
+    return torch.linalg.matrix_norm(delta.dense().double().cpu(), ord=2)
+
+
+def measure_exact(
+    reference: Reference, delta: Delta, *, norm: Callable[[Delta], Tensor] = exact_norm
+) -> Measurement:
     """Measure a stack of weights against its references.
 
     Args:
         reference: factors of L matrices (m, n) with rank k >= 1.
         delta: the update of the same matrices, finite.
+        norm: what takes ||ΔW||_2, which W's own decomposition does not give. By default that is a second one.
 
     Returns:
         A :class:`Measurement`. A weight equal to its reference has exactly the reference's values and zero
@@ -61,7 +70,7 @@ def measure_exact(reference: Reference, delta: Delta) -> Measurement:
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
         best_cosine=torch.where(same, torch.ones_like(best), best.clamp_max(1.0)),
-        delta_spectral=torch.linalg.matrix_norm(e, ord=2),
+        delta_spectral=norm(delta),
         effective_rank=effective_rank(s),
         effective_rank_error_bound=zero,
         sigma_error_bound=torch.where(same.squeeze(-1), zero, backward),

@@ -6,11 +6,17 @@ import random
 import string
 from typing import Any
 
-import gymnasium
-from gymnasium import spaces
-
+from rlspec.errors import MissingPackageError
 from rlspec.tasks.base import IN_DISTRIBUTION, Task, check_shift
 from rlspec.tasks.general_points import GeneralPoints
+
+try:
+    import gymnasium
+    from gymnasium import spaces
+except ModuleNotFoundError as error:
+    if error.name != "gymnasium":  # it is there, and lacks something itself
+        raise
+    raise MissingPackageError("rlspec.tasks.TaskEnv", "gymnasium") from None
 
 _CHARACTERS = string.ascii_letters + string.digits + string.punctuation + " \n×÷−"
 

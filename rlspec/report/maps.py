@@ -1,0 +1,48 @@
+"""The heat maps of a run: rotation and change of the singular values, by layer and event."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from rlspec.report.data import Row, RunData, by_event, rotation
+from rlspec.report.heatmap import ColourBar, HeatMap, colour_bar, heatmap
+
+_MOST_COLUMNS = 60  # of a heat map; longer runs are thinned evenly
+
+
+def maps(run: RunData) -> list[tuple[str, ColourBar, list[HeatMap]]]:
+    """(title, key, one map per projection), all maps of a title on one scale; none where nothing was measured."""
+    groups = list(by_event(run.spectra).items())
+    if not groups:
+        return []
+    stride = -(-len(groups) // _MOST_COLUMNS)
+    kept = [g for i, g in enumerate(groups) if (len(groups) - 1 - i) % stride == 0]
+    columns = [f"{stage} {step}" for (stage, step), _ in kept]
+    sections = []
+    kinds: tuple[tuple[str, Callable[[Row], float | None], Callable[[float], str]], ...] = (
+        ("Rotation (mean angle, rad)", rotation, lambda v: f"{v:.3g} rad"),
+        (
+            "Singular-value change (mean, relative)",
+            lambda r: r.get("sigma_change_rel_mean"),
+            lambda v: f"{100 * v:.2g} %",
+        ),
+    )
+    for title, value_of, value_format in kinds:
+        cells: dict[str, dict[tuple[int, int], float]] = {}
+        for column, (_, rows) in enumerate(kept):
+            for row in rows:
+                value = value_of(row)
+                if value is not None:
+                    cells.setdefault(row["module"], {})[(row.get("layer") or 0, column)] = value
+        if not cells:
+            continue
+        top = max(value for module in cells.values() for value in module.values())
+        drawn = [
+            heatmap(
+                found, layers=sorted({layer for layer, _ in found}), columns=columns, top=top,
+                value_format=value_format, title=f"{module}: layer by event",
+            )
+            for module, found in cells.items()
+        ]  # fmt: skip
+        sections.append((title, colour_bar(top, value_format), drawn))
+    return sections

@@ -1,0 +1,122 @@
+"""The tables of a run: rows of cells, as text."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+from rlspec.report.data import Row, RunData, by_event, mean, rotation, spearman
+from rlspec.report.verdict import NAMES, accuracy, events, percent
+
+Cells = list[list[str]]
+
+
+def _number(value: float | None, form: str) -> str:
+    return "–" if value is None else format(value, form)
+
+
+def figures(run: RunData) -> Cells:
+    """The decisive events: accuracies, KL, rotation, change of the singular values, size of the update."""
+    spectra = by_event(run.spectra)
+    rows = []
+    for name, metrics in events(run).items():
+        matrices = spectra.get((metrics["stage"], metrics["step"]), [])
+        moved = mean(r.get("sigma_change_rel_mean") for r in matrices)
+        rows.append(
+            [
+                NAMES[name],
+                f"{metrics['stage']} {metrics['step']}",
+                accuracy(metrics, "id"),
+                accuracy(metrics, "ood"),
+                _number(metrics.get("kl_base_nats_per_token"), ".3f"),
+                _number(mean(rotation(r) for r in matrices), ".4f"),
+                "–" if moved is None else f"{100 * moved:.2f} %",
+                _number(mean(r.get("delta_relative") for r in matrices), ".4f"),
+            ]
+        )
+    return rows
+
+
+def nulls(run: RunData) -> Cells:
+    """Per projection and event with null draws: the measured rotation beside those of chance and of rounding."""
+    rows = []
+    for (stage, step), matrices in by_event(run.spectra).items():
+        for module in dict.fromkeys(row["module"] for row in matrices):
+            found = [r for r in matrices if r["module"] == module and r.get("null_random_rad") is not None]
+            if not found or step == 0:
+                continue
+            beyond = sum(r.get("null_random_percentile") == 100 for r in found)
+            rows.append(
+                [
+                    module,
+                    f"{stage} {step}",
+                    _number(mean(rotation(r) for r in found), ".4f"),
+                    _number(mean(r["null_random_rad"] for r in found), ".4f"),
+                    _number(mean(r.get("null_rounding_rad") for r in found), ".2g"),
+                    f"{beyond} of {len(found)}",
+                    _share_in_blocks(found),
+                ]
+            )
+    return rows
+
+
+def _share_in_blocks(matrices: list[Row]) -> str:
+    """Share of the leading vectors that are in near-degenerate blocks."""
+    if any(row.get("block_vectors") is None or not row.get("rank") for row in matrices):
+        return "–"
+    return (
+        f"{100 * sum(row['block_vectors'] for row in matrices) / sum(row['rank'] for row in matrices):.0f} %"
+    )
+
+
+def correlations(run: RunData) -> Cells:
+    """Rank correlations with OOD accuracy over the SFT checkpoints; none where none is defined."""
+    spectra = by_event(run.spectra)
+    rows = [
+        r for r in run.metrics if r["stage"] == "sft" and r.get("ood_accuracy") is not None and r["step"] > 0
+    ]
+    candidates: dict[str, Callable[[Row], float | None]] = {
+        "rotation": lambda r: mean(rotation(m) for m in spectra.get((r["stage"], r["step"]), [])),
+        "NSS_k": lambda r: mean(m.get("nss_k") for m in spectra.get((r["stage"], r["step"]), [])),
+        "‖ΔW‖/‖W‖": lambda r: mean(m.get("delta_relative") for m in spectra.get((r["stage"], r["step"]), [])),
+        "KL to the base": lambda r: r.get("kl_base_nats_per_token"),
+    }
+    lines = []
+    for name, value_of in candidates.items():
+        pairs = [(value, r["ood_accuracy"]) for r in rows if (value := value_of(r)) is not None]
+        found = spearman([p[0] for p in pairs], [p[1] for p in pairs])
+        lines.append([name, _number(found, "+.2f"), str(len(pairs))])
+    return lines if any(line[1] != "–" for line in lines) else []
+
+
+def time_spent(run: RunData) -> Cells:
+    """Seconds and shares of the wall time, by kind of work."""
+    last = run.metrics[-1]
+    wall = last.get("seconds_wall")
+    rows = []
+    for key in ("training", "evaluating", "tracking", "kl", "saving"):
+        seconds = last.get(f"seconds_{key}")
+        if seconds is not None:
+            rows.append([key, f"{seconds:.1f} s", percent(seconds / wall) if wall else "–"])
+    if wall:
+        rows.append(["in all", f"{wall:.1f} s", ""])
+    return rows
+
+
+def notes(run: RunData) -> list[tuple[str, int]]:
+    """Notes of the measurement, and how many rows have each."""
+    return list(Counter(row["note"] for row in run.spectra if row.get("note")).items())
+
+
+def configuration(run: RunData) -> Cells:
+    """Every setting."""
+    return [[shown(name), shown(value)] for name, value in run.config.items()]
+
+
+def shown(value: Any) -> str:
+    """A setting as text. No setting is nested, and in YAML a short text may nest without end: that is not shown."""
+    items = value if isinstance(value, list) else [value]
+    return ", ".join(
+        "(nested)" if isinstance(item, (dict, list, set, tuple)) else str(item) for item in items
+    )

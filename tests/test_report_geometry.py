@@ -1,0 +1,163 @@
+"""Where the report draws: every dot, band and cell lies where the labels of its axes put the value of the data."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import pytest
+from report_toys import make_run
+
+from rlspec.report import write_report
+from rlspec.report.heatmap import colour
+
+Drawing = ElementTree.Element
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = make_run(tmp_path_factory.mktemp("runs") / "run", layers=5)
+    write_report(folder)
+    return folder
+
+
+def rows_of(run: Path, name: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / f"{name}.jsonl").read_text().splitlines()]
+
+
+def drawings(page: str) -> list[Drawing]:
+    return [ElementTree.fromstring(part) for part in re.findall(r"<svg.*?</svg>", page, flags=re.DOTALL)]
+
+
+def drawing(page: str, label: str) -> Drawing:
+    (found,) = [part for part in drawings(page) if part.get("aria-label") == label]
+    return found
+
+
+def scale(drawing: Drawing, axis: str) -> Callable[[float], float]:
+    """Position -> value, as a reader has it from the first and the last label of the axis."""
+    labels = [text for text in drawing.iter("text") if text.get("class") == axis]
+    # A label of the y axis stands 4 units below its line, to be centred on it.
+    places = [float(text.get(axis, "nan")) - (4 if axis == "y" else 0) for text in labels]
+    values = [float(re.sub(r"[^0-9.e-]", "", text.text or "")) for text in labels]
+    values = [value / 100 if "%" in (labels[0].text or "") else value for value in values]
+    assert len({*places}) > 1, "these are not the labels of an axis"
+    slope = (values[-1] - values[0]) / (places[-1] - places[0])
+    return lambda place: values[0] + slope * (place - places[0])
+
+
+def points(drawing: Drawing, text: str) -> list[tuple[float, float]]:
+    x, y = scale(drawing, "x"), scale(drawing, "y")
+    numbers = [float(number) for number in re.findall(r"[-\d.]+", text)]
+    return [(x(a), y(b)) for a, b in zip(numbers[::2], numbers[1::2])]
+
+
+def near(found: list[tuple[float, float]], wanted: list[tuple[float, float]]) -> bool:
+    """Within the tenth of a unit that the page is written in; the largest values are some 400 and 1."""
+    return len(found) == len(wanted) and all(
+        abs(a - x) < 0.2 and abs(b - y) < 1e-3 for (a, b), (x, y) in zip(found, wanted)
+    )
+
+
+def accuracies_lie_right(page: str, run: Path) -> bool:
+    chart = drawing(page, "deals solved")
+    rows = rows_of(run, "metrics")
+    lines, bands = list(chart.iter("polyline")), list(chart.iter("polygon"))
+    dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in chart.iter("circle")]
+    right = [" ".join(dots) == " ".join((line.get("points") or "").strip() for line in lines)]
+    for line, band, prefix in zip(lines, bands, ("id", "ood"), strict=True):
+        at = [row["global_step"] for row in rows]
+        around = [*zip(at, (row[f"{prefix}_high"] for row in rows))]
+        around += [*zip(at, (row[f"{prefix}_low"] for row in rows))][::-1]
+        right.append(
+            near(
+                points(chart, line.get("points") or ""),
+                [*zip(at, (row[f"{prefix}_accuracy"] for row in rows))],
+            )
+        )
+        right.append(near(points(chart, band.get("points") or ""), around))
+    return all(right)
+
+
+def test_accuracies_lie_where_the_axes_say(run: Path) -> None:
+    assert accuracies_lie_right((run / "report.html").read_text(), run)
+
+
+def swapped(page: str) -> str:
+    """Every point of a line or band with its coordinates exchanged, and every dot."""
+    page = re.sub(r'cx="([\d.]+)" cy="([\d.]+)"', r'cx="\2" cy="\1"', page)
+    return re.sub(r"([\d.]+),([\d.]+) ", r"\2,\1 ", page)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        swapped,
+        lambda page: re.sub(r'cy="[\d.]+"', 'cy="20.0"', page),
+        lambda page: re.sub(r"(\d+),(\d)", r"\g<1>0,\2", page),
+    ],
+    ids=["swapped axes", "flat dots", "stretched"],
+)
+def test_a_chart_drawn_wrong_is_noticed(mutate: Callable[[str], str], run: Path) -> None:
+    page = (run / "report.html").read_text()
+    assert mutate(page) != page
+    assert not accuracies_lie_right(mutate(page), run)
+
+
+def test_the_boundary_stands_where_the_second_stage_begins(run: Path) -> None:
+    chart = drawing((run / "report.html").read_text(), "deals solved")
+    (line,) = [part for part in chart.iter("line") if part.get("class") == "boundary"]
+    first = next(row["global_step"] for row in rows_of(run, "metrics") if row["stage"] == "ppo")
+    assert line.get("x1") == line.get("x2")
+    assert scale(chart, "x")(float(line.get("x1", "nan"))) == pytest.approx(first, abs=0.2)
+
+
+def cells_lie_right(page: str, run: Path, title: str = "q: layer by event") -> bool:
+    """Rows go by layer downwards, columns by event to the right, colours by value."""
+    rows = rows_of(run, "spectra")
+    angles = {
+        (row["module"], row["layer"], row["stage"], row["step"]): row["angle_right_mean_rad"] for row in rows
+    }
+    events = list(dict.fromkeys((row["stage"], row["step"]) for row in rows))
+    chart = next(part for part in drawings(page) if part.get("aria-label") == title)
+    cells = {
+        (float(cell.get("x", "nan")), float(cell.get("y", "nan"))): cell.get("fill")
+        for cell in chart.iter("rect")
+    }
+    across, down = sorted({x for x, _ in cells}), sorted({y for _, y in cells})
+    layers = [text for text in chart.iter("text") if text.get("class") == "layer"]
+    if (len(across), len(down)) != (len(events), len(layers)):
+        return False
+    top = max(angles.values())
+    right = []
+    for y, label in zip(down, layers):
+        right.append(y < float(label.get("y", "nan")) <= y + 20)
+        for x, event in zip(across, events):
+            right.append(cells[x, y] == colour(angles[("q", int(label.text or ""), *event)] / top))
+    ends = [text.text for text in chart.iter("text") if text.get("class") == "column"]
+    return all(right) and ends == [f"{stage} {step}" for stage, step in (events[0], events[-1])]
+
+
+def test_cells_lie_by_layer_and_event(run: Path) -> None:
+    assert cells_lie_right((run / "report.html").read_text(), run)
+
+
+@pytest.mark.parametrize(
+    "mutate",
+    [
+        lambda page: re.sub(r'<rect x="([\d.]+)" y="([\d.]+)"', r'<rect x="\2" y="\1"', page),
+        lambda page: re.sub(r'<rect x="([\d.]+)"', lambda m: f'<rect x="{900 - float(m[1]):.1f}"', page),
+        lambda page: re.sub(
+            r'(<rect [^>]*) y="([\d.]+)"', lambda m: f'{m[1]} y="{140 - float(m[2]):.1f}"', page
+        ),
+    ],
+    ids=["swapped axes", "right to left", "upside down"],
+)
+def test_a_map_drawn_wrong_is_noticed(mutate: Callable[[str], str], run: Path) -> None:
+    page = mutate((run / "report.html").read_text())
+    assert page != (run / "report.html").read_text()
+    assert not cells_lie_right(page, run)
