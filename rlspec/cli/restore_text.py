@@ -62,7 +62,7 @@ def plan_lines(plan: Plan, memory_gib: float) -> list[str]:
     if cold > 1.1 * cached and cold >= 1:
         time += f", or {_duration(cached)} if the base's decompositions are in the cache"
     return [*lines, f"estimated time (from a short measurement, give or take a factor of two): {time}"] + (
-        unmatched_lines(plan)
+        [*plan.notes, *unmatched_lines(plan)]
     )
 
 

@@ -327,4 +327,5 @@ def _report(
         bytes_written=sum(step.bytes for step in plan.steps.values()),
         seconds=seconds,
         resumed=resumed,
+        notes=plan.notes,
     )

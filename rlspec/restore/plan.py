@@ -89,6 +89,7 @@ class Plan:
     steps: dict[str, Step]
     unmatched: tuple[str, ...]
     passed_over: dict[str, str]  #: tensors that were chosen and cannot be restored, and why
+    notes: tuple[str, ...] = ()  #: sentences about the checkpoint
 
     @property
     def changed(self) -> dict[str, torch.dtype]:
@@ -125,7 +126,8 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
         for name in selection.chosen
         if steps[name].action != "restore" and steps[name].reason not in _AS_ASKED
     }
-    plan = Plan(base_index, like, adapter, options, steps, selection.unmatched, passed_over)
+    notes = () if selection.note is None else (selection.note,)
+    plan = Plan(base_index, like, adapter, options, steps, selection.unmatched, passed_over, notes)
     _refuse_nothing(plan, selection)
     return plan
 

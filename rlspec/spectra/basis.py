@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from rlspec.errors import OptionError
-from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.io.projections import Projection, find_projections, language_model, parse_modules
 from rlspec.spectra.cache import cached_factors
 from rlspec.spectra.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.rank import Rank, RankLike
 from rlspec.spectra.sources import WeightSource, open_weights, read_matrix
 
+_LOG = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # called with (matrices done, matrices in all)
 
 
@@ -98,7 +100,11 @@ class SpectralBasis:
     ) -> SpectralBasis:
         rule = Rank.parse(rank)
         weights = open_weights(source)
-        projections = find_projections(weights.shapes(), parse_modules(modules), weights.config())
+        shapes, config = weights.shapes(), weights.config()
+        projections = find_projections(shapes, parse_modules(modules), config)
+        model = language_model(shapes, config)
+        if len(model.own) > 1:
+            _LOG.warning(model.note)
         matrices = []
         for done, projection in enumerate(projections, start=1):
             weight = read_matrix(weights, projection).cpu().contiguous().clone()
