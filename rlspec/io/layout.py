@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -101,7 +102,9 @@ def _lay_out(
     header = None
     copies = []
     at = data_start
-    if any(dtypes[entry.name] != entry.dtype for entry in entries):
+    # Tensors that share their bytes in the source get bytes of their own.
+    shared = any(a.end > b.start for a, b in pairwise(entries))
+    if shared or any(dtypes[entry.name] != entry.dtype for entry in entries):
         header = _header(source, entries, dtypes)
         at = len(header)
     else:
@@ -163,6 +166,11 @@ def index_content(like: CheckpointIndex, shards: list[ShardLayout]) -> bytes | N
     metadata = parsed.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = sum(_tensor_bytes(like, shards).values())
+    names = {shard.source: shard.name for shard in shards}
+    added = {n: entry for n, entry in like.tensors.items() if n not in parsed["weight_map"]}
+    parsed["weight_map"] |= {name: names[entry.shard] for name, entry in added.items()}
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(prod(entry.shape) for entry in added.values())
     return (json.dumps(parsed, indent=2, ensure_ascii=False) + "\n").encode()
 
 

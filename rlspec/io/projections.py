@@ -268,10 +268,15 @@ def read_config(checkpoint: Path) -> Config | None:
     Raises:
         CheckpointError: it is not a JSON object.
     """
-    path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
+    path = config_file(checkpoint)
     if not path.is_file():
         return None
     return text_config(read_json_object(path))
+
+
+def config_file(checkpoint: Path) -> Path:
+    """Where the config.json of a checkpoint's folder, or of the folder of its only file, would be."""
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
 
 
 def counterpart(name: str, names: Collection[str]) -> str | None:

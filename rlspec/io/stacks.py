@@ -106,7 +106,7 @@ def in_tower(name: str) -> bool:
     return _TOWERS.search(name) is not None
 
 
-def text_sections(config: dict[str, Any] | Config) -> list[Config]:
+def text_sections(config: Config) -> list[Config]:
     """A configuration, and the section in it that is its text part's, from the outermost to the innermost."""
     sections: list[Config] = [config]
     for key in _TEXT_SECTIONS:

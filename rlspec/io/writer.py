@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import torch
 from torch import Tensor
@@ -43,6 +43,7 @@ class CheckpointWriter:
         resume: take it over. Without, it is thrown away.
         overwrite: replace ``out`` where it exists, at the last moment.
         tokenizer: a folder whose tokenizer and chat templates go before those of ``like``.
+        contents: of companion files that are not copied but written anew, by their place in the folder.
 
     Raises:
         CheckpointError: ``out`` exists, or cannot be written, or its disk has no room; or, resuming, another
@@ -59,9 +60,11 @@ class CheckpointWriter:
         resume: bool = False,
         overwrite: bool = False,
         tokenizer: Path | None = None,
+        contents: Mapping[Path, bytes] = MappingProxyType({}),
     ) -> None:
         layouts = lay_out(like, changed)
         self._companions = companions(like, tokenizer)
+        self._contents = contents
         self._index = index_content(like, layouts)
         self._staging = Staging(Path(out), fingerprint, resume=resume, overwrite=overwrite)
         finished = self._staging.finished
@@ -160,7 +163,11 @@ class CheckpointWriter:
             future.result()
         self._thread.shutdown()
         for place, path in self._companions.items():
-            _copy_companion(path, self._staging.checkpoint / place)
+            target = self._staging.checkpoint / place
+            if place in self._contents:
+                write_file(target, self._contents[place])
+            else:
+                _copy_companion(path, target)
         if self._index is not None:
             write_file(self._staging.checkpoint / INDEX_FILE, self._index)
         try:
@@ -216,7 +223,7 @@ class _Shard:
         layout = self.layout
         source = os.fsencode(layout.source)
         try:
-            whole = not layout.changed
+            whole = not layout.changed and layout.header is None
             file = self._opened(reserve=not whole)
             if not (whole and file.clone(source)):
                 if whole:

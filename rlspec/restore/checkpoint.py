@@ -171,12 +171,13 @@ def run_plan(
         resume=target.resume,
         overwrite=target.overwrite,
         tokenizer=plan.adapter.index.path.parent if plan.adapter is not None else None,
+        contents={} if plan.config is None else {Path("config.json"): plan.config},
     )
     with closing(writer):
-        pending = [plan.steps[name] for name in writer.pending]
+        pending = plan.computed(plan.steps[name] for name in writer.pending)
         earlier: dict[str, MatrixReport] = {}
         if target.resume:
-            finished = plan.changed.keys() - writer.pending
+            finished = plan.changed.keys() - {step.name for step in pending}
             earlier = {name: row for name, row in journal.read().items() if row.tensor in finished}
         else:
             journal.clear()
@@ -218,8 +219,14 @@ def _carry_out(
                     out, rows = restore_stored(step, base, tuned, plan.options, cache_dir)
             del base, tuned  # their buffers go back to the reader before the next pair is asked for
             journal.append(rows)
-            writer.put(name, out)
+            for written in _pending(plan, step, writer):
+                writer.put(written, out)
             yield step, rows
+
+
+def _pending(plan: Plan, step: Step, writer: CheckpointWriter) -> list[str]:
+    """The tensors to be written with what a step gives; an earlier call may have finished some."""
+    return [name for name in plan.written_by(step) if name in writer.pending]
 
 
 @contextmanager
@@ -257,16 +264,19 @@ def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> l
     """Copy, interpolate or merge a tensor without holding it whole."""
     assert step.dtype is not None
     blocks = _blocks(plan, step.name, pool_bytes(plan, memory) // 2)
+    names = _pending(plan, step, writer)
     if step.action == "merge":
         same = ((first, tuned, tuned) for first, _, tuned in blocks)
         for first, block in restore_rows(step.name, same, step.dtype, unchanged(plan.options), Changes(0)):
-            writer.put_rows(step.name, first, block)
+            for name in names:
+                writer.put_rows(name, first, block)
         return []
     (matrix,) = step.matrices()
     projection, shape = matrix
     changes = Changes(min(shape))
     for first, block in restore_rows(projection.name, blocks, step.dtype, plan.options, changes):
-        writer.put_rows(step.name, first, block)
+        for name in names:
+            writer.put_rows(name, first, block)
     return [MatrixReport.of(projection, shape, step.dtype, changes)]
 
 
@@ -327,5 +337,6 @@ def _report(
         bytes_written=sum(step.bytes for step in plan.steps.values()),
         seconds=seconds,
         resumed=resumed,
+        tied={step.name: step.source for step in plan.chosen("tied")},
         notes=plan.notes,
     )
