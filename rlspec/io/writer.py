@@ -75,7 +75,7 @@ class CheckpointWriter:
             self._check_space(todo)
             self._shards = [_Shard(layout, self._staging, self._stop, self._lock) for layout in todo]
         except BaseException:
-            self._staging.unlock()
+            self._staging.close()
             raise
         self._by_name = {name: shard for shard in self._shards for name in shard.layout.changed}
         #: changed tensors whose shard is not finished, in file order, when the writer was made
@@ -180,11 +180,20 @@ class CheckpointWriter:
         self._committed = True
         return out
 
-    def close(self) -> None:
-        """Stop. What is complete stays for a resumed run unless it was committed. May be called twice."""
+    def close(self, *, keep: bool = True) -> None:
+        """Stop. Complete shards stay for a resumed run, unless there are none. May be called twice.
+
+        Args:
+            keep: false: nothing stays.
+        """
         self._stop.set()
         self._thread.shutdown(cancel_futures=True)
-        self._staging.unlock()
+        self._staging.close(keep=keep)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is something that a resumed run would take over."""
+        return not self._committed and self._staging.folder.exists()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -193,7 +202,7 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        if error is not None and not self._committed:
+        if error is not None and self.resumable:
             _LOG.info("%s: not complete; what is done is kept in %s", self._staging.out, self._staging.folder)
 
 

@@ -160,6 +160,7 @@ def run_plan(
     began = time.perf_counter()
     memory = memory_bytes(memory_gib)
     check_memory(plan, memory)
+    _refuse_linked_inputs(plan, target.out)
     out = Path(os.path.abspath(target.out))
     journal = Journal(out.parent / f".{out.name}.rlspec-restored.jsonl")
     cache = Path(cache_dir) if cache_dir is not None else None
@@ -173,23 +174,57 @@ def run_plan(
         tokenizer=plan.adapter.index.path.parent if plan.adapter is not None else None,
         contents={} if plan.config is None else {Path("config.json"): plan.config},
     )
-    with closing(writer):
-        pending = plan.computed(plan.steps[name] for name in writer.pending)
-        earlier: dict[str, MatrixReport] = {}
-        if target.resume:
-            finished = plan.changed.keys() - {step.name for step in pending}
-            earlier = {name: row for name, row in journal.read().items() if row.tensor in finished}
-        else:
+    try:
+        with closing(writer):
+            done, resumed = _fill(plan, target, writer, memory, cache, journal, on_begin, on_step, on_commit)
+    finally:
+        if not writer.resumable:
             journal.clear()
-        on_begin(pending)
-        done = dict(earlier)
-        for step, rows in _carry_out(plan, pending, writer, memory, cache, journal):
+    return _report(plan, target, done, resumed, time.perf_counter() - began)
+
+
+def _fill(
+    plan: Plan,
+    target: Target,
+    writer: CheckpointWriter,
+    memory: int,
+    cache_dir: Path | None,
+    journal: Journal,
+    on_begin: Callable[[list[Step]], None],
+    on_step: Callable[[Step], None],
+    on_commit: Callable[[], None],
+) -> tuple[dict[str, MatrixReport], int]:
+    """Write all that is pending; the reports of all matrices, and how many of them an earlier call had done."""
+    pending = plan.computed(plan.steps[name] for name in writer.pending)
+    earlier: dict[str, MatrixReport] = {}
+    if target.resume:
+        finished = plan.changed.keys() - {step.name for step in pending}
+        earlier = {name: row for name, row in journal.read().items() if row.tensor in finished}
+    else:
+        journal.clear()
+    on_begin(pending)
+    done = dict(earlier)
+    try:
+        for step, rows in _carry_out(plan, pending, writer, memory, cache_dir, journal):
             done.update({row.name: row for row in rows})
             on_step(step)
-        on_commit()
-        writer.commit()
-    journal.clear()
-    return _report(plan, target, done, len(earlier), time.perf_counter() - began)
+    except TensorError:
+        # The values are at fault: no resumed run of the same inputs gets further, and none of others may take it over.
+        writer.close(keep=False)
+        raise
+    on_commit()
+    writer.commit()
+    return done, len(earlier)
+
+
+def _refuse_linked_inputs(plan: Plan, out: Path) -> None:
+    """Refuse an output whose folder holds weights that an input only links to."""
+    indices = [plan.base, plan.like, *([plan.adapter.index] if plan.adapter is not None else [])]
+    for shard in {entry.shard for index in indices for entry in index.tensors.values()}:
+        if (real := shard.resolve()).is_relative_to(out.resolve()):
+            raise CheckpointError(
+                f"--out {out} holds {real}, to which {shard} links; inputs are never written, choose another folder"
+            )
 
 
 def _carry_out(
