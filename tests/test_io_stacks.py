@@ -190,3 +190,18 @@ def test_a_tower_of_any_name_stays_to_the_bit(tmp_path: Any) -> None:
         f"xpm.layers.{i}.self_attn.q_proj.weight" for i in (0, 5)
     }
     assert bytes_of(tmp_path / "2") != bytes_of(tuned)
+
+
+def test_another_models_layers_are_no_counterpart(tmp_path: Any) -> None:
+    """A base with a second decoder of the same names beside the language model, which alone was tuned."""
+    base, tuned = pair(tmp_path)
+    rlspec.restore_checkpoint(base, tuned, tmp_path / "plain", modules="q")
+
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in list(tensors):
+            tensors[f"llm.{name}"] = tensors.pop(name)
+            tensors[f"xpm.{name}"] = torch.zeros(2 * 48, 48)
+
+    rewrite(base, change)
+    rlspec.restore_checkpoint(base, tuned, tmp_path / "out", modules="q")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "plain")

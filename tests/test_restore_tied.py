@@ -14,7 +14,7 @@ from restore_toys import Tensors, bytes_of, pair, rewrite, save_model, svd_formu
 from safetensors.torch import load_file, save_file
 
 import rlspec
-from rlspec.errors import CheckpointError
+from rlspec.errors import CheckpointError, TensorError
 from rlspec.restore import plan as planning
 
 EMBED, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -266,3 +266,25 @@ def split(source: Path, folder: Path) -> None:
     save_file({HEAD: tensors[EMBED].clone()}, folder / "b.safetensors", metadata={"format": "pt"})
     weight_map = {**dict.fromkeys(tensors, "a.safetensors"), HEAD: "b.safetensors"}
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+def test_a_tied_model_in_memory_is_restored_as_one_matrix(tmp_path: Path) -> None:
+    """From a basis that has the matrix once or twice; two different ones are refused before anything is written."""
+    base = save_model(tmp_path / "base", "tied llama")
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    basis = rlspec.SpectralBasis.from_tensors(weights, modules="embed,lm_head")
+    assert len(basis) == 2
+    with torch.no_grad():
+        base.lm_head.weight.add_(0.01 * torch.randn(48, 64))
+        tuned = base.lm_head.weight.clone()
+    rlspec.restore_(base, basis)
+    assert base.lm_head.weight is base.model.embed_tokens.weight
+    truth = svd_formula(0, 0.2)(weights[EMBED].double(), tuned.double())
+    assert (base.lm_head.weight - truth).norm() < 1e-3 * (truth - tuned).norm()
+    weights[HEAD][0, 0] += 1
+    before = base.lm_head.weight.clone()
+    with pytest.raises(
+        TensorError, match=r"one tensor with .* in the model \(tied\), two different ones in the basis"
+    ):
+        rlspec.restore_(base, rlspec.SpectralBasis.from_tensors(weights, modules="embed,lm_head"))
+    assert torch.equal(base.lm_head.weight, before)

@@ -61,8 +61,10 @@ def restore_checkpoint(
     """Write a checkpoint whose matrices are the tuned ones with the base's directions (or values) put back.
 
     The output has the files, names, dtypes and metadata of the tuned checkpoint; tensors that are not restored and
-    all other files are copied. It appears under its name when it is complete; what an interrupted call leaves
-    beside it, ``resume`` finishes to the same bytes.
+    all other files are copied. Where an adapter trains one of a tied embedding and head, the output stores both, and its
+    config.json says that they are not tied; a stored copy of a tied head is written as the embedding is. The output
+    appears under its name when it is complete; what an interrupted call leaves beside it, ``resume`` finishes to the
+    same bytes, and what no call could finish is removed.
 
     Args:
         base: safetensors checkpoint, a folder in the layout of Hugging Face or a file.

@@ -19,7 +19,7 @@ from rlspec.io.projections import Projection, counterpart, read_config
 from rlspec.io.stream import in_file_order
 from rlspec.restore.adapter import Adapter, is_adapter
 from rlspec.restore.options import RestoreOptions
-from rlspec.restore.select import Selection, select
+from rlspec.restore.select import Selection, model_of, select
 from rlspec.restore.tied import find_tie, open_adapter, stored_alike, untied_config, with_head
 
 Action = Literal["restore", "merge", "tied", "keep"]
@@ -194,10 +194,16 @@ def _under_names_of(like: CheckpointIndex, base: CheckpointIndex) -> CheckpointI
     """
     tie = find_tie(base)
     base = with_head(base, tie) if tie is not None and tie.said else base
+    missing = [name for name in like.tensors if name not in base.tensors]
+    if not missing:
+        return base
+    mine, theirs = model_of(like), model_of(base)
+    # What another model beside the language model calls its layers is no counterpart.
+    sides = {inside: [n for n in base.tensors if theirs.holds(n) == inside] for inside in (True, False)}
     found = {
         name: base.tensors[there]
-        for name in like.tensors
-        if name not in base.tensors and (there := counterpart(name, base.tensors)) is not None
+        for name in missing
+        if (there := counterpart(name, sides[mine.holds(name)])) is not None
     }
     renamed = {name: replace(entry, name=name) for name, entry in found.items()}
     return replace(base, tensors={**base.tensors, **renamed}) if renamed else base

@@ -17,9 +17,10 @@ from torch import Tensor
 from rlspec.errors import CheckpointError
 from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex
-from rlspec.io.projections import config_file, language_model, modules_in, read_config
+from rlspec.io.projections import config_file, modules_in
 from rlspec.io.stacks import text_sections
 from rlspec.restore.adapter import Adapter
+from rlspec.restore.select import model_of
 
 _SETTING = "tie_word_embeddings"
 # What the modules are called that hold an embedding, and beside which the head lies.
@@ -47,11 +48,10 @@ def find_tie(index: CheckpointIndex) -> Tie | None:
     said = _says_tied(index.path)
     if said is False:
         return None
-    shapes = {name: tuple(entry.shape) for name, entry in index.tensors.items()}
-    model = language_model(shapes, read_config(index.path))
+    model = model_of(index)
     found: dict[str, list[str]] = {"embed": [], "lm_head": []}
-    for name, shape in shapes.items():
-        for module in modules_in(name, shape):
+    for name, entry in index.tensors.items():
+        for module in modules_in(name, entry.shape):
             if module in found and model.holds(name):
                 found[module].append(name)
     if len(found["embed"]) != 1 or len(found["lm_head"]) > 1:
