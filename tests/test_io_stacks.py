@@ -161,6 +161,31 @@ def test_both_halves_of_an_encoder_decoder_model_are_meant() -> None:
     assert len(find_projections(shapes, "q", config.to_dict())) == 3
 
 
+def test_a_tower_is_not_the_language_model_where_that_has_names_that_nobody_knows() -> None:
+    """A decoder in blocks, or with matrices of unknown names: its number of layers still tells."""
+    tower = shapes_of("vision_model.encoder.", 3, 8)
+    for own, config in (
+        ("transformer.blocks", None),
+        ("language_model.layers", PLAIN),
+        ("xlm.layers", PLAIN),
+    ):
+        unknown = {f"{own}.{i}.attention.wqkv.weight": (48, 16) for i in range(2)}
+        part = language_model({**tower, **unknown}, config)
+        assert not part.holds("vision_model.encoder.layers.0.mlp.up_proj.weight")
+        assert part.holds(f"{own}.0.attention.wqkv.weight")
+        assert part.layers == (0 if "blocks" in own else 2)
+        nobody = {**shapes_of("xpm.", 3, 16), **unknown}
+        if "layers" in own:
+            assert not language_model(nobody, config).holds("xpm.layers.0.mlp.up_proj.weight")
+
+
+def test_stacks_without_known_matrices_do_not_count() -> None:
+    shapes = {**shapes_of("model.", 2, 16), **{f"projector.layers.{i}.weight": (16, 8) for i in range(5)}}
+    for config in (PLAIN, None):
+        part = language_model(shapes, config)
+        assert (part.layers, part.note) == (2, None)
+
+
 def test_one_stack_is_never_doubted() -> None:
     part = language_model(shapes_of("xpm.", 2, 16), {"num_hidden_layers": 7, "hidden_size": 5})
     assert part.note is None and part.holds("xpm.layers.0.self_attn.q_proj.weight")

@@ -117,6 +117,11 @@ def test_a_head_that_is_trained_alone_is_restored_to_the_embedding(tmp_path: Pat
     assert found[HEAD].dtype == torch.float32
     assert (found[HEAD] - truth).norm() < 1e-3 * (truth - trained).norm()
     assert all(torch.equal(found[name], before[name]) for name in before)
+    report = rlspec.restore_checkpoint(
+        base / "model.safetensors", adapter, tmp_path / "file", modules="lm_head"
+    )
+    assert [p.name for p in (tmp_path / "file").iterdir()] == ["model.safetensors"]
+    assert report.notes[0].endswith("a config.json to go with them must have tie_word_embeddings false")
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox"])

@@ -8,7 +8,7 @@ model tells its stack apart; then the names of the configuration's other section
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,16 +89,14 @@ def tell_apart(stacks: Iterable[Stack], config: Config | None) -> LanguageModel:
         The stack of the size that the configuration gives; of an encoder-decoder model both. Where that decides
         nothing, every stack whose name does not speak against it.
     """
-    all_of_them = tuple(stacks)
-    found = tuple(stack for stack in all_of_them if stack.widths is not None) or all_of_them
-    own = found
-    if len(found) > 1:
-        named = (
-            tuple(s for s in found if not in_tower(s.prefix) and not _in_section(s.prefix, config)) or found
-        )
-        paired = config is not None and bool(config.get("is_encoder_decoder"))
-        own = named if paired else _of_size(found, config) or _of_size(named, config) or named
-    return LanguageModel(own, tuple(stack for stack in found if stack not in own))
+    every = tuple(stacks)
+    beside = [stack for stack in every if not in_tower(stack.prefix)]
+    named = [stack for stack in beside if not _in_section(stack.prefix, config)] or beside
+    paired = config is not None and bool(config.get("is_encoder_decoder"))
+    own = [] if paired else _of_size(every, config) or _of_size(named, config)
+    own = own or [stack for stack in named if stack.widths is not None] or named
+    others = [stack for stack in every if stack.widths is not None and stack not in own] if own else []
+    return LanguageModel(tuple(own), tuple(others))
 
 
 def in_tower(name: str) -> bool:
@@ -124,18 +122,22 @@ def text_config(config: Config) -> Config:
     return merged
 
 
-def _of_size(stacks: tuple[Stack, ...], config: Config | None) -> tuple[Stack, ...]:
-    """The only stack of the text part's size, () where there is none or more than one."""
+def _of_size(stacks: Sequence[Stack], config: Config | None) -> list[Stack]:
+    """The only stack of the text part's size, [] where there is none or more than one."""
     if config is None:
-        return ()
+        return []
     text = text_config(config)
     layers, width = (next((text[k] for k in keys if text.get(k)), None) for keys in (_LAYERS, _WIDTH))
     wide = [stack for stack in stacks if width in (stack.widths or ())]
-    # Layers that predict further tokens may follow those that the configuration counts.
-    for fitting in ([s for s in wide if s.layers == layers], [s for s in wide if s.layers >= (layers or 0)]):
+    for fitting in (
+        [stack for stack in wide if stack.layers == layers],
+        [stack for stack in stacks if stack.widths is None and stack.layers == layers],
+        # Layers that predict further tokens may follow those that the configuration counts.
+        [stack for stack in wide if stack.layers >= (layers or 0)],
+    ):
         if len(fitting) == 1:
-            return tuple(fitting)
-    return ()
+            return fitting
+    return []
 
 
 def _in_section(prefix: str, config: Config | None) -> bool:

@@ -147,10 +147,10 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
         notes += [f"{step.name}: {step.reason}" for step in steps.values() if step.action == "tied"]
     else:
         config = untied_config(like.path)
-        notes.append(
-            f"the adapter unties {untied.head} from {untied.embed}: both are stored, and config.json's "
-            "tie_word_embeddings is false"
-        )
+        told = "config.json's tie_word_embeddings is false"
+        if config is None:
+            told = "a config.json to go with them must have tie_word_embeddings false"
+        notes.append(f"the adapter unties {untied.head} from {untied.embed}: both are stored, and {told}")
     passed_over = {
         name: steps[name].reason
         for name in selection.chosen

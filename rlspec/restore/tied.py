@@ -105,9 +105,9 @@ def open_adapter(folder: Path, base: CheckpointIndex) -> tuple[Adapter, Checkpoi
 
 
 def untied_config(checkpoint: Path) -> bytes | None:
-    """What config.json holds with embedding and head untied; None where there is none."""
+    """What config.json holds with embedding and head untied; None where the output of a restoration has none."""
     path = config_file(checkpoint)
-    if not path.is_file():
+    if not checkpoint.is_dir() or not path.is_file():
         return None
     config = read_json_object(path)
     for section in text_sections(config):
