@@ -224,15 +224,25 @@ def test_index_may_not_leave_its_folder(sharded: Path, name: str) -> None:
         CheckpointIndex.open(sharded)
 
 
-def test_symbolic_links(sharded: Path, tmp_path: Path) -> None:
+def test_weights_may_be_links_to_anywhere(sharded: Path, tmp_path: Path) -> None:
+    """As for the loaders of the field: shards of an index, a single file, a folder of shards."""
     shard = sharded / "model-00001-of-00002.safetensors"
     outside = tmp_path / "outside.safetensors"
     shard.rename(outside)
     shard.symlink_to(outside)
-    with pytest.raises(CheckpointError, match="symbolic link that leaves"):
-        CheckpointIndex.open(sharded)
-    shard.unlink()
+    assert len(CheckpointIndex.open(sharded).tensors) == 4
+    alone = tmp_path / "alone"
+    alone.mkdir()
+    (alone / "model.safetensors").symlink_to(outside)
+    assert list(CheckpointIndex.open(alone).tensors) == ["layers.1.a", "layers.1.b"]
     outside.rename(sharded / "inside.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"00001-of.*a symbolic link to .*outside.*not there; model.*names it"
+    ):
+        CheckpointIndex.open(sharded)
+    with pytest.raises(CheckpointError, match=r"alone/model\.safetensors: a symbolic link to .* not there"):
+        CheckpointIndex.open(alone)
+    shard.unlink()
     shard.symlink_to("inside.safetensors")
     assert len(CheckpointIndex.open(sharded).tensors) == 4
 

@@ -160,6 +160,59 @@ def test_companions(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_companions_that_are_links_to_elsewhere_are_named(tmp_path: Path) -> None:
+    """They would be copied unseen, other than weights, which are read as such. A folder of links to another one."""
+    like = make(tmp_path / "store")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    for file in like.path.iterdir():
+        (linked / file.name).symlink_to(file)
+    for missing, named in (
+        (False, r"LICENSE: .*leaves.*store/LICENSE \(3 more do so\).*put a copy"),
+        (True, "not there"),
+    ):
+        with pytest.raises(CheckpointError, match=named) as caught:
+            write(tmp_path / "out", CheckpointIndex.open(linked), QUERIES)
+        assert "\n" not in str(caught.value)
+        if not missing:
+            (like.path / "tokenizer.json").unlink()
+    for file in linked.iterdir():
+        if not file.name.startswith("model"):
+            file.unlink()
+    (linked / "latest").symlink_to("checkpoint-7")  # leads nowhere, and was no file
+    out = write(tmp_path / "out", CheckpointIndex.open(linked), QUERIES)
+    assert load(out).keys() == TENSORS.keys() and not any(p.is_symlink() for p in out.iterdir())
+
+
+def test_an_index_that_the_checkpoint_does_not_go_by_stays_behind(tmp_path: Path) -> None:
+    """Loaders that trust an index would look for shards that are not there."""
+    like = make(tmp_path / "in")
+    save_file(load(like.path), like.path / "model.safetensors", metadata={"format": "pt"})
+    both = CheckpointIndex.open(like.path)
+    assert {entry.shard.name for entry in both.tensors.values()} == {"model.safetensors"}
+    out = write(tmp_path / "out", both, {"scalar": torch.float32})
+    assert not (out / INDEX).exists() and load(out).keys() == TENSORS.keys()
+    assert [p.name for p in out.glob("*.safetensors")] == ["model.safetensors"]
+
+
+def test_what_cannot_be_resumed_leaves_nothing(tmp_path: Path) -> None:
+    """Nothing finished, or not to be kept; but what someone else put into the folder stays, and the folder then."""
+    like = make(tmp_path / "in")
+    everything = dict.fromkeys(TENSORS, torch.bfloat16)
+    out = tmp_path / "out"
+    CheckpointWriter(out, like, changed=everything, fingerprint="f").close()
+    assert not partial(out).exists()
+    for keep in (True, False):
+        writer = CheckpointWriter(out, like, changed={"scalar": torch.bfloat16}, fingerprint="f")
+        for future in list(writer._copied):
+            future.result()
+        (partial(out) / "mine.txt").write_text("notes")
+        writer.close(keep=keep)
+        writer.close(keep=False)  # it is another's by now
+        assert (partial(out) / "state.json").exists() == (partial(out) / "checkpoint").exists() == keep
+        assert writer.resumable and (partial(out) / "mine.txt").read_text() == "notes"
+
+
 def test_shards_of_any_name_are_no_companions(tmp_path: Path) -> None:
     """An index may name its shards as it likes; the finished ones are not replaced by the old ones."""
     like = make(tmp_path / "in")

@@ -19,7 +19,7 @@ from restore_toys import (
     tensors_of,
 )
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import rlspec
 from rlspec.errors import CheckpointError, OptionError, ProjectionError, TensorError
@@ -354,6 +354,37 @@ def test_a_base_in_another_float_dtype(
     truth = expected("llama", tensors_of(llama[0]), tensors_of(llama_bf16[1]), svd_formula(0, 0.2))
     assert found[Q0].dtype == torch.bfloat16
     assert (found[Q0] - truth[Q0]).norm() < 0.004 * truth[Q0].norm()
+
+
+@pytest.mark.parametrize("mode", ["directions", "copy"])
+def test_values_that_cannot_be_restored_leave_nothing_behind(mode: str, tmp_path: Path) -> None:
+    """Also with a shard finished: the same inputs would fail again, and a resumed run takes no others."""
+    base, tuned = pair(tmp_path, shard="60KB")
+    last = max(p for p in tuned.glob("*.safetensors") if any("k_proj" in n for n in load_file(p)))
+    found = load_file(last)
+    next(t for n, t in found.items() if "k_proj" in n)[0, 0] = torch.nan
+    save_file(found, last, metadata={"format": "pt"})
+    for resume in (False, True):
+        with pytest.raises(TensorError, match=r"k_proj.*1 of \d+ values are NaN"):
+            rlspec.restore_checkpoint(base, tuned, tmp_path / "out", mode=mode, resume=resume)
+        assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned"}
+
+
+def test_an_output_never_takes_the_place_of_weights_that_are_linked(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    store = tmp_path / "store"
+    tuned.rename(store)
+    tuned.mkdir()
+    (tuned / "model.safetensors").symlink_to(store / "model.safetensors")
+    before = bytes_of(store)
+    with pytest.raises(CheckpointError, match=r"store holds .*to which .*tuned/model.safetensors links"):
+        rlspec.restore_checkpoint(base, tuned, store, overwrite=True)
+    assert bytes_of(store) == before
+    rlspec.restore_checkpoint(base, tuned, tmp_path / "out")
+    rlspec.restore_checkpoint(base, store, tmp_path / "plain")
+    assert (
+        bytes_of(tmp_path / "out")["model.safetensors"] == bytes_of(tmp_path / "plain")["model.safetensors"]
+    )
 
 
 @pytest.mark.parametrize("which", ["base", "tuned"])

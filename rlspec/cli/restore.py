@@ -103,7 +103,7 @@ def _run(plan: Plan, target: Target, memory_gib: float, report_file: Path | None
     from rlspec.cli.restore_text import Bar, passed_over_lines, report_lines, unmatched_lines
     from rlspec.restore.checkpoint import run_plan
 
-    for line in (*unmatched_lines(plan), *passed_over_lines(plan)):
+    for line in (*plan.notes, *unmatched_lines(plan), *passed_over_lines(plan)):
         click.echo(line, err=True)
     bar = Bar()
     try:

@@ -62,7 +62,7 @@ def plan_lines(plan: Plan, memory_gib: float) -> list[str]:
     if cold > 1.1 * cached and cold >= 1:
         time += f", or {_duration(cached)} if the base's decompositions are in the cache"
     return [*lines, f"estimated time (from a short measurement, give or take a factor of two): {time}"] + (
-        unmatched_lines(plan)
+        [*plan.notes, *unmatched_lines(plan)]
     )
 
 
@@ -138,7 +138,7 @@ def _plan_row(step: Step, plan: Plan) -> tuple[str, ...]:
 
 
 def _totals(plan: Plan) -> list[str]:
-    counts = {action: len(plan.chosen(action)) for action in ("restore", "merge", "keep")}
+    counts = {action: len(plan.chosen(action)) for action in ("restore", "merge", "tied", "keep")}
     text = ", ".join(f"{action} {count}" for action, count in counts.items() if count)
     return [f"{len(plan.steps)} tensors: {text}; {_size(plan_bytes(plan))} to write"]
 

@@ -2,7 +2,8 @@
 
 A checkpoint is a ``.safetensors`` file, or a folder with ``model.safetensors`` or with shards that
 ``model.safetensors.index.json`` lists. The files may come from anyone: headers and index are checked in C++
-(`rlspec._C`), and an index may name files of its own folder only.
+(`rlspec._C`), and an index may name files of its own folder only. Such a file may be a symbolic link to anywhere:
+whoever has the folder made it, and it is read as safetensors or not at all.
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def _read_shards(folder: Path) -> dict[str, TensorEntry]:
     tensors: dict[str, TensorEntry] = {}
     for file_name, shard in shards.items():
         if not shard.is_file():
-            raise CheckpointError(f"{shard}: missing; {INDEX_FILE} names it")
+            raise CheckpointError(f"{shard}: {_broken_link(shard) or 'missing'}; {INDEX_FILE} names it")
         for entry in read_header(shard):
             if weight_map.get(entry.name) != file_name:
                 raise CheckpointError(f"{shard}: holds {entry.name!r}, not placed there by {INDEX_FILE}")
@@ -107,29 +108,44 @@ def _read_weight_map(path: Path) -> dict[str, str]:
 
 
 def _shard_path(folder: Path, name: str) -> Path:
-    """The shard that an index names, refused where it is not a file below the checkpoint's folder.
-
-    Hugging Face's download cache links every file of a snapshot to ``blobs`` two folders up; a link is
-    therefore followed as far as the folder that holds both.
-    """
+    """The shard that an index names, refused where that is not a name below the checkpoint's folder."""
     parts = PurePosixPath(name)
     if not name or parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
         raise CheckpointError(f"{folder / INDEX_FILE}: names {name!r}, which is not a file below its folder")
     if "\0" in name:
         raise CheckpointError(f"{folder / INDEX_FILE}: names a file with a NUL byte")
-    path = folder / name
-    check_link(folder, path)
-    return path
+    return folder / name
 
 
-def check_link(folder: Path, path: Path) -> None:
-    """Refuse a file whose symbolic link leaves the checkpoint's folder.
+def check_links(folder: Path, files: Iterable[Path]) -> None:
+    """Refuse files that would be copied as they are and are no files of the folder.
+
+    Hugging Face's download cache links every file of a snapshot to ``blobs`` two folders up; a link is
+    therefore followed as far as the folder that holds both.
 
     Raises:
-        CheckpointError: it does.
+        CheckpointError: a symbolic link that leaves the folder, or leads nowhere.
     """
-    if not path.resolve().is_relative_to(_cache_root(folder.resolve())):
-        raise CheckpointError(f"{path}: a symbolic link that leaves the checkpoint's folder")
+    root = _cache_root(folder.resolve())
+    leaving = []
+    for path in files:
+        if (broken := _broken_link(path)) is not None:
+            raise CheckpointError(f"{path}: {broken}; fetch that file, or remove the link")
+        if not path.resolve().is_relative_to(root):
+            leaving.append(path)
+    if leaving:
+        more = f" ({len(leaving) - 1} more do so)" if len(leaving) > 1 else ""
+        raise CheckpointError(
+            f"{leaving[0]}: a symbolic link that leaves the checkpoint's folder, to {leaving[0].resolve()}{more}; "
+            "weights may lie elsewhere, but this file would be copied into the output: put a copy in place of the link"
+        )
+
+
+def _broken_link(path: Path) -> str | None:
+    """What to say of a symbolic link to something that does not exist; None for all else."""
+    if not path.is_symlink() or path.exists():
+        return None
+    return f"a symbolic link to {os.readlink(path)}, which is not there"
 
 
 def _cache_root(folder: Path) -> Path:
@@ -148,4 +164,7 @@ def _nothing_to_read(folder: Path) -> str:
             f"{folder}: holds {pickles[0]} but no {SINGLE_FILE}; pickled weights are not read, "
             "convert them with model.save_pretrained(folder) of transformers"
         )
+    for name in (SINGLE_FILE, INDEX_FILE):
+        if (broken := _broken_link(folder / name)) is not None:
+            return f"{folder / name}: {broken}"
     return f"{folder}: neither {SINGLE_FILE} nor {INDEX_FILE} in it"

@@ -7,6 +7,7 @@ import os
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.dtypes import TORCH_DTYPES, stored_name
 from rlspec.io.files import refuse_lfs_pointers
-from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, TensorEntry, check_link
+from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, TensorEntry, check_links
 from rlspec.io.stream import by_shard
 
 # Weights in other formats, or beside the ones that the index lists: they would be the unchanged ones.
@@ -102,7 +103,9 @@ def _lay_out(
     header = None
     copies = []
     at = data_start
-    if any(dtypes[entry.name] != entry.dtype for entry in entries):
+    # Tensors that share their bytes in the source get bytes of their own.
+    shared = any(a.end > b.start for a, b in pairwise(entries))
+    if shared or any(dtypes[entry.name] != entry.dtype for entry in entries):
         header = _header(source, entries, dtypes)
         at = len(header)
     else:
@@ -153,9 +156,12 @@ def _header(source: Path, entries: list[TensorEntry], dtypes: Mapping[str, str])
 
 
 def index_content(like: CheckpointIndex, shards: list[ShardLayout]) -> bytes | None:
-    """What the new index file holds; None where the checkpoint has none."""
+    """What the new index file holds; None where the checkpoint goes by none.
+
+    An index beside ``model.safetensors``, which goes before it, lists other shards or the same file: left behind.
+    """
     path = like.path / INDEX_FILE
-    if like.path.is_file() or not path.is_file():
+    if like.path.is_file() or (like.path / SINGLE_FILE).is_file() or not path.is_file():
         return None
     content = path.read_bytes()
     if all(shard.header is None for shard in shards):
@@ -164,6 +170,11 @@ def index_content(like: CheckpointIndex, shards: list[ShardLayout]) -> bytes | N
     metadata = parsed.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = sum(_tensor_bytes(like, shards).values())
+    names = {shard.source: shard.name for shard in shards}
+    added = {n: entry for n, entry in like.tensors.items() if n not in parsed["weight_map"]}
+    parsed["weight_map"] |= {name: names[entry.shard] for name, entry in added.items()}
+    if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
+        metadata["total_parameters"] += sum(prod(entry.shape) for entry in added.values())
     return (json.dumps(parsed, indent=2, ensure_ascii=False) + "\n").encode()
 
 
@@ -186,7 +197,7 @@ def companions(like: CheckpointIndex, tokenizer: Path | None = None) -> dict[Pat
         Each file's place in the new folder, and the file.
 
     Raises:
-        CheckpointError: one is a symbolic link that leaves its folder, or a pointer of Git LFS.
+        CheckpointError: one is a symbolic link that leaves its folder or leads nowhere, or a pointer of Git LFS.
     """
     if like.path.is_file():
         return {}
@@ -203,15 +214,19 @@ def companions(like: CheckpointIndex, tokenizer: Path | None = None) -> dict[Pat
 
 def _files(folder: Path, shards: set[Path]) -> dict[Path, Path]:
     entries = [path for path in sorted(folder.iterdir()) if path not in shards]
-    files = [p for p in entries if p.is_file() and not _is_weights(p)]
+    files = [p for p in entries if _is_file(p) and not _is_weights(p)]
     for below in entries:
         if below.is_dir() and not below.is_symlink() and not below.name.startswith("."):
             inside = [Path(root, name) for root, _, names in os.walk(below) for name in sorted(names)]
             if not any(path in shards or _is_weights(path) for path in inside):
-                files += [p for p in inside if p.is_file()]
-    for path in files:
-        check_link(folder, path)
+                files += [p for p in inside if _is_file(p)]
+    check_links(folder, files)
     return {path.relative_to(folder): path for path in files}
+
+
+def _is_file(path: Path) -> bool:
+    """Whether it is a file; also a link to one that is missing, by its name: a folder's rarely has an ending."""
+    return path.is_file() or (path.is_symlink() and not path.exists() and path.suffix != "")
 
 
 def _is_tokenizer(place: Path) -> bool:

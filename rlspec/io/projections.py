@@ -1,10 +1,10 @@
 """Which tensors of a checkpoint are the q, k, v, o, mlp, embed and lm_head matrices, by the names they carry.
 
 The architectures are told apart by tensor names and shapes, so that a module in memory and a checkpoint on
-disk give the same answer; only the heads of a fused ``query_key_value`` must be read from the configuration.
+disk give the same answer; the heads of a fused ``query_key_value`` must be read from the configuration.
 Known layouts: Llama, Qwen, Mistral, Gemma and their kin (separate matrices), Phi-3 (fused ``qkv_proj`` and
 ``gate_up_proj``), OPT, GPT-2 (``Conv1D``, transposed and fused), GPT-J, GPT-NeoX, BLOOM and Falcon (q, k and v
-interleaved by head). Vision and audio towers of multimodal models are left out; the language model inside is
+interleaved by head). Other models inside a multimodal one are left out (`rlspec.io.stacks`); the language model is
 found under any prefix.
 """
 
@@ -31,6 +31,7 @@ from rlspec.io.fused import (
     phi3_qkv,
     query_key_value,
 )
+from rlspec.io.stacks import LanguageModel, Stack, in_tower, tell_apart, text_config
 
 #: The module names that may be asked for, in the order in which results list them.
 MODULES = ("q", "k", "v", "o", "mlp", "embed", "lm_head")
@@ -104,10 +105,6 @@ _FUSED_EXPERTS = re.compile(r"mlp\.experts\.\w+_proj(?:\.weight)?")
 _EMBED = re.compile(r"(?:^|\.)(?:embed_tokens|wte|embed_in|word_embeddings)\.weight$")
 _LM_HEAD = re.compile(r"(?:^|\.)(?:lm_head|embed_out)\.weight$")
 _LAYER = re.compile(r"(?:^|\.)(?:layers|h)\.(\d+)\.(.+)$")
-_TOWERS = re.compile(
-    r"(?:^|\.)(?:vision_model|vision_tower|vision_encoder|visual|image_encoder|audio_tower|audio_model"
-    r"|speech_encoder|img_processor|multi_modal_projector|mm_projector|mtp)\."
-)
 
 
 def parse_modules(modules: str | Iterable[str]) -> tuple[str, ...]:
@@ -143,7 +140,8 @@ def find_projections(
     Args:
         names_to_shapes: shape of every tensor in the checkpoint.
         modules: as `parse_modules` takes them.
-        config: what `read_config` found; needed only by a fused ``query_key_value``.
+        config: what `read_config` found; needed by a fused ``query_key_value``, and to tell the language model from
+            others beside it.
 
     Raises:
         OptionError: an unknown module name.
@@ -152,10 +150,11 @@ def find_projections(
             tensor.
     """
     wanted = parse_modules(modules)
+    model = language_model(names_to_shapes, config)
     found = [
         projection
-        for name, shape in names_to_shapes.items()
-        if not in_tower(name)
+        for name in names_to_shapes
+        if model.holds(name)
         for projection in projections_of(name, names_to_shapes, config, wanted)
     ]
     present = {projection.module for projection in found}
@@ -170,9 +169,20 @@ def find_projections(
     return sorted(found, key=_order)
 
 
-def in_tower(name: str) -> bool:
-    """Whether a tensor belongs to the vision or audio part of a multimodal model."""
-    return _TOWERS.search(name) is not None
+def language_model(names_to_shapes: Mapping[str, Shape], config: Config | None = None) -> LanguageModel:
+    """The part of a checkpoint that is the language model.
+
+    Args:
+        names_to_shapes: shape of every tensor in the checkpoint.
+        config: what `read_config` found; tells the language model's layers from those of other models.
+    """
+    stacks: dict[str, Stack] = {}
+    for name, shape in names_to_shapes.items():
+        if match := _LAYER.search(name):
+            prefix = name[: match.start(1)]
+            known = tuple(shape) if modules_in(name, shape) else None
+            stacks.setdefault(prefix, Stack(prefix)).add(int(match[1]), known)
+    return tell_apart(stacks.values(), config)
 
 
 def layer_of(name: str) -> int | None:
@@ -182,7 +192,7 @@ def layer_of(name: str) -> int | None:
 
 
 def modules_in(name: str, shape: Shape) -> tuple[str, ...]:
-    """The modules that a tensor's name says it holds, () where it says nothing; towers are not looked at."""
+    """The modules that a tensor's name says it holds, () where it says nothing, in whatever part of the model."""
     if _EMBED.search(name):
         return ("embed",)
     if _LM_HEAD.search(name):
@@ -258,16 +268,15 @@ def read_config(checkpoint: Path) -> Config | None:
     Raises:
         CheckpointError: it is not a JSON object.
     """
-    path = (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
+    path = config_file(checkpoint)
     if not path.is_file():
         return None
     return text_config(read_json_object(path))
 
 
-def text_config(config: Config) -> Config:
-    """The configuration of a model's text part, which multimodal models keep in a section of its own."""
-    text = config.get("text_config")
-    return {**config, **text} if isinstance(text, dict) else config
+def config_file(checkpoint: Path) -> Path:
+    """Where the config.json of a checkpoint's folder, or of the folder of its only file, would be."""
+    return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
 
 
 def counterpart(name: str, names: Collection[str]) -> str | None:

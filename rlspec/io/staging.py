@@ -12,6 +12,7 @@ import fcntl
 import json
 import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +99,18 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)  # the output is complete whether or not this succeeds
         self.unlock()
         return self.out
+
+    def close(self, *, keep: bool = True) -> None:
+        """Stop. What is finished stays for a resumed run; where nothing is, or ``keep`` is false, nothing stays.
+
+        Removed is what this class makes; the folder stays where there is anything else in it.
+        """
+        if self._lock >= 0 and not (keep and self.finished):
+            shutil.rmtree(self.checkpoint, ignore_errors=True)
+            with suppress(OSError):
+                self._state.unlink(missing_ok=True)
+                self.folder.rmdir()
+        self.unlock()
 
     def unlock(self) -> None:
         if self._lock >= 0:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ class CheckpointWriter:
         resume: take it over. Without, it is thrown away.
         overwrite: replace ``out`` where it exists, at the last moment.
         tokenizer: a folder whose tokenizer and chat templates go before those of ``like``.
+        contents: of companion files that are not copied but written anew, by their place in the folder.
 
     Raises:
         CheckpointError: ``out`` exists, or cannot be written, or its disk has no room; or, resuming, another
@@ -61,9 +62,11 @@ class CheckpointWriter:
         resume: bool = False,
         overwrite: bool = False,
         tokenizer: Path | None = None,
+        contents: Mapping[Path, bytes] = MappingProxyType({}),
     ) -> None:
         layouts = lay_out(like, changed)
         self._companions = companions(like, tokenizer)
+        self._contents = contents
         self._index = index_content(like, layouts)
         self._staging = Staging(Path(out), fingerprint, resume=resume, overwrite=overwrite)
         finished = self._staging.finished
@@ -75,7 +78,7 @@ class CheckpointWriter:
             self._check_space(todo)
             self._shards = [_Shard(layout, self._staging, files, self._stop, self._lock) for layout in todo]
         except BaseException:
-            self._staging.unlock()
+            self._staging.close()
             raise
         self._by_name = {name: shard for shard in self._shards for name in shard.layout.changed}
         #: changed tensors whose shard is not finished, in file order, when the writer was made
@@ -163,7 +166,11 @@ class CheckpointWriter:
             future.result()
         self._thread.shutdown()
         for place, path in self._companions.items():
-            _copy_companion(path, self._staging.checkpoint / place)
+            target = self._staging.checkpoint / place
+            if place in self._contents:
+                write_file(target, self._contents[place])
+            else:
+                _copy_companion(path, target)
         if self._index is not None:
             write_file(self._staging.checkpoint / INDEX_FILE, self._index)
         try:
@@ -176,11 +183,20 @@ class CheckpointWriter:
         self._committed = True
         return out
 
-    def close(self) -> None:
-        """Stop. What is complete stays for a resumed run unless it was committed. May be called twice."""
+    def close(self, *, keep: bool = True) -> None:
+        """Stop. Complete shards stay for a resumed run, unless there are none. May be called twice.
+
+        Args:
+            keep: false: nothing stays.
+        """
         self._stop.set()
         self._thread.shutdown(cancel_futures=True)
-        self._staging.unlock()
+        self._staging.close(keep=keep)
+
+    @property
+    def resumable(self) -> bool:
+        """Whether there is something that a resumed run would take over."""
+        return not self._committed and self._staging.folder.exists()
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -189,7 +205,7 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-        if error is not None and not self._committed:
+        if error is not None and self.resumable:
             _LOG.info("%s: not complete; what is done is kept in %s", self._staging.out, self._staging.folder)
 
 
@@ -235,7 +251,7 @@ class _Shard:
         """False: it was stopped."""
         layout = self.layout
         source = os.fsencode(layout.source)
-        whole = not layout.changed
+        whole = self._is_whole
         if whole and file.clone(source):
             return True
         if whole:
@@ -248,6 +264,11 @@ class _Shard:
                     return False
                 file.copy(source, there + done, here + done, min(_COPY_BYTES, count - done))
         return True
+
+    @property
+    def _is_whole(self) -> bool:
+        """Whether the shard is the original, byte for byte."""
+        return not self.layout.changed and self.layout.header is None
 
     def claim(self, name: str, start: int, count: int) -> None:
         """Remember which bytes of a tensor are written; each may be once."""
@@ -294,7 +315,7 @@ class _Shard:
             return complete
 
     def _opened(self) -> AbstractContextManager[_C.OutputFile]:
-        return self._files.opened(self._path, self.layout.size if self.layout.changed else None)
+        return self._files.opened(self._path, None if self._is_whole else self.layout.size)
 
     def _explained(self, error: _C.FileError) -> CheckpointError:
         path = self._path if error.kind == "write_failed" else self.layout.source

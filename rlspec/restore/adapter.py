@@ -50,8 +50,10 @@ class Adapter:
         index: CheckpointIndex,
         updates: Mapping[str, LowRank],
         replacements: Mapping[str, str],
+        keeps_ties: bool = False,
     ) -> None:
         self.index = index
+        self.keeps_ties = keeps_ties  #: what it does to a tied embedding it does to the head as well
         self._updates = dict(updates)
         self._replacements = dict(replacements)
         self._factors: tuple[str, Tensor, Tensor] | None = None
@@ -86,11 +88,17 @@ class Adapter:
                 raise CheckpointError(f"{index.path}: {module} has lora_{next(iter(pair))} alone")
             name = _place(f"{module}.weight", pair["A"], base, index)
             updates[name] = _low_rank(name, module, pair, embedding, config, base, index)
-        return cls(index, updates, replacements)
+        return cls(index, updates, replacements, bool(config.get("ensure_weight_tying")))
 
     def changes(self, name: str) -> bool:
         """Whether the adapter changes this tensor of the base."""
         return name in self._updates or name in self._replacements
+
+    def without(self, name: str) -> Adapter:
+        """The same adapter that leaves a tensor of the base as it is."""
+        updates = {n: update for n, update in self._updates.items() if n != name}
+        replacements = {n: stored for n, stored in self._replacements.items() if n != name}
+        return Adapter(self.index, updates, replacements, self.keeps_ties)
 
     def saved(self, name: str) -> str | None:
         """The adapter's own name of a tensor that it holds whole (a module trained beside the adapter)."""

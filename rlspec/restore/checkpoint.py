@@ -62,8 +62,10 @@ def restore_checkpoint(
     """Write a checkpoint whose matrices are the tuned ones with the base's directions (or values) put back.
 
     The output has the files, names, dtypes and metadata of the tuned checkpoint; tensors that are not restored and
-    all other files are copied. It appears under its name when it is complete; what an interrupted call leaves
-    beside it, ``resume`` finishes to the same bytes.
+    all other files are copied. Where an adapter trains one of a tied embedding and head, the output stores both, and its
+    config.json says that they are not tied; a stored copy of a tied head is written as the embedding is. The output
+    appears under its name when it is complete; what an interrupted call leaves beside it, ``resume`` finishes to the
+    same bytes, and what no call could finish is removed.
 
     Args:
         base: safetensors checkpoint, a folder in the layout of Hugging Face or a file.
@@ -158,6 +160,7 @@ def run_plan(
     began = time.perf_counter()
     memory = memory_bytes(memory_gib)
     check_memory(plan, memory)
+    _refuse_linked_inputs(plan, target.out)
     out = Path(os.path.abspath(target.out))
     journal = Journal(out.parent / f".{out.name}.rlspec-restored.jsonl")
     cache = Path(cache_dir) if cache_dir is not None else None
@@ -169,24 +172,59 @@ def run_plan(
         resume=target.resume,
         overwrite=target.overwrite,
         tokenizer=plan.adapter.index.path.parent if plan.adapter is not None else None,
+        contents={} if plan.config is None else {Path("config.json"): plan.config},
     )
-    with closing(writer):
-        pending = [plan.steps[name] for name in writer.pending]
-        earlier: dict[str, MatrixReport] = {}
-        if target.resume:
-            finished = plan.changed.keys() - writer.pending
-            earlier = {name: row for name, row in journal.read().items() if row.tensor in finished}
-        else:
+    try:
+        with closing(writer):
+            done, resumed = _fill(plan, target, writer, memory, cache, journal, on_begin, on_step, on_commit)
+    finally:
+        if not writer.resumable:
             journal.clear()
-        on_begin(pending)
-        done = dict(earlier)
-        for step, rows in _carry_out(plan, pending, writer, memory, cache, journal):
+    return _report(plan, target, done, resumed, time.perf_counter() - began)
+
+
+def _fill(
+    plan: Plan,
+    target: Target,
+    writer: CheckpointWriter,
+    memory: int,
+    cache_dir: Path | None,
+    journal: Journal,
+    on_begin: Callable[[list[Step]], None],
+    on_step: Callable[[Step], None],
+    on_commit: Callable[[], None],
+) -> tuple[dict[str, MatrixReport], int]:
+    """Write all that is pending; the reports of all matrices, and how many of them an earlier call had done."""
+    pending = plan.computed(plan.steps[name] for name in writer.pending)
+    earlier: dict[str, MatrixReport] = {}
+    if target.resume:
+        finished = plan.changed.keys() - {step.name for step in pending}
+        earlier = {name: row for name, row in journal.read().items() if row.tensor in finished}
+    else:
+        journal.clear()
+    on_begin(pending)
+    done = dict(earlier)
+    try:
+        for step, rows in _carry_out(plan, pending, writer, memory, cache_dir, journal):
             done.update({row.name: row for row in rows})
             on_step(step)
-        on_commit()
-        writer.commit()
-    journal.clear()
-    return _report(plan, target, done, len(earlier), time.perf_counter() - began)
+    except TensorError:
+        # The values are at fault: no resumed run of the same inputs gets further, and none of others may take it over.
+        writer.close(keep=False)
+        raise
+    on_commit()
+    writer.commit()
+    return done, len(earlier)
+
+
+def _refuse_linked_inputs(plan: Plan, out: Path) -> None:
+    """Refuse an output whose folder holds weights that an input only links to."""
+    indices = [plan.base, plan.like, *([plan.adapter.index] if plan.adapter is not None else [])]
+    for shard in {entry.shard for index in indices for entry in index.tensors.values()}:
+        if (real := shard.resolve()).is_relative_to(out.resolve()):
+            raise CheckpointError(
+                f"{out} holds {real}, to which {shard} links; inputs are never written, choose another folder"
+            )
 
 
 def _carry_out(
@@ -216,8 +254,14 @@ def _carry_out(
                     out, rows = restore_stored(step, base, tuned, plan.options, cache_dir)
             del base, tuned  # their buffers go back to the reader before the next pair is asked for
             journal.append(rows)
-            writer.put(name, out)
+            for written in _pending(plan, step, writer):
+                writer.put(written, out)
             yield step, rows
+
+
+def _pending(plan: Plan, step: Step, writer: CheckpointWriter) -> list[str]:
+    """The tensors to be written with what a step gives; an earlier call may have finished some."""
+    return [name for name in plan.written_by(step) if name in writer.pending]
 
 
 @contextmanager
@@ -255,16 +299,19 @@ def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> l
     """Copy, interpolate or merge a tensor without holding it whole."""
     assert step.dtype is not None
     blocks = _blocks(plan, step.name, pool_bytes(plan, memory) // 2)
+    names = _pending(plan, step, writer)
     if step.action == "merge":
         same = ((first, tuned, tuned) for first, _, tuned in blocks)
         for first, block in restore_rows(step.name, same, step.dtype, unchanged(plan.options), Changes(0)):
-            writer.put_rows(step.name, first, block)
+            for name in names:
+                writer.put_rows(name, first, block)
         return []
     (matrix,) = step.matrices()
     projection, shape = matrix
     changes = Changes(min(shape))
     for first, block in restore_rows(projection.name, blocks, step.dtype, plan.options, changes):
-        writer.put_rows(step.name, first, block)
+        for name in names:
+            writer.put_rows(name, first, block)
     return [MatrixReport.of(projection, shape, step.dtype, changes)]
 
 
@@ -325,4 +372,6 @@ def _report(
         bytes_written=sum(step.bytes for step in plan.steps.values()),
         seconds=seconds,
         resumed=resumed,
+        tied={step.name: step.source for step in plan.chosen("tied")},
+        notes=plan.notes,
     )

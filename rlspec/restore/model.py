@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from rlspec.errors import OptionError, TensorError
-from rlspec.io.projections import counterpart
+from rlspec.io.projections import Projection, counterpart
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import matrix_basis
 from rlspec.restore.matrix import Rounding
@@ -47,7 +47,7 @@ def restore_(
     Raises:
         OptionError: a setting that does not exist or is out of range.
         TensorError: the model lacks a matrix of the basis, has it in another shape or sharded over processes, or it
-            holds NaN or infinity.
+            holds NaN or infinity; or it is tied where the basis has two different matrices.
     """
     rule = Rank.parse(rank) if rank is not None else basis.rank
     options = RestoreOptions(
@@ -73,9 +73,24 @@ def restore_(
             raise TensorError(f"{projection.name}: {error}") from None
         report = MatrixReport.of(projection, reference.shape, stored.dtype, result)
         changes.append((projection, stored, result.weight, report))
+    _refuse_two_for_one([(projection, stored) for projection, stored, *_ in changes], basis)
     for projection, stored, weight, _ in changes:
         projection.put(stored, weight)
     return tuple(report for *_, report in changes)
+
+
+def _refuse_two_for_one(places: list[tuple[Projection, Tensor]], basis: SpectralBasis) -> None:
+    """Refuse a tied tensor of which the basis holds two different matrices: only one of them could be put back."""
+    seen: dict[tuple[int, str], str] = {}
+    for projection, stored in places:
+        first = seen.setdefault((stored.data_ptr(), str(projection.rows)), projection.name)
+        if first == projection.name:
+            continue
+        if not torch.equal(basis.matrix(first).W, basis.matrix(projection.name).W):
+            raise TensorError(
+                f"{projection.name}: one tensor with {first} in the model (tied), two different ones in the basis; build "
+                "the basis from a tied model, or with modules that name one of them"
+            )
 
 
 def _whole(tensors: dict[str, nn.Parameter], name: str) -> Tensor:

@@ -1,8 +1,11 @@
-"""What a restoration will do to every tensor of a checkpoint, decided from headers alone."""
+"""What a restoration will do to every tensor of a checkpoint, decided from headers alone.
+
+But for one thing: whether a stored head is a copy of the embedding only their bytes tell.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -16,9 +19,10 @@ from rlspec.io.projections import Projection, counterpart, read_config
 from rlspec.io.stream import in_file_order
 from rlspec.restore.adapter import Adapter, is_adapter
 from rlspec.restore.options import RestoreOptions
-from rlspec.restore.select import Selection, select
+from rlspec.restore.select import Selection, model_of, select
+from rlspec.restore.tied import find_tie, open_adapter, stored_alike, untied_config, with_head
 
-Action = Literal["restore", "merge", "keep"]
+Action = Literal["restore", "merge", "tied", "keep"]
 
 #: safetensors' names of the dtypes that can be restored
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -46,7 +50,7 @@ class Step:
 
     ``restore``: the matrices in ``projections`` are restored, ``directions`` tells how many directions of each
     (None where the singular values decide). ``merge``: the adapter's update is added and nothing is restored.
-    ``keep``: copied as it is, for ``reason``.
+    ``tied``: a stored copy of the tensor ``source``, written as that is. ``keep``: copied as it is, for ``reason``.
     """
 
     entry: TensorEntry
@@ -55,6 +59,7 @@ class Step:
     projections: tuple[Projection, ...] = ()
     directions: tuple[int | None, ...] = ()
     reason: str = ""
+    source: str = ""
 
     @property
     def name(self) -> str:
@@ -89,11 +94,24 @@ class Plan:
     steps: dict[str, Step]
     unmatched: tuple[str, ...]
     passed_over: dict[str, str]  #: tensors that were chosen and cannot be restored, and why
+    notes: tuple[str, ...] = ()  #: sentences about the checkpoint
+    config: bytes | None = (
+        None  #: what the output's config.json holds, where that is not what ``like``'s does
+    )
 
     @property
     def changed(self) -> dict[str, torch.dtype]:
         """Tensors that are written anew, with their dtypes."""
         return {name: step.dtype for name, step in self.steps.items() if step.dtype is not None}
+
+    def computed(self, steps: Iterable[Step]) -> list[Step]:
+        """The steps that are to be carried out to have the tensors of those given, in order."""
+        names = dict.fromkeys(step.source or step.name for step in steps)
+        return [self.steps[name] for name in names]
+
+    def written_by(self, step: Step) -> list[str]:
+        """The tensors whose content a step gives: its own, and those tied to it."""
+        return [step.name, *(tied.name for tied in self.chosen("tied") if tied.source == step.name)]
 
     def chosen(self, action: Action) -> list[Step]:
         return [step for step in self.steps.values() if step.action == action]
@@ -111,7 +129,9 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
         OptionError, ProjectionError: modules, layers or indices that the checkpoint does not have.
     """
     base_index = CheckpointIndex.open(base)
-    adapter = Adapter.open(tuned, base_index) if is_adapter(tuned) else None
+    adapter, untied = None, None
+    if is_adapter(tuned):
+        adapter, base_index, untied = open_adapter(tuned, base_index)
     like = base_index if adapter is not None else CheckpointIndex.open(tuned)
     base_index = _under_names_of(like, base_index)
     for index in {id(i): i for i in (base_index, like)}.values():
@@ -120,22 +140,70 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
     shapes = {entry.name: tuple(entry.shape) for entry in entries}
     selection = select(shapes, options, read_config(like.path))
     steps = {entry.name: _step(entry, selection, options, base_index, like, adapter) for entry in entries}
+    notes = [] if selection.note is None else [selection.note]
+    config = None
+    if untied is None:
+        steps |= _tied_steps(like, steps)
+        notes += [f"{step.name}: {step.reason}" for step in steps.values() if step.action == "tied"]
+    else:
+        config = untied_config(like.path)
+        told = "config.json's tie_word_embeddings is false"
+        if config is None:
+            told = "a config.json to go with them must have tie_word_embeddings false"
+        notes.append(f"the adapter unties {untied.head} from {untied.embed}: both are stored, and {told}")
     passed_over = {
         name: steps[name].reason
         for name in selection.chosen
-        if steps[name].action != "restore" and steps[name].reason not in _AS_ASKED
+        if steps[name].action in ("merge", "keep") and steps[name].reason not in _AS_ASKED
     }
-    plan = Plan(base_index, like, adapter, options, steps, selection.unmatched, passed_over)
+    plan = Plan(
+        base_index,
+        like,
+        adapter,
+        options,
+        steps,
+        selection.unmatched,
+        passed_over,
+        tuple(notes),
+        config,
+    )
     _refuse_nothing(plan, selection)
     return plan
 
 
+def _tied_steps(like: CheckpointIndex, steps: Mapping[str, Step]) -> dict[str, Step]:
+    """What happens to a stored copy of a tied head where the embedding changes, or the head was to change alone."""
+    tie = find_tie(like)
+    if tie is None or not tie.stored:
+        return {}
+    embed, head = steps[tie.embed], steps[tie.head]
+    if embed.action == head.action == "keep" or not stored_alike(like, tie):
+        return {}
+    reason = f"a stored copy of {tie.embed}, to which the head is tied"
+    if embed.action == "keep":
+        return {tie.head: Step(head.entry, "keep", reason=f"{reason}; ask for embed")}
+    return {
+        tie.head: Step(head.entry, "tied", embed.dtype, reason=f"{reason}; written alike", source=tie.embed)
+    }
+
+
 def _under_names_of(like: CheckpointIndex, base: CheckpointIndex) -> CheckpointIndex:
-    """The base with its tensors also under the names that ``like`` has for them, where those differ in the prefix."""
+    """The base with its tensors also under the names that ``like`` has for them, where those differ in the prefix.
+
+    Its embedding is also its head, where it is tied and stores none.
+    """
+    tie = find_tie(base)
+    base = with_head(base, tie) if tie is not None and tie.said else base
+    missing = [name for name in like.tensors if name not in base.tensors]
+    if not missing:
+        return base
+    mine, theirs = model_of(like), model_of(base)
+    # What another model beside the language model calls its layers is no counterpart.
+    sides = {inside: [n for n in base.tensors if theirs.holds(n) == inside] for inside in (True, False)}
     found = {
         name: base.tensors[there]
-        for name in like.tensors
-        if name not in base.tensors and (there := counterpart(name, base.tensors)) is not None
+        for name in missing
+        if (there := counterpart(name, sides[mine.holds(name)])) is not None
     }
     renamed = {name: replace(entry, name=name) for name, entry in found.items()}
     return replace(base, tensors={**base.tensors, **renamed}) if renamed else base

@@ -89,7 +89,8 @@ class RestoreReport:
     """The result of :func:`rlspec.restore_checkpoint`.
 
     ``kept`` maps every tensor that was not restored to the reason. ``seconds`` is the time of this call; ``resumed``
-    counts matrices that an earlier, interrupted call had done.
+    counts matrices that an earlier, interrupted call had done; ``tied`` maps stored copies of a tied
+    embedding to its name, as which they are written; ``notes`` are sentences about the checkpoint.
     """
 
     out: Path
@@ -102,6 +103,8 @@ class RestoreReport:
     seconds: float
     resumed: int = 0
     merged: tuple[str, ...] = field(default=())
+    tied: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         found = asdict(self)

@@ -9,17 +9,20 @@ from dataclasses import dataclass, field
 
 from rlspec.errors import OptionError, ProjectionError
 from rlspec.io.fused import Config
+from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import (
     MODULES,
     Projection,
     Shape,
     find_projections,
-    in_tower,
+    language_model,
     layer_of,
     modules_in,
     parse_modules,
     projections_of,
+    read_config,
 )
+from rlspec.io.stacks import LanguageModel, in_tower
 from rlspec.restore.options import RestoreOptions
 
 # Kinds of names that a message lists.
@@ -33,6 +36,7 @@ class Selection:
     chosen: dict[str, list[Projection]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     unmatched: tuple[str, ...] = ()  #: matrices not chosen, whose names no pattern knows
+    note: str | None = None  #: which of several stacks of layers are the language model's
 
 
 def select(shapes: Mapping[str, Shape], options: RestoreOptions, config: Config | None) -> Selection:
@@ -51,32 +55,43 @@ def select(shapes: Mapping[str, Shape], options: RestoreOptions, config: Config 
     modules = str(options.modules)
     known = _known_modules(modules)
     pattern = None if known is not None else _pattern(modules)
+    model = language_model(shapes, config)
     if known is not None:
-        _check_found(shapes, known, config)
-    numbers = [layer for n in shapes if not in_tower(n) and (layer := layer_of(n)) is not None]
-    layers = options.chosen_layers(1 + max(numbers, default=-1))
+        _check_found(shapes, known, config, model)
+    if options.layers is not None and len({stack.layers for stack in model.own}) > 1:
+        raise OptionError(
+            f"layers={options.layers!r}: {model.note}; choose layers by a regular expression for modules"
+        )
+    layers = options.chosen_layers(model.layers)
     chosen: dict[str, list[Projection]] = {}
     reasons: dict[str, str] = {}
     unmatched = []
     for name, shape in shapes.items():
-        holds = () if in_tower(name) else modules_in(name, shape)
+        inside = model.holds(name)
+        holds = modules_in(name, shape) if inside else ()
         if pattern is not None:
-            found = _by_pattern(name, shapes, pattern, config, options)
+            found = _by_pattern(name, shapes, pattern, config, options, inside)
         else:
             assert known is not None
-            found = [] if in_tower(name) else projections_of(name, shapes, config, known)
+            found = projections_of(name, shapes, config, known) if inside else []
         layer = layer_of(name)
         if not found:
-            if not holds and len(shape) == 2 and not in_tower(name):
+            if not holds and len(shape) == 2 and inside:
                 unmatched.append(name)
-            reasons[name] = _reason(name, shape, holds, pattern is not None, options.elementwise)
-        elif layers is not None and layer is not None and not in_tower(name) and layer not in layers:
+            reasons[name] = _reason(name, shape, holds, pattern is not None, options.elementwise, inside)
+        elif layers is not None and layer is not None and inside and layer not in layers:
             reasons[name] = f"layer {layer} is not among layers {options.layers}"
         else:
             chosen[name] = found
     if not chosen:
         raise OptionError(_nothing(modules, options, pattern is not None, shapes))
-    return Selection(chosen, reasons, tuple(unmatched))
+    return Selection(chosen, reasons, tuple(unmatched), model.note)
+
+
+def model_of(index: CheckpointIndex) -> LanguageModel:
+    """The language model of a checkpoint on disk."""
+    shapes = {name: tuple(entry.shape) for name, entry in index.tensors.items()}
+    return language_model(shapes, read_config(index.path))
 
 
 def _known_modules(text: str) -> tuple[str, ...] | None:
@@ -99,12 +114,14 @@ def _pattern(text: str) -> re.Pattern[str]:
         ) from None
 
 
-def _check_found(shapes: Mapping[str, Shape], modules: tuple[str, ...], config: Config | None) -> None:
+def _check_found(
+    shapes: Mapping[str, Shape], modules: tuple[str, ...], config: Config | None, model: LanguageModel
+) -> None:
     """find_projections refuses what is not there; its message gets the way out."""
     try:
         find_projections(shapes, modules, config)
     except ProjectionError as error:
-        unknown = [n for n, s in shapes.items() if len(s) >= 2 and not in_tower(n) and not modules_in(n, s)]
+        unknown = [n for n, s in shapes.items() if len(s) >= 2 and model.holds(n) and not modules_in(n, s)]
         kinds = [
             f"{count} x {name}" for name, count in Counter(map(without_numbers, unknown)).most_common(_KINDS)
         ]
@@ -125,10 +142,11 @@ def _by_pattern(
     pattern: re.Pattern[str],
     config: Config | None,
     options: RestoreOptions,
+    inside: bool,
 ) -> list[Projection]:
     """The parts of a fused tensor whose labels match, or the tensor itself."""
     shape = shapes[name]
-    if not in_tower(name) and modules_in(name, shape) and len(shape) == 2:
+    if inside and modules_in(name, shape) and len(shape) == 2:
         if not (
             pattern.search(name) or any(pattern.search(f"{name}[{p}]") for p in ("q", "k", "v", "gate", "up"))
         ):
@@ -139,13 +157,15 @@ def _by_pattern(
     return [Projection(name, name, "other", layer_of(name))]
 
 
-def _reason(name: str, shape: Shape, holds: tuple[str, ...], by_pattern: bool, elementwise: bool) -> str:
+def _reason(
+    name: str, shape: Shape, holds: tuple[str, ...], by_pattern: bool, elementwise: bool, inside: bool
+) -> str:
     if by_pattern:
         return "not a matrix" if len(shape) != 2 and not elementwise else "does not match"
     if len(shape) != 2 and not holds:
         return "not a matrix"
-    if in_tower(name):
-        return "part of the vision or audio model"
+    if not inside:
+        return f"part of {'the vision or audio' if in_tower(name) else 'another'} model"
     return f"{'/'.join(holds)} is not among the modules" if holds else "name not known"
 
 

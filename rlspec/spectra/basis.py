@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
@@ -10,13 +11,14 @@ from torch import Tensor, nn
 
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError
-from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.io.projections import Projection, find_projections, language_model, parse_modules
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.cache import cached_factors
 from rlspec.spectra.sources import WeightSource, open_weights, read_matrix
 
+_LOG = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # called with (matrices done, matrices in all)
 
 
@@ -113,7 +115,11 @@ class SpectralBasis:
     ) -> SpectralBasis:
         rule = Rank.parse(rank)
         weights = open_weights(source)
-        projections = find_projections(weights.shapes(), parse_modules(modules), weights.config())
+        shapes, config = weights.shapes(), weights.config()
+        projections = find_projections(shapes, parse_modules(modules), config)
+        model = language_model(shapes, config)
+        if len(model.own) > 1:
+            _LOG.warning(model.note)
         matrices, devices = [], {}
         for done, projection in enumerate(projections, start=1):
             found = read_matrix(weights, projection)
