@@ -13,7 +13,14 @@ from rlspec.errors import OptionError
 from rlspec.io.files import write_atomically
 from rlspec.run.config import TrackConfig
 from rlspec.run.jsonl import Row
-from rlspec.run.loading import check_checkpoint, choose_device, load_model, load_tokenizer, model_folder
+from rlspec.run.loading import (
+    check_checkpoint,
+    choose_device,
+    conversation_needs,
+    load_model,
+    load_tokenizer,
+    model_folder,
+)
 from rlspec.tasks import McNemarResult, check_shift, get_task, mcnemar
 from rlspec.train import EvalResult, evaluate
 
@@ -101,7 +108,9 @@ def evaluate_models(config: TrackConfig, *, compare: str | None = None, json_fil
         task = get_task(config.task, tokenizer=tokenizer, turns=config.turns)
         for shift in config.shifts:
             check_shift(task, shift)
+        needs = conversation_needs(tokenizer, task, config.shifts, config.deals, config.seed)
         model = load_model(folder, device).eval()
+        needs.check(model, folder, tokenizer, examples=False)
         by_model.append(_evaluate_shifts(model, tokenizer, task, config))
     result["evals"] = [{"model": name, **row} for name, rows in zip(names, by_model) for row in rows]
     if compare is not None:
