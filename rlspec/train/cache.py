@@ -74,13 +74,10 @@ class Reader:
 
 def keep_rows(cache: Any, rows: Tensor) -> bool:
     """Keep these rows of a cache, in place; False, and nothing done, where a part of it cannot drop rows."""
-    # A class with a selection of its own knows what it holds; an inherited one may not know all of it.
-    if "batch_select_indices" in vars(type(cache)):
-        cache.batch_select_indices(rows)
-        return True
-    if type(cache) is not DynamicCache:
+    # Other classes hold more than their layers, and the selection they inherit or define may miss some of it.
+    layers: list[Any] | None = getattr(cache, "layers", None) if type(cache) is DynamicCache else None
+    if layers is None:
         return False
-    layers: list[Any] = cache.layers
     if not any(hasattr(layer, "recurrent_states") for layer in layers):
         cache.batch_select_indices(rows)
         return True
