@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from train_toys import byte_tokenizer, toy_model
 
@@ -12,7 +13,7 @@ from rlspec.cli.main import main
 from rlspec.errors import CheckpointError
 from rlspec.train.encode import decode_answer, encode_answer, encode_example, encode_prompt, stop_ids
 from rlspec.train.rollout import generate
-from rlspec.train.template import closing, render
+from rlspec.train.template import Closing, closing, render
 
 QUESTION = [{"role": "user", "content": "cards 3 4 5 6"}]
 STRINGS = "{% for m in messages %}{{m.role}}: {{m.content}}\n{% endfor %}assistant: "
@@ -97,19 +98,34 @@ def test_sampling_stops_where_the_template_ends_a_turn() -> None:
     ended = tokenizer.convert_tokens_to_ids(end)
     assert stop_ids(model, tokenizer) == sorted([tokenizer.eos_token_id, ended])
     # A model that says nothing else: its first token is its last.
-    model.lm_head.weight.data[:] = 0
-    prompts = [[5, 6, 7], [8, 9]]
-    model.lm_head.register_forward_hook(
-        lambda module, inputs, logits: logits.index_fill(-1, end_of(ended), 9)
-    )
-    answers = generate(model, tokenizer, prompts, max_new_tokens=5, temperature=0).tokens
+    certain = torch.nn.functional.one_hot(torch.tensor(ended), len(tokenizer)) * 9.0
+    model.lm_head.register_forward_hook(lambda module, inputs, logits: logits * 0 + certain)
+    answers = generate(model, tokenizer, [[5, 6, 7], [8, 9]], max_new_tokens=5, temperature=0).tokens
     assert answers == [[ended], [ended]]
 
 
-def end_of(token: int):  # type: ignore[no-untyped-def]
-    import torch
+def test_an_earlier_answer_is_in_the_prompt_where_the_template_wants_parts_of_it() -> None:
+    template = turns(
+        "{% if m.role == 'user' %}{{m.content if m.content is string else m.content[0].text}}>"
+        "{% else %}{% for c in m.content %}{{c.text}}{% endfor %}<e>{% endif %}",
+        "",
+    )
+    tokenizer = byte_tokenizer("<e>", template=template)
+    messages = [*QUESTION, {"role": "assistant", "content": "7"}, {"role": "user", "content": "no"}]
+    assert tokenizer.decode(encode_prompt(tokenizer, messages)) == "cards 3 4 5 6>7<e>no>"
+    assert closing(tokenizer) == Closing("<e>", tokenizer.eos_token_id)
 
-    return torch.tensor([token])
+
+def test_a_template_may_leave_out_an_earlier_answer_but_not_a_question() -> None:
+    forgets = byte_tokenizer(
+        "<e>",
+        template="{% for m in messages %}{% if m.role == 'user' %}{{m.content}}>{% endif %}{% endfor %}",
+    )
+    messages = [*QUESTION, {"role": "assistant", "content": "7"}, {"role": "user", "content": "no"}]
+    assert forgets.decode(encode_prompt(forgets, messages)) == "cards 3 4 5 6>no>"
+    forgets.chat_template = "{{ messages[-1].content }}>"
+    with pytest.raises(CheckpointError, match="without the question's text"):
+        encode_prompt(forgets, messages)
 
 
 def test_an_end_that_is_a_plain_added_token_is_cut_from_the_text() -> None:

@@ -78,13 +78,12 @@ def keep_rows(cache: Any, rows: Tensor) -> bool:
     layers: list[Any] | None = getattr(cache, "layers", None) if type(cache) is DynamicCache else None
     if layers is None:
         return False
-    if not any(hasattr(layer, "recurrent_states") for layer in layers):
-        cache.batch_select_indices(rows)
-        return True
     # Layers with states beside keys and values select those in `reorder_cache` only: made for beams, it takes
     # any list of rows.
-    if not all(hasattr(layer, "reorder_cache") for layer in layers):
+    states = any(hasattr(layer, "recurrent_states") for layer in layers)
+    select = "reorder_cache" if states else "batch_select_indices"
+    if not all(hasattr(layer, select) for layer in layers):
         return False
     for layer in layers:
-        layer.reorder_cache(rows)
+        getattr(layer, select)(rows)
     return True

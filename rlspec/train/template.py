@@ -37,6 +37,7 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
         CheckpointError: the template does not parse, refuses the conversation, or leaves out its text.
     """
     failure = "it writes a conversation without the question's text"
+    rendered: list[str] = []
     for shape in (_as_text, _as_parts):
         try:
             text = tokenizer.apply_chat_template(
@@ -48,6 +49,12 @@ def render(tokenizer: Any, messages: Sequence[Message], *, add_generation_prompt
                 failure = (str(error).strip().splitlines() or [type(error).__name__])[0]
             continue
         if _holds(text, messages):
+            return text
+        rendered.append(text)
+    # Templates may leave out an earlier answer's reasoning.
+    questions = [message for message in messages if message["role"] != "assistant"]
+    for text in rendered:
+        if _holds(text, questions):
             return text
     roles = dict.fromkeys(message["role"] for message in messages)
     raise CheckpointError(
@@ -65,12 +72,9 @@ def _as_parts(messages: Sequence[Message]) -> list[dict[str, Any]]:
 
 
 def _holds(text: str, messages: Sequence[Message]) -> bool:
-    """Whether a rendering holds every message's text but for white space. Answers are not looked for:
-    templates may leave out an earlier answer's reasoning.
-    """
+    """Whether a rendering holds every message's text, but for white space, which templates trim."""
     whole = "".join(text.split())
-    asked = [message["content"] for message in messages if message["role"] != "assistant"]
-    return all("".join(content.split()) in whole for content in asked)
+    return all("".join(message["content"].split()) in whole for message in messages)
 
 
 _closings: WeakKeyDictionary[Any, tuple[Any, Closing | None]] = WeakKeyDictionary()
