@@ -7,8 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from rlspec.tasks.base import Message, Verdict
 
@@ -88,3 +94,49 @@ def toy_prompts(count: int, seed: int = 0) -> list[list[int]]:
     """Prompts of 3 to 14 tokens."""
     rng = random.Random(seed)
     return [[2, *(rng.randrange(4, len(WORDS)) for _ in range(rng.randint(2, 13)))] for _ in range(count)]
+
+
+def byte_tokenizer(eos: str, *others: str, template: str | None = None, **special: str) -> Any:
+    """One token a byte, then the special tokens: any text can be written, whatever the template."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token=eos, additional_special_tokens=list(others), **special
+    )
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def family_model(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A tiny model of one of transformers' families, its biases and norms off their starting values."""
+    settings: dict[str, Any] = {
+        "vocab_size": 60,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 64,
+        "pad_token_id": 0,
+        "bos_token_id": None,
+        "eos_token_id": 1,
+        # The same things as older families call them.
+        "n_embd": 32,
+        "n_layer": 2,
+        "n_head": 4,
+        "d_model": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "ffn_dim": 48,
+        "word_embed_proj_dim": 32,
+        "n_positions": 64,
+    }
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(kind, **{**settings, **changes})
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return model

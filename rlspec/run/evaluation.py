@@ -14,9 +14,16 @@ from rlspec.errors import OptionError
 from rlspec.io.files import write_atomically
 from rlspec.run.config import TrackConfig
 from rlspec.run.jsonl import Row
-from rlspec.run.loading import check_checkpoint, load_model, load_tokenizer, model_folder
-from rlspec.tasks import McNemarResult, check_shift, get_task, mcnemar
+from rlspec.run.loading import (
+    check_checkpoint,
+    conversation_needs,
+    load_model,
+    load_tokenizer,
+    model_folder,
+)
+from rlspec.tasks import McNemarResult, Task, check_shift, get_task, mcnemar
 from rlspec.train import EvalResult, evaluate
+from rlspec.train.limits import Needs
 
 
 def eval_row(result: EvalResult, *, turns: int, seed: int) -> Row:
@@ -77,6 +84,14 @@ def paired_test(before: Row, after: Row) -> Row:
     }
 
 
+def _evaluated(
+    config: TrackConfig, device: torch.device, folder: Path, tokenizer: Any, task: Task, needs: Needs
+) -> list[Row]:
+    model = load_model(folder, device).eval()
+    needs.check(model, folder, tokenizer, examples=False)
+    return _evaluate_shifts(model, tokenizer, task, config)
+
+
 def evaluate_models(config: TrackConfig, *, compare: str | None = None, json_file: Path | None = None) -> Row:
     """Evaluate ``config.model``, and ``compare`` on the same deals if it is given.
 
@@ -102,12 +117,10 @@ def evaluate_models(config: TrackConfig, *, compare: str | None = None, json_fil
         task = get_task(config.task, tokenizer=tokenizer, turns=config.turns)
         for shift in config.shifts:
             check_shift(task, shift)
-        prepared.append((folder, tokenizer, task))
-    # Each model is gone before the next is loaded: no name here holds it.
-    by_model = [
-        _evaluate_shifts(load_model(folder, device).eval(), tokenizer, task, config)
-        for folder, tokenizer, task in prepared
-    ]
+        needs = conversation_needs(tokenizer, task, config.shifts, config.deals, config.seed)
+        prepared.append((folder, tokenizer, task, needs))
+    # Each model is gone before the next is loaded: no name out here holds it.
+    by_model = [_evaluated(config, device, *each) for each in prepared]
     result["evals"] = [{"model": name, **row} for name, rows in zip(names, by_model) for row in rows]
     if compare is not None:
         result["tests"] = [paired_test(before, after) for before, after in zip(*by_model)]

@@ -19,6 +19,7 @@ from rlspec.run.config import EMBEDDED, TrackConfig
 from rlspec.run.folder import RunFolder
 from rlspec.run.loading import (
     check_checkpoint,
+    conversation_needs,
     evaluation_keys,
     load_model,
     load_tokenizer,
@@ -103,7 +104,10 @@ def _read_inputs(config: TrackConfig) -> _Inputs:
     for shift in config.shifts:
         check_shift(task, shift)
     exclude = evaluation_keys(task, config.shifts, config.deals, config.seed)
-    return _Inputs(folder, device, load_model(folder, device), tokenizer, task, exclude)
+    needs = conversation_needs(tokenizer, task, config.shifts, config.deals, config.seed)
+    model = load_model(folder, device)
+    needs.check(model, folder, tokenizer, examples="sft" in config.stages)
+    return _Inputs(folder, device, model, tokenizer, task, exclude)
 
 
 def _run(config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress) -> None:

@@ -15,6 +15,7 @@ from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import check_finite, find_projections
 from rlspec.run.config import EMBEDDED
 from rlspec.tasks import Task, evaluation_problems
+from rlspec.train.limits import Needs
 
 
 def model_folder(name: str) -> Path:
@@ -105,6 +106,16 @@ def evaluation_keys(task: Task, shifts: Iterable[str], deals: int, seed: int) ->
         for shift in shifts
         for problem in evaluation_problems(task, deals, shift=shift, seed=seed)
     )
+
+
+def conversation_needs(tokenizer: Any, task: Task, shifts: Iterable[str], deals: int, seed: int) -> Needs:
+    """What the conversations of every evaluation problem of ``shifts`` need of a model.
+
+    Raises:
+        CheckpointError: The tokenizer's chat template cannot render them.
+    """
+    problems = (evaluation_problems(task, deals, shift=shift, seed=seed) for shift in shifts)
+    return Needs.of(tokenizer, task, (problem for found in problems for problem in found))
 
 
 def _one_line(error: BaseException) -> str:

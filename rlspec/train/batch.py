@@ -19,6 +19,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rlspec.train.limits import check_length
+
 
 @dataclass(frozen=True)
 class AnswerBatch:
@@ -28,6 +30,7 @@ class AnswerBatch:
     attention_mask: Tensor  # (B, P+T) int64, 0 on padding
     answers: Tensor  # (B, T) int64
     answer_mask: Tensor  # (B, T) bool, True on answer tokens
+    longest: int  # tokens of the longest row
 
 
 def left_pad(prompts: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
@@ -51,21 +54,24 @@ def collate(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], pad: int, devi
         attention_mask=torch.cat([prompt_mask, answer_mask.long()], dim=1).to(device),
         answers=answers.to(device),
         answer_mask=answer_mask.to(device),
+        longest=max(len(prompt) + len(answer) for prompt, answer in pairs),
     )
 
 
-def split_by_length(pairs: Sequence[tuple[Sequence[int], Sequence[int]]], most: int) -> list[list[int]]:
+def split_by_length(
+    pairs: Sequence[tuple[Sequence[int], Sequence[int]]], most: int, *, stretch: float = 1.5
+) -> list[list[int]]:
     """Row numbers of the forward passes that a batch is best split into, at most ``most`` rows each.
 
-    Rows are sorted by prompt length, and a pass ends early when the next prompt is half as long again as its
-    shortest: short first turns would otherwise be padded to the length of long conversations, and on
-    a small model padding is what the time goes to.
+    Rows are sorted by prompt length, and a pass ends early when the next prompt is over ``stretch`` times as
+    long as its shortest: short first turns would otherwise be padded to the length of long conversations, and
+    on a small model padding is what the time goes to. At 1.0 no prompt is padded.
     """
     passes: list[list[int]] = []
     shortest = 0
     for row in sorted(range(len(pairs)), key=lambda row: len(pairs[row][0])):
         length = len(pairs[row][0])
-        if not passes or len(passes[-1]) == most or length > 1.5 * shortest:
+        if not passes or len(passes[-1]) == most or length > stretch * shortest:
             passes.append([])
             shortest = length
         passes[-1].append(row)
@@ -85,7 +91,11 @@ def accepts(model: nn.Module, argument: str) -> bool:
 def answer_forward(model: Any, batch: AnswerBatch, *, hidden: bool = False) -> tuple[Tensor, Tensor | None]:
     """Logits (B, T, V) that predict each answer token and, if asked for, the last hidden states (B, T, H)
     they are computed from (what the output head is fed, so any scaling after it is left out).
+
+    Raises:
+        OptionError: a row is longer than the model's table of positions.
     """
+    check_length(model, batch.longest)
     width = batch.answers.shape[1]
     options: dict[str, Any] = {"use_cache": False}
     if accepts(model, "position_ids"):

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-Message = dict[str, str]
+from rlspec.tasks.base import Message
+from rlspec.train.template import closing, has_template, render
 
 
 def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
@@ -13,12 +14,13 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
     The tokenizer's own chat template is used where there is one; otherwise the conversation is rendered as
     ``User: …`` and ``Assistant: …`` lines after the tokenizer's start token, if it has one.
+
+    Raises:
+        CheckpointError: the chat template cannot render the conversation.
     """
-    if getattr(tokenizer, "chat_template", None):
-        ids = tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, tokenize=True, return_dict=False
-        )
-        return list(ids)
+    if has_template(tokenizer):
+        text = render(tokenizer, messages, add_generation_prompt=True)
+        return list(tokenizer(text, add_special_tokens=False)["input_ids"])
     lines = [f"{message['role'].capitalize()}: {message['content']}\n" for message in messages]
     ids = tokenizer("".join(lines) + "Assistant:", add_special_tokens=False)["input_ids"]
     start = tokenizer.bos_token_id
@@ -26,12 +28,15 @@ def encode_prompt(tokenizer: Any, messages: Sequence[Message]) -> list[int]:
 
 
 def encode_answer(tokenizer: Any, answer: str) -> list[int]:
-    """Token ids of an assistant's answer, closed by the tokenizer's end token (if it has one)."""
+    """Token ids of an assistant's answer, closed as the chat template closes it; by the tokenizer's end token
+    (if it has one) where the template does not say.
+    """
     # Without a template the prompt ends in "Assistant:", so the answer starts after a space.
-    text = answer if getattr(tokenizer, "chat_template", None) else f" {answer}"
+    text = answer if has_template(tokenizer) else f" {answer}"
+    if (end := closing(tokenizer)) is not None:
+        return list(tokenizer(text + end.text, add_special_tokens=False)["input_ids"])
     ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-    end = tokenizer.eos_token_id
-    return ids if end is None else [*ids, end]
+    return ids if tokenizer.eos_token_id is None else [*ids, tokenizer.eos_token_id]
 
 
 def encode_example(tokenizer: Any, messages: Sequence[Message], answer: str) -> tuple[list[int], list[bool]]:
@@ -41,21 +46,30 @@ def encode_example(tokenizer: Any, messages: Sequence[Message], answer: str) -> 
 
 
 def decode_answer(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of a sampled answer, without special tokens and surrounding white space."""
-    return tokenizer.decode(list(ids), skip_special_tokens=True).strip()
+    """Text of a sampled answer, without special tokens, the end of the turn and surrounding white space."""
+    end = closing(tokenizer)
+    text = ids[:-1] if end is not None and ids and ids[-1] == end.token else ids
+    return tokenizer.decode(list(text), skip_special_tokens=True).strip()
 
 
-def pad_id(tokenizer: Any) -> int:
-    """A token id to fill padding with. Padding is always masked, so any id of the vocabulary will do."""
+def pad_id(model: Any, tokenizer: Any) -> int:
+    """A token id to fill padding with. Padding is always masked, so any id of the model's embedding will do.
+
+    A padding token that was added to the tokenizer lies past an embedding that was never resized.
+    """
+    rows = model.get_input_embeddings().weight.shape[0]
     for candidate in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if candidate is not None:
+        if candidate is not None and candidate < rows:
             return int(candidate)
     return 0
 
 
 def stop_ids(model: Any, tokenizer: Any) -> list[int]:
-    """Ids that end an answer: the tokenizer's end token and those of the model's generation config."""
-    found = [tokenizer.eos_token_id]
+    """Ids that end an answer: what the chat template ends a turn with, the tokenizer's end token and those of
+    the model's generation config.
+    """
+    end = closing(tokenizer)
+    found = [tokenizer.eos_token_id, None if end is None else end.token]
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     found += configured if isinstance(configured, (list, tuple)) else [configured]
     return sorted({int(token) for token in found if token is not None})

@@ -17,11 +17,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlspec.tasks.base import training_problem
-from rlspec.train.batch import answer_forward, autocast, collate, split_by_length
+from rlspec.train.batch import answer_forward, autocast, collate
 from rlspec.train.config import PPOConfig
 from rlspec.train.encode import pad_id
 from rlspec.train.gae import gae
 from rlspec.train.modes import evaluation_mode
+from rlspec.train.padding import forward_passes
 from rlspec.train.rollout import Episode, play
 from rlspec.train.sampling import token_logprobs
 from rlspec.train.schedule import derived_seed
@@ -125,7 +126,7 @@ def prepare(
     """
     turns = [turn for episode in episodes for turn in episode.turns]
     pairs = [(turn.prompt_ids, turn.answer_ids) for turn in turns]
-    pad = pad_id(tokenizer)
+    pad = pad_id(model, tokenizer)
     _, values, mask = _score_all(model, head, pairs, pad, config)
     logprobs = _per_action([turn.logprobs for turn in turns], config).to(values)
     rewards, discounts = _rewards_and_discounts(episodes, turn_limit_reward, mask, config)
@@ -152,7 +153,7 @@ def _score_all(
     """:func:`score_actions` for any number of turns: log-probabilities, values (0 without a head) and mask,
     all (N, A).
     """
-    passes = split_by_length(pairs, config.micro_batch_size)
+    passes = forward_passes(model, pairs, config.micro_batch_size, pad)
     with evaluation_mode(model):
         parts = [score_actions(model, head, [pairs[row] for row in rows], pad, config) for rows in passes]
     width = max(part[0].shape[1] for part in parts)

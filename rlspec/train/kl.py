@@ -12,6 +12,7 @@ from rlspec.errors import OptionError
 from rlspec.train.batch import AnswerBatch, answer_forward, collate
 from rlspec.train.encode import encode_answer, encode_prompt, pad_id
 from rlspec.train.modes import evaluation_mode
+from rlspec.train.padding import prompt_batches
 
 if TYPE_CHECKING:
     from rlspec.tasks.base import Task
@@ -57,8 +58,12 @@ class KLProbe:
             raise OptionError(f"KL probe: {cache_bytes} bytes hold no answer of {row_bytes} bytes a token")
         self.prompts = len(kept)
         self.tokens = self._tokens(kept)
-        self._pairs = [kept[i : i + ROWS] for i in range(0, len(kept), ROWS)]
-        self._pad = pad_id(tokenizer)
+        self._pad = pad_id(model, tokenizer)
+        self._pairs = [
+            [chunk[row] for row in rows]
+            for chunk in (kept[i : i + ROWS] for i in range(0, len(kept), ROWS))
+            for rows in prompt_batches(model, [prompt for prompt, _ in chunk], self._pad)
+        ]
         self._base = [logprobs.cpu() for logprobs in self._logprobs(model)]
 
     @staticmethod

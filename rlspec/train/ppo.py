@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError
-from rlspec.train.batch import split_by_length
 from rlspec.train.callbacks import Callback
 from rlspec.train.config import PPOConfig
 from rlspec.train.encode import pad_id
@@ -25,6 +24,7 @@ from rlspec.train.loop import TrainResult, run_steps
 from rlspec.train.losses import kl_estimates, policy_losses, value_losses
 from rlspec.train.on_policy import check_on_policy
 from rlspec.train.optimizer import make_adamw, set_share
+from rlspec.train.padding import forward_passes
 from rlspec.train.schedule import derived_seed, learning_rate_at
 from rlspec.train.value_head import ValueHead
 
@@ -74,7 +74,7 @@ def train_ppo(
         experience = prepare(
             model, head, anchor, tokenizer, episodes, task.turn_limit_reward, config, first=step == 1
         )
-        logs = improve(model, head, optimizer, experience, pad_id(tokenizer), config, step)
+        logs = improve(model, head, optimizer, experience, pad_id(model, tokenizer), config, step)
         rewards = turn_rewards(episodes, task.turn_limit_reward)
         logs.update(
             learning_rate=share * config.learning_rate,
@@ -145,7 +145,7 @@ def _accumulate(
     log_ratios: list[Tensor] = []
     lengths: list[Tensor] = []
     chosen = [experience.pairs[row] for row in rows.tolist()]
-    for split in split_by_length(chosen, config.micro_batch_size):
+    for split in forward_passes(model, chosen, config.micro_batch_size, pad):
         part = rows[split]
         logprobs, values, mask, tokens = score_actions(model, head, [chosen[i] for i in split], pad, config)
         assert values is not None

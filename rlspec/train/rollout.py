@@ -1,4 +1,4 @@
-"""Batched sampling with a key-value cache, and episodes of several verification turns played with it."""
+"""Batched sampling, and episodes of several verification turns played with it."""
 
 from __future__ import annotations
 
@@ -9,13 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from rlspec.train.batch import accepts, autocast, left_pad, position_ids
-from rlspec.train.encode import Message, decode_answer, encode_prompt, pad_id, stop_ids
+from rlspec.train.batch import autocast, left_pad
+from rlspec.train.cache import Reader
+from rlspec.train.encode import decode_answer, encode_prompt, pad_id, stop_ids
+from rlspec.train.limits import check_length
 from rlspec.train.modes import evaluation_mode
+from rlspec.train.padding import prompt_batches
 from rlspec.train.sampling import choose, sampling_logprobs
 
 if TYPE_CHECKING:
-    from rlspec.tasks.base import Task, Verdict
+    from rlspec.tasks.base import Message, Task, Verdict
 
 # Finished rows leave the batch once they are this share of it: dropping them copies the cache.
 FINISHED_SHARE = 0.25
@@ -65,7 +68,7 @@ def generate(
     uniforms: Tensor | None = None,
     dtype: Any = "float32",
 ) -> Generation:
-    """Sample one answer per prompt, all prompts in one batch.
+    """Sample one answer per prompt, all prompts in one batch if the model's layers allow padding.
 
     Args:
         prompts: token ids, at least one a prompt.
@@ -74,65 +77,73 @@ def generate(
         uniforms: float (len(prompts), max_new_tokens) in [0, 1): the number that decides each token. A row's
             answer depends on its own numbers only, not on when other rows finish.
         dtype: autocast of the forward passes, see :func:`rlspec.train.batch.autocast`.
+
+    Raises:
+        OptionError: prompt and answer may be longer than the model's table of positions.
     """
     if not prompts:
         return Generation([], [])
+    check_length(model, max(len(prompt) for prompt in prompts) + max_new_tokens)
     device = next(model.parameters()).device
     if temperature > 0:
         if uniforms is None:
             uniforms = torch.rand(len(prompts), max_new_tokens, generator=generator)
         uniforms = uniforms.to(device)
-    ids, prompt_mask = (part.to(device) for part in left_pad(prompts, pad_id(tokenizer)))
-    width = ids.shape[1]
-    # Generated columns are real for every row still in the batch, so their mask is known beforehand.
-    mask = torch.cat([prompt_mask, prompt_mask.new_ones(len(prompts), max_new_tokens)], dim=1)
-    positions = position_ids(mask)
+    pad = pad_id(model, tokenizer)
     stops = torch.tensor(stop_ids(model, tokenizer), device=device)
-
     tokens = torch.zeros(len(prompts), max_new_tokens, dtype=torch.int64, device=device)
     logprobs = torch.zeros(len(prompts), max_new_tokens, device=device)
-    rows = torch.arange(len(prompts), device=device)  # which prompt each row of the batch belongs to
-    finished = torch.zeros(len(prompts), dtype=torch.bool, device=device)
-    options: dict[str, Any] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
-    takes_positions = accepts(model, "position_ids")
-    cache = None
-    start = 0
-    with evaluation_mode(model), autocast(device, dtype):
-        for step in range(max_new_tokens):
-            end = width + step
-            if takes_positions:
-                options["position_ids"] = positions[:, start:end]
-            output = model(
-                ids, attention_mask=mask[:, :end], past_key_values=cache, use_cache=True, **options
-            )
-            cache, start = output.past_key_values, end
-            logits = output.logits[:, -1]
-            if temperature > 0:
-                scores = sampling_logprobs(logits, temperature, top_p)
-                assert uniforms is not None
-                chosen = choose(scores, uniforms[rows, step])
-                logprobs[rows, step] = scores.gather(1, chosen[:, None])[:, 0]
-            else:
-                chosen = logits.argmax(-1)
-            tokens[rows, step] = chosen
-            finished |= torch.isin(chosen, stops)
-            alive = len(rows) - int(finished.sum())
-            if alive == 0:
-                break
-            if alive <= (1 - FINISHED_SHARE) * len(rows) and hasattr(cache, "batch_select_indices"):
-                kept = (~finished).nonzero()[:, 0]
-                cache.batch_select_indices(kept)
-                rows, chosen, mask, positions = rows[kept], chosen[kept], mask[kept], positions[kept]
-                finished = finished[kept]
-            ids = chosen[:, None]
-    return _cut(tokens.tolist(), logprobs.tolist(), set(stops.tolist()), step + 1)
+    with evaluation_mode(model):
+        for batch in prompt_batches(model, prompts, pad):
+            ids, mask = left_pad([prompts[row] for row in batch], pad)
+            # Generated columns are real for every row still in the batch, so their mask is known beforehand.
+            mask = torch.cat([mask, mask.new_ones(len(batch), max_new_tokens)], dim=1)
+            ids, rows = ids.to(device), torch.tensor(batch, device=device)
+            with autocast(device, dtype):
+                reader = Reader(model, mask.to(device))
+                _sample(reader, ids, rows, tokens, logprobs, uniforms, stops, temperature, top_p)
+    return _cut(tokens.tolist(), logprobs.tolist(), set(stops.tolist()))
 
 
-def _cut(tokens: list[list[int]], logprobs: list[list[float]], stops: set[int], steps: int) -> Generation:
+def _sample(
+    reader: Reader,
+    ids: Tensor,
+    rows: Tensor,
+    tokens: Tensor,
+    logprobs: Tensor,
+    uniforms: Tensor | None,
+    stops: Tensor,
+    temperature: float,
+    top_p: float,
+) -> None:
+    """Fill ``tokens`` and ``logprobs``, (prompts, steps), of the prompts ``rows`` (B,) whose ids (B, P) are
+    given.
+    """
+    finished = torch.zeros_like(rows, dtype=torch.bool)
+    for step in range(tokens.shape[1]):
+        logits = reader.logits(ids)
+        if temperature > 0:
+            scores = sampling_logprobs(logits, temperature, top_p)
+            assert uniforms is not None
+            chosen = choose(scores, uniforms[rows, step])
+            logprobs[rows, step] = scores.gather(1, chosen[:, None])[:, 0]
+        else:
+            chosen = logits.argmax(-1)
+        tokens[rows, step] = chosen
+        finished |= torch.isin(chosen, stops)
+        alive = len(rows) - int(finished.sum())
+        if alive == 0:
+            break
+        if alive <= (1 - FINISHED_SHARE) * len(rows):
+            kept = (~finished).nonzero()[:, 0]
+            if reader.keep(kept):
+                rows, chosen, finished = rows[kept], chosen[kept], finished[kept]
+        ids = chosen[:, None]
+
+
+def _cut(tokens: list[list[int]], logprobs: list[list[float]], stops: set[int]) -> Generation:
     """End each answer after its first stop token; later columns belong to no one."""
-    lengths = [
-        next((i + 1 for i, token in enumerate(row[:steps]) if token in stops), steps) for row in tokens
-    ]
+    lengths = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in tokens]
     return Generation(
         [row[:length] for row, length in zip(tokens, lengths)],
         [row[:length] for row, length in zip(logprobs, lengths)],

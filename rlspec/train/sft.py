@@ -11,12 +11,13 @@ import torch
 from torch.nn import functional as F
 
 from rlspec.tasks.base import training_problem
-from rlspec.train.batch import answer_forward, autocast, collate, split_by_length
+from rlspec.train.batch import answer_forward, autocast, collate
 from rlspec.train.callbacks import Callback
 from rlspec.train.config import SFTConfig
 from rlspec.train.encode import encode_example, pad_id
 from rlspec.train.loop import TrainResult, run_steps
 from rlspec.train.optimizer import make_adamw, set_share
+from rlspec.train.padding import forward_passes
 from rlspec.train.schedule import learning_rate_at
 
 if TYPE_CHECKING:
@@ -47,6 +48,7 @@ def train_sft(
         RunFolderError: ``resume_dir`` holds a state of other settings.
     """
     device = next(model.parameters()).device
+    pad = pad_id(model, tokenizer)
     optimizer = make_adamw([(model, config.learning_rate)], config.weight_decay)
 
     def take_step(step: int) -> dict[str, float]:
@@ -58,8 +60,8 @@ def train_sft(
         pairs = sft_batch(tokenizer, task, config, step, exclude)
         answer_tokens = sum(len(answer) for _, answer in pairs)
         loss = 0.0
-        for rows in split_by_length(pairs, config.micro_batch_size):
-            batch = collate([pairs[row] for row in rows], pad_id(tokenizer), device)
+        for rows in forward_passes(model, pairs, config.micro_batch_size, pad):
+            batch = collate([pairs[row] for row in rows], pad, device)
             with autocast(device, config.dtype):
                 logits, _ = answer_forward(model, batch)
             total = F.cross_entropy(
