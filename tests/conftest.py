@@ -8,6 +8,9 @@ from collections.abc import Iterator
 
 import pytest
 
+# Hooks: pytest finds them here.
+from skips import pytest_addoption, pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
+
 # Before transformers is imported: a test that would download something fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
