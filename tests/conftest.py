@@ -15,6 +15,9 @@ from skips import pytest_addoption, pytest_make_collect_report, pytest_runtest_m
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported. Workers share the cores: threads that spin at a barrier take them from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts to interrupt it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
