@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -29,6 +30,14 @@ import torch
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama, to be read only; a test that needs one of another kind makes its own."""
+    from train_toys import save_toy_model  # transformers, which not every run needs
+
+    return save_toy_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture
