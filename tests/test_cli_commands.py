@@ -16,10 +16,9 @@ import pytest
 import torch
 from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from train_toys import save_toy_model
 
 from rlspec.cli.main import COMMANDS, main
-from rlspec.models.vocabulary import make_tokenizer
 from rlspec.run.loading import load_model
 from rlspec.tasks import wilson_interval
 
@@ -27,24 +26,7 @@ from rlspec.tasks import wilson_interval
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Llama with tied embeddings, so it has no lm_head of its own."""
-    folder = tmp_path_factory.mktemp("models") / "tiny"
-    tokenizer = make_tokenizer()
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=256,
-        tie_word_embeddings=True,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_toy_model(tmp_path_factory.mktemp("models") / "tiny", tie_word_embeddings=True)
 
 
 def invoke(*arguments: Any) -> Result:

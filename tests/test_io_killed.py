@@ -47,11 +47,17 @@ def test_killed_at_random_moments(overwrite: bool, tmp_path: Path) -> None:
         _, seconds = server.run(tmp_path / "in", tmp_path / "whole", False, overwrite)
         truth = content(tmp_path / "whole")
         restore_old()
+        # Up to when a kill may come. It follows how fast the machine is now, which others may be using.
+        latest = 1.2 * seconds
         killed = complete = 0
         resume = False
         while killed < 25:
-            moment = rng.uniform(0, 1.2 * seconds)
-            ended_early, _ = server.run(tmp_path / "in", out, resume, overwrite, after=moment)
+            moment = rng.uniform(0, latest)
+            ended_early, seconds = server.run(tmp_path / "in", out, resume, overwrite, after=moment)
+            if ended_early:
+                latest *= 1.05
+            elif not resume:
+                latest = 1.2 * seconds
             killed += ended_early
             found = content(out) if out.exists() else {}
             assert found in (old, truth)

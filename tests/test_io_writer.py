@@ -296,7 +296,7 @@ def test_resuming(tmp_path: Path) -> None:
             if like.tensors[name].shard == shard:
                 writer.put(name, new(name))
         state = partial(out) / "state.json"
-        for _ in range(500):
+        for _ in range(6000):
             if shard.name in json.loads(state.read_text())["finished"]:
                 break
             time.sleep(0.01)

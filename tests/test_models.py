@@ -123,7 +123,7 @@ def test_recipe_runs_and_is_reproducible(tmp_path: Path) -> None:
     from safetensors.torch import load_file
 
     for name in ("a", "b"):
-        result = CliRunner().invoke(main, ["--out", str(tmp_path / name), "--steps", "2"])
+        result = CliRunner().invoke(main, ["--out", str(tmp_path / name), "--steps", "2", "--held-out", "8"])
         assert result.exit_code == 0, result.output
     a, b = (load_file(tmp_path / name / "model.safetensors") for name in ("a", "b"))
     assert a.keys() == b.keys()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -41,28 +43,68 @@ def test_the_mapped_package_and_the_extension_import_from_anywhere(tmp_path: Pat
     assert found.stdout.split() == ["False", "rlspec.kernels"]
 
 
-def test_wheel_holds_the_tree(tmp_path: Path) -> None:
-    """Built from a copy of what is in the repository, the wheel has every module, kernel and data file."""
-    source = tmp_path / "source"
+def files_in(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_source_archive_wheel_and_installation_hold_the_tree(tmp_path: Path) -> None:
+    """The archive, the wheel built from it and what pip installs of that: every module, kernel, header and data file."""
+    source, archive, wheels, installed = (tmp_path / name for name in ("source", "sdist", "wheels", "site"))
     source.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    unwanted = shutil.ignore_patterns("__pycache__", "*.so")
+    unwanted = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     for name in ("csrc", "kernels", "rlspec"):
         shutil.copytree(ROOT / name, source / name, ignore=unwanted)
-    expected = {
-        path.relative_to(source).as_posix()
-        for path in (source / "rlspec").rglob("*")
-        if path.is_file() and path.parent.name != "rlspec.egg-info"
-    }
+    tree = files_in(source)
+    expected = {name for name in tree if name.startswith("rlspec/")}
     expected |= {
-        "rlspec/kernels/" + path.relative_to(source / "kernels" / "triton").as_posix()
-        for path in (source / "kernels" / "triton").rglob("*.py")
+        "rlspec/kernels/" + name.removeprefix("kernels/triton/")
+        for name in tree
+        if name.startswith("kernels/")
     }
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*command, "-w", str(tmp_path), str(source)], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    build = f"from setuptools import build_meta; build_meta.build_sdist({str(archive)!r})"
+    subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
+    (packed,) = archive.glob("rlspec-*.tar.gz")
+    with tarfile.open(packed) as tar:
+        found = {name.partition("/")[2] for name in tar.getnames()}
+    # Tests in C++ are run from a checkout.
+    assert {name for name in tree if not name.startswith(("csrc/tests/", "csrc/fuzz/"))} <= found
+
+    pip = [sys.executable, "-m", "pip"]
+    build_wheel = [
+        *pip,
+        "wheel",
+        "--quiet",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        str(wheels),
+        str(packed),
+    ]
+    subprocess.run(build_wheel, check=True, capture_output=True)
+    (wheel,) = wheels.glob("*.whl")
     names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     compiled = {name for name in names if name.startswith("rlspec/_C.") and not name.endswith(".pyi")}
     assert len(compiled) == 1
     assert names - compiled == expected
+
+    install = [*pip, "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed), str(wheel)]
+    subprocess.run(install, check=True, capture_output=True)
+    code = (
+        "import rlspec._C, rlspec.kernels, rlspec.models\n"
+        "for place in rlspec._C.__file__, rlspec.kernels.__file__, rlspec.models.embedded_model_path(): print(place)\n"
+        "from rlspec.cli.main import main; main(['--version'])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(installed)}
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    *places, version = done.stdout.splitlines()
+    assert len(places) == 3 and all(Path(place).is_relative_to(installed) for place in places)
+    assert (installed / "bin" / "rlspec").is_file() and version.split()[-1] in wheel.name

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM
+from train_toys import toy_model
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaForCausalLM
 
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.errors import CheckpointError, OptionError, ProjectionError
@@ -15,17 +16,7 @@ from rlspec.errors import CheckpointError, OptionError, ProjectionError
 
 @pytest.fixture(scope="module")
 def model() -> LlamaForCausalLM:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=40,
-        max_position_embeddings=32,
-    )
-    return LlamaForCausalLM(config).to(torch.bfloat16)
+    return toy_model().to(torch.bfloat16)
 
 
 def same(one: SpectralBasis, other: SpectralBasis) -> None:

@@ -99,35 +99,26 @@ def test_watching_changes_nothing() -> None:
 
 
 SCRIPT = """
-import sys, time
+import os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from test_train_loop import *
-class Slow(Callback):
+class Killer(Callback):
     def on_step(self, state):
-        print(state.step, flush=True)
-        time.sleep(0.15)
+        if state.step == int(sys.argv[4]):
+            os.kill(os.getpid(), signal.SIGKILL)
 stage, folder = sys.argv[2], Path(sys.argv[3])
 train, config = (train_sft, SFT) if stage == "sft" else (train_ppo, PPO)
-train(toy_model(attention_dropout=0.3), TOKENIZER, ToyTask(), config, callbacks=[Slow()], resume_dir=folder)
+train(toy_model(attention_dropout=0.3), TOKENIZER, ToyTask(), config, callbacks=[Killer()], resume_dir=folder)
 """
 
 
 @pytest.mark.parametrize(("stage", "kill_at"), [("sft", 5), ("ppo", 3)])
 def test_resume_after_sigkill_gives_the_same_losses(stage: str, kill_at: int, tmp_path: Path) -> None:
-    process = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), stage, str(tmp_path)],
-        stdout=subprocess.PIPE,
-        text=True,
-        cwd=Path(__file__).parents[1],
-    )
-    assert process.stdout is not None
-    for line in process.stdout:
-        if int(line) == kill_at:
-            process.send_signal(signal.SIGKILL)
-            break
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", SCRIPT, str(Path(__file__).parent), stage, str(tmp_path), str(kill_at)]
+    killed = subprocess.run(command, cwd=Path(__file__).parents[1], check=False)
+    assert killed.returncode == -signal.SIGKILL
     point = read_resume_point(tmp_path)
     assert point is not None and 0 < point.step < kill_at
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from rlspec.models.vocabulary import make_tokenizer
 from rlspec.tasks.base import Message, Verdict
 
 WORDS = ("<pad>", "<unk>", "<s>", "</s>", ">", "yes", "no", "again", *map(str, range(10)))
@@ -51,6 +53,16 @@ def toy_model(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
         "initializer_range": 0.3,
     }
     return LlamaForCausalLM(LlamaConfig(**{**settings, **changes})).eval()
+
+
+def save_toy_model(folder: Path, **changes: Any) -> Path:
+    """A toy model in a Hugging Face folder, with the embedded model's tokenizer: what the commands take."""
+    tokenizer = make_tokenizer()
+    special = {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 256}
+    toy_model(**sizes, **special, **changes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 @dataclass(frozen=True)

@@ -85,9 +85,9 @@ def learning_rate(step: int, steps: int) -> float:
 
 
 def accuracies(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, n: int = 256
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, seed: int, n: int
 ) -> dict[str, float]:
-    """Share of fresh examples, per kind, answered right at every token under teacher forcing."""
+    """Share of ``n`` fresh examples, per kind, answered right at every token under teacher forcing."""
     result = {}
     model.eval()
     with torch.inference_mode():
@@ -99,8 +99,8 @@ def accuracies(
     return result
 
 
-def pretrain(out: Path, *, steps: int, peak: float, seed: int) -> dict[str, float]:
-    """Train and save; returns the final held-out accuracies."""
+def pretrain(out: Path, *, steps: int, peak: float, seed: int, held_out: int) -> dict[str, float]:
+    """Train and save; returns the final accuracies, on ``held_out`` fresh examples of each kind."""
     torch.manual_seed(seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer)
@@ -128,11 +128,12 @@ def pretrain(out: Path, *, steps: int, peak: float, seed: int) -> dict[str, floa
         adamw.step()
         model.zero_grad(set_to_none=True)
         if step % 100 == 0 or step == steps - 1:
-            shown = {k: round(v, 3) for k, v in accuracies(model, tokenizer, seed).items()}
+            quick = accuracies(model, tokenizer, seed, n=min(256, held_out))
+            shown = {k: round(v, 3) for k, v in quick.items()}
             click.echo(
                 f"step {step:5d}  {time.monotonic() - begin:6.0f} s  loss {logged:.4f}  {json.dumps(shown)}"
             )
-    final = accuracies(model, tokenizer, seed, n=2048)
+    final = accuracies(model, tokenizer, seed, n=held_out)
     # Stored in bfloat16: half the size, and the base is then exactly what a bfloat16 checkpoint can hold.
     stored: Any = model
     stored.to(torch.bfloat16).save_pretrained(out)
@@ -148,10 +149,13 @@ def pretrain(out: Path, *, steps: int, peak: float, seed: int) -> dict[str, floa
 @click.option("--steps", default=1500, show_default=True, help="Optimizer steps of 112 examples.")
 @click.option("--learning-rate", "peak", default=2e-2, show_default=True, help="Peak learning rate.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the weights and of the data.")
-def main(out: Path, steps: int, peak: float, seed: int) -> None:
+@click.option(
+    "--held-out", default=2048, show_default=True, help="Examples of each kind in the final accuracies."
+)
+def main(out: Path, steps: int, peak: float, seed: int, held_out: int) -> None:
     if out.exists():
         raise click.ClickException(f"{out} exists already; give a folder that does not")
-    pretrain(out, steps=steps, peak=peak, seed=seed)
+    pretrain(out, steps=steps, peak=peak, seed=seed, held_out=held_out)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,83 @@
+"""Which tests may be skipped, and where: with ``--strict-skips``, as `make test` asks, any other skip is a failure.
+
+Plain ``pytest`` skips what the environment cannot run, and says so.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import pytest
+
+
+class Meant(NamedTuple):
+    """A skip that is meant: its reason, as the test gives it, and whether this machine is one that it is meant for."""
+
+    reason: str
+    here: Callable[[], bool]
+
+
+def _without_gpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _without_triton_wheels() -> bool:
+    return (platform.system(), platform.machine()) != ("Linux", "x86_64")
+
+
+_TRITON = Meant("triton is not installed", _without_triton_wheels)
+#: "file::function", or "file" for all of it -> the skips that are meant there
+MEANT: dict[str, tuple[Meant, ...]] = {
+    "test_io_device.py::test_on_a_gpu": (Meant("no GPU", _without_gpu),),
+    "test_io_stream.py::test_the_page_cache_stays_as_it_was": (
+        # What the temporary folder's file system can do shows only when it is tried.
+        Meant("this file system has no direct reads", lambda: True),
+        Meant("this file system keeps its files in memory", lambda: True),
+    ),
+    "test_backend.py::test_the_interpreter_on_request": (_TRITON,),
+    "test_op_delta_prep.py": (_TRITON,),
+}
+
+
+def is_meant(node: str, reason: str) -> bool:
+    """Whether the test or file ``node``, as pytest names it, may be skipped here for ``reason``."""
+    # Parameters go first: there may be any text in them.
+    file, *inside = node.partition("[")[0].rpartition("/")[2].split("::")
+    function = f"{file}::{inside[-1]}" if inside else file
+    meant = (*MEANT.get(file, ()), *MEANT.get(function, ()))
+    return any(skip.reason == reason and skip.here() for skip in meant)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--strict-skips", action="store_true", help="fail for a skip that tests/skips.py does not list"
+    )
+
+
+def _judge(config: pytest.Config, report: pytest.TestReport | pytest.CollectReport) -> None:
+    if not (config.getoption("--strict-skips") and report.skipped) or hasattr(report, "wasxfail"):
+        return
+    assert isinstance(report.longrepr, tuple)
+    reason = report.longrepr[2].removeprefix("Skipped: ")
+    if not is_meant(report.nodeid, reason):
+        report.outcome = "failed"
+        report.longrepr = f"skipped ({reason}), which tests/skips.py does not list for this machine"
+
+
+# At the report, not at the session's end: it is the same under pytest-xdist, whose workers make the reports.
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    report = yield
+    _judge(item.config, report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(collector: pytest.Collector) -> Iterator[None]:
+    report = yield
+    _judge(collector.config, report)
+    return report
