@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import check_finite
+from rlspec.linalg.autocast import without_autocast
 from rlspec.linalg.precision import fast_matmul
 from rlspec.restore.change import Change, restoring_change
 from rlspec.restore.rounding import add_rounded
@@ -54,6 +55,7 @@ class RestoreResult:
 
 
 @torch.no_grad()
+@without_autocast()
 def restore_matrix(
     W_base: Tensor,
     W_tuned: Tensor,

@@ -8,7 +8,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from rlspec.errors import OptionError
+from rlspec.io.coverage import partly_found
 from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.linalg.autocast import without_autocast
 from rlspec.spectra.cache import cached_factors
 from rlspec.spectra.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.rank import Rank, RankLike
@@ -22,13 +24,23 @@ class SpectralBasis:
 
     Build one with :meth:`from_model`, :meth:`from_checkpoint` or :meth:`from_tensors`. The reference
     weights are copied, so a model that goes on training does not move its own reference.
+
+    Attributes:
+        projections: the matrices, layer by layer.
+        rank: the rule for the leading directions of each.
+        note: that only some of the model's layers hold them (hybrids), and which; None where all do.
     """
 
     def __init__(
-        self, projections: Iterable[Projection], matrices: Iterable[MatrixBasis], rank: Rank
+        self,
+        projections: Iterable[Projection],
+        matrices: Iterable[MatrixBasis],
+        rank: Rank,
+        note: str | None = None,
     ) -> None:
         self.projections: tuple[Projection, ...] = tuple(projections)
         self.rank = rank
+        self.note = note
         self._matrices = {matrix.name: matrix for matrix in matrices}
 
     @classmethod
@@ -44,15 +56,16 @@ class SpectralBasis:
         """Decompose the projections of a model as it is now.
 
         Args:
-            model: any module with Hugging Face parameter names.
+            model: any module with Hugging Face parameter names; it may be wrapped as trainers do. Weights in scaled
+                fp8 are dequantised, LoRA adapters of PEFT are added to theirs.
             modules: which projections: names, or a text such as ``"q,k,v"``, ``"attn"``, ``"all"``.
             rank: leading directions to follow in each matrix, see :class:`Rank`.
             cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
             progress: called with (done, total) after every matrix.
 
         Raises:
-            ProjectionError: the model has none of one of the modules.
-            TensorError: a weight holds NaN or infinity.
+            ProjectionError: the model has none of one of the modules, or in a quantised form that is not known.
+            TensorError: a weight holds NaN or infinity, has no values, or its scales do not fit.
             OptionError: an unknown module, an invalid rank.
         """
         return cls._build(model, modules, rank, cache_dir, progress)
@@ -88,6 +101,7 @@ class SpectralBasis:
         return cls._build(tensors, modules, rank, cache_dir, progress)
 
     @classmethod
+    @without_autocast()
     def _build(
         cls,
         source: WeightSource,
@@ -98,14 +112,15 @@ class SpectralBasis:
     ) -> SpectralBasis:
         rule = Rank.parse(rank)
         weights = open_weights(source)
-        projections = find_projections(weights.shapes(), parse_modules(modules), weights.config())
+        shapes = weights.shapes()
+        projections = find_projections(shapes, parse_modules(modules), weights.config())
         matrices = []
         for done, projection in enumerate(projections, start=1):
             weight = read_matrix(weights, projection).cpu().contiguous().clone()
             matrices.append(matrix_basis(projection.name, weight, cached_factors(weight, cache_dir), rule))
             if progress is not None:
                 progress(done, len(projections))
-        return cls(projections, matrices, rule)
+        return cls(projections, matrices, rule, partly_found(projections, shapes))
 
     def matrix(self, name: str) -> MatrixBasis:
         """The reference decomposition of one projection, by its name.
