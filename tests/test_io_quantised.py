@@ -201,6 +201,63 @@ def test_layers_of_transformers_are_read_with_their_block(tmp_path: Path) -> Non
         rlspec.restore_(model, basis)
 
 
+def test_adapters_on_a_scaled_base_are_added_to_its_numbers(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    stored, truth = tensors_in("_scale_inv", torch.randn(80, 64))
+    layer = torch.nn.Linear(64, 80, bias=False)
+    module = named_module(stored)
+    module.model.layers._modules["0"].self_attn.q_proj = layer  # type: ignore[union-attr]
+    adapted = peft.get_peft_model(module, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]))
+    lora = adapted.base_model.model.model.layers._modules["0"].self_attn.q_proj
+    lora.base_layer.weight.requires_grad_(False).data = stored[Q0]
+    lora.base_layer.weight_scale_inv = torch.nn.Parameter(stored[Q0 + "_scale_inv"])
+    lora.lora_B["default"].weight.data.normal_()
+    a, b = (factors["default"].weight.detach().double() for factors in (lora.lora_A, lora.lora_B))
+    basis = rlspec.SpectralBasis.from_model(adapted, modules="q", cache_dir=tmp_path)
+    torch.testing.assert_close(basis.matrix(Q0).W.double(), truth + 3 * b @ a, rtol=1e-6, atol=1e-6)
+
+
+class _SelfScaled(Tensor):
+    """A tensor that says it is float32 and holds codes, as those of torchao do."""
+
+    @staticmethod
+    def __new__(cls, codes: Tensor, scale: float) -> _SelfScaled:
+        return Tensor._make_wrapper_subclass(cls, codes.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+
+    def __init__(self, codes: Tensor, scale: float) -> None:
+        self.codes, self.scale = codes, scale
+
+    def dequantize(self) -> Tensor:
+        return self.codes.float() * self.scale
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return cls(args[0].codes, args[0].scale)
+        raise NotImplementedError(func)
+
+
+def test_tensors_that_dequantise_themselves_are_asked(tmp_path: Path) -> None:
+    codes = torch.randint(-128, 128, (64, 32), dtype=torch.int8)
+    module = named_module({Q0: _SelfScaled(codes, 0.25)})
+    basis = rlspec.SpectralBasis.from_model(module, modules="q", cache_dir=tmp_path)
+    assert torch.equal(basis.matrix(Q0).W, codes * 0.25)
+    with pytest.raises(TensorError, match=f"{Q0}: codes of quantised weights"):
+        rlspec.restore_(module, basis)
+
+
+def test_plain_fp8_in_memory_is_restored_as_numbers(tmp_path: Path) -> None:
+    base, tuned = torch.randn(64, 48).to(F8), torch.randn(64, 48).to(F8)
+    basis = rlspec.SpectralBasis.from_tensors({Q0: base}, modules="q", rank=1.0, cache_dir=tmp_path)
+    module = named_module({Q0: tuned.clone()})
+    rlspec.restore_(module, basis)
+    u, _, vh = torch.linalg.svd(base.double(), full_matrices=False)
+    truth = (u * torch.linalg.svdvals(tuned.double())) @ vh
+    found = module.state_dict()[Q0]
+    assert found.dtype == F8
+    assert ((found.double() - truth).abs() <= 2**-4 * truth.abs() + 2**-9).all()  # half a step of three bits
+
+
 UNKNOWN: dict[str, dict[str, Tensor]] = {
     "int8 of bitsandbytes": {"weight": torch.ones(64, 64, dtype=torch.int8), "SCB": torch.ones(64)},
     "nf4 of bitsandbytes, stored as bfloat16": {

@@ -96,7 +96,8 @@ def dequantised(
     load: Callable[[str], Tensor],
     block: tuple[int, int] | None = None,
 ) -> Tensor:
-    """A weight as numbers: itself where it is stored as such, codes * scale in float32 where a scale lies beside it.
+    """A weight as numbers: itself where it is stored as such, codes * scale in float32 where a scale lies beside it,
+    and what a tensor that dequantises itself says.
 
     Args:
         name: the weight's own.
@@ -108,6 +109,8 @@ def dequantised(
     Raises:
         TensorError: codes of a scheme that is not known, or a scale that does not fit.
     """
+    if has_own_scheme(stored):
+        return stored.dequantize()
     scales = [n for n in beside if n in (name + _SCALES[0], name + _SCALES[1])]
     if stored.is_floating_point() and stored.element_size() > 1:
         told = next((n for n in beside if is_quantised(n)), None)
@@ -126,6 +129,11 @@ def dequantised(
         what = ", ".join([*others, *scales])
         raise TensorError(f"{name}: fp8 codes with {what} beside them, a scheme that is not known; {_ADVICE}")
     return stored if not scales else scaled(name, stored, scales[0], load(scales[0]), block)
+
+
+def has_own_scheme(tensor: Tensor) -> bool:
+    """Whether a tensor holds codes and knows itself how to turn them into numbers, as torchao's subclasses do."""
+    return type(tensor).dequantize is not Tensor.dequantize
 
 
 def scaled(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlspec.errors import OptionError, TensorError
-from rlspec.io.quantised import companions
+from rlspec.io.quantised import companions, has_own_scheme
 from rlspec.linalg.autocast import without_autocast
 from rlspec.restore.matrix import Rounding
 from rlspec.restore.options import RestoreOptions
@@ -98,7 +98,7 @@ def _whole(held: ModuleTensors, beside: Mapping[str, list[str]], name: str) -> T
         raise TensorError(
             f"{name}: on the meta device, it has no values that could be written; load it first"
         )
-    if not tensor.is_floating_point() or beside.get(found):
+    if not tensor.is_floating_point() or has_own_scheme(tensor) or beside.get(found):
         told = ", ".join(beside.get(found, [])) or "no scale"
         raise TensorError(
             f"{name}: codes of quantised weights ({tensor.dtype}, {told} beside it), which cannot be restored; load the "
