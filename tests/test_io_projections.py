@@ -20,6 +20,7 @@ from rlspec.io.projections import (
     parse_modules,
     read_config,
 )
+from rlspec.spectra import SpectralBasis
 
 TINY: dict[str, Any] = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 32}
 GQA: dict[str, Any] = {**TINY, "num_key_value_heads": 2, "intermediate_size": 24, "pad_token_id": 0}
@@ -257,3 +258,18 @@ def test_check_finite(dtype: torch.dtype, bad: float) -> None:
     with pytest.raises(TensorError, match="w: 1 of 15 values are NaN or infinite"):
         check_finite("w", tensor)
     check_finite("ids", torch.zeros(2, dtype=torch.int64))
+
+
+def test_hybrids_tell_which_layers_hold_the_projections(tmp_path: Path) -> None:
+    """LFM2 has attention in some layers and convolutions in the others; Llama is not a hybrid."""
+    sizes = {**GQA, "num_hidden_layers": 4, "layer_types": ["conv", "full_attention"] * 2}
+    config = transformers.Lfm2Config(**sizes, block_multiple_of=8)
+    model = _model(config)
+    told = "only 2 of 4 layers hold q, k, v: 1, 3"
+    basis = SpectralBasis.from_model(model, modules="q,k,v", cache_dir=tmp_path)
+    assert [p.layer for p in basis.projections if p.module == "q"] == [1, 3]
+    assert basis.note == told
+    model.save_pretrained(tmp_path / "model")
+    assert SpectralBasis.from_checkpoint(tmp_path / "model", cache_dir=tmp_path).note == told
+    llama = _model(transformers.LlamaConfig(**GQA))
+    assert SpectralBasis.from_model(llama, modules="all", cache_dir=tmp_path).note is None

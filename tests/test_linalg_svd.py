@@ -230,3 +230,67 @@ def test_rank_may_be_a_share() -> None:
 def test_a_fallback_of_all_matrices_says_exact() -> None:
     found = rlspec.svd(torch.zeros(300, 300), 30, method="randomized")
     assert found.method == "exact" and any("used exact" in note for note in found.notes)
+
+
+@pytest.mark.parametrize("method", ["randomized", "exact", "warm"])
+def test_autocast_does_not_reach_it(method: str) -> None:
+    a = torch.randn(300, 200)
+    start = svd(a, 8) if method == "warm" else None
+    right = svd(a, 8, method=method, warm_start=start)  # type: ignore[arg-type]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = svd(a, 8, method=method, warm_start=start)  # type: ignore[arg-type]
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found.U, right.U) and torch.equal(found.S, right.S) and torch.equal(found.Vh, right.Vh)
+    assert found.method == right.method == method and found.notes == right.notes
+    check_factors(a, found, 8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_float8_is_decomposed_as_the_numbers_it_holds(dtype: torch.dtype) -> None:
+    a = torch.randn(2, 32, 24).to(dtype)
+    check_factors(a.float(), svd(a, 4), 4)
+    a[1, 2, 3] = torch.nan
+    with pytest.raises(TensorError, match=r"nan at position \(1, 2, 3\)"):
+        svd(a)
+
+
+def test_what_has_no_entries_to_decompose_is_refused() -> None:
+    with pytest.raises(
+        TensorError, match=r"dense tensor, found torch.sparse_coo \(16, 16\); give its to_dense\(\)"
+    ):
+        svd(torch.eye(16).to_sparse())
+    with pytest.raises(TensorError, match="torch.sparse_csr"):
+        svd(torch.eye(16).to_sparse_csr())
+    with pytest.raises(TensorError, match=r"\(8, 8\) on the meta device"):
+        svd(torch.empty(8, 8, device="meta"))
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+@pytest.mark.parametrize("largest", [3.3e38, 1e-37])
+def test_values_near_the_ends_of_float32_are_right(method: str, largest: float) -> None:
+    """Squares of such entries, and of their residuals, lie outside the range."""
+    s = torch.linspace(1, 0.01, 200, dtype=torch.float64)
+    a = (largest * matrix(s, 300, 200)[0]).float()
+    found = svd(a, 8, method=method)  # type: ignore[arg-type]
+    assert found.method == method
+    check_factors(a, found, 8)
+    assert torch.isfinite(found.residuals).all() and (found.residuals < 1e-3 * largest).all()
+    assert (found.residuals > 0).any()
+
+
+def test_the_largest_float_is_a_singular_value() -> None:
+    a = torch.diag(torch.tensor([torch.finfo(torch.float32).max, 1e38, 1e37]))
+    torch.testing.assert_close(svd(a).S, a.diagonal(), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized"])
+def test_values_past_float32_are_refused_with_the_way_out(method: str) -> None:
+    a = torch.stack([torch.eye(300, 200), 5e37 * torch.randn(300, 200)])
+    with pytest.raises(
+        TensorError, match="matrix 1 of the batch has .* past the range of torch.float32.*as float64"
+    ):
+        svd(a, 4, method=method)  # type: ignore[arg-type]
+    truth = torch.linalg.svdvals(a.double())[:, :4]
+    torch.testing.assert_close(svd(a.double(), 4).S, truth, rtol=1e-9, atol=0)
+    with pytest.raises(TensorError, match="torch.float64.*scale it down"):
+        svd(torch.full((4, 4), 1e308, dtype=torch.float64))

@@ -14,7 +14,14 @@ import pytest
 import torch
 import yaml
 from click.testing import CliRunner, Result
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors.torch import load_file
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BloomConfig,
+    FalconConfig,
+    GPTNeoXConfig,
+)
 
 from rlspec.cli.main import main
 from rlspec.models.vocabulary import make_tokenizer
@@ -322,3 +329,66 @@ def test_ppo_alone_and_further_shifts(model: Path, tmp_path: Path) -> None:
     assert rows[0]["global_step"] == 0 and "rule_accuracy" in rows[1] and rows[1]["ood_shift"] == "both"
     assert {row["engine"] for row in folder.spectra()} == {"exact"}
     assert set(folder.summary()["tests"]) == {"ppo_start_to_ppo_end"}
+
+
+_ONE_STEP: dict[str, Any] = {
+    "stages": "sft",
+    "sft_steps": 1,
+    "every": 1,
+    "deals": 2,
+    "turns": 1,
+    "shifts": "none",
+}
+_FUSED = {
+    "gpt_neox": lambda sizes: GPTNeoXConfig(**sizes, intermediate_size=24, max_position_embeddings=256),
+    "bloom": lambda sizes: BloomConfig(**sizes),
+    "falcon": lambda sizes: FalconConfig(**sizes, new_decoder_architecture=True, num_kv_heads=2),
+    "falcon of one key": lambda sizes: FalconConfig(**sizes, multi_query=True),
+}
+
+
+def _queries(kind: str, fused: torch.Tensor) -> torch.Tensor:
+    """The query rows of a query_key_value (rows, 16) of four heads of four, as each architecture orders them."""
+    if kind == "falcon":
+        return fused.view(2, 4, 4, 16)[:, :2]  # two groups: two queries, a key, a value
+    if kind == "falcon of one key":
+        return fused[:16]
+    return fused.view(4, 3, 4, 16)[:, 0]
+
+
+@pytest.mark.parametrize("kind", _FUSED)
+def test_models_with_a_fused_query_key_value_are_tracked(kind: str, tmp_path: Path) -> None:
+    """Only their config.json says how the heads lie in it; what moved is held against the saved weights."""
+    tokenizer = make_tokenizer()
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+    }
+    for name in ("bos", "eos", "pad"):
+        sizes[f"{name}_token_id"] = getattr(tokenizer, f"{name}_token_id")
+    folder = tmp_path / "model"
+    AutoModelForCausalLM.from_config(_FUSED[kind](sizes)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    result = invoke(*arguments(folder, tmp_path / "run", **_ONE_STEP))
+    assert result.exit_code == 0, result.output
+    run = RunFolder(tmp_path / "run")
+    before, after = (
+        load_file(where / "model.safetensors") for where in (folder, run.checkpoint_dir("sft", 1))
+    )
+    (name,) = (name for name in before if name.endswith("query_key_value.weight"))
+    change = _queries(kind, after[name].double()) - _queries(kind, before[name].double())
+    (row,) = (row for row in run.spectra() if row["step"] == 1 and row["module"] == "q")
+    assert change.norm() > 0
+    assert row["delta_frobenius"] == pytest.approx(float(change.norm()), rel=1e-5)
+
+
+def test_layers_that_are_not_tracked_are_told(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlspec.spectra.basis.partly_found", lambda *_: "only 1 of 2 layers hold q, k, v: 1")
+    result = invoke(*arguments(model, tmp_path / "run", **_ONE_STEP))
+    assert (
+        "only 1 of 2 layers hold q, k, v: 1; the other layers are not tracked" in result.output.splitlines()
+    )

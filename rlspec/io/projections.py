@@ -31,6 +31,7 @@ from rlspec.io.fused import (
     phi3_qkv,
     query_key_value,
 )
+from rlspec.io.quantised import unknown_scheme
 from rlspec.io.stacks import LanguageModel, Stack, in_tower, tell_apart, text_config
 
 #: The module names that may be asked for, in the order in which results list them.
@@ -147,10 +148,16 @@ def find_projections(
         OptionError: an unknown module name.
         ProjectionError: one of the modules is not found at all; or it is, in a layout that is not determined: a
             fused ``query_key_value`` without the number of heads, and experts fused into one three-dimensional
-            tensor.
+            tensor. Or it is stored in a quantised form that is not known.
     """
     wanted = parse_modules(modules)
     model = language_model(names_to_shapes, config)
+    for weight, told in unknown_scheme(names_to_shapes).items():
+        if model.holds(weight) and set(modules_in(weight, (1, 1))) & set(wanted):
+            raise ProjectionError(
+                f"{told} belongs to quantised weights of a scheme that is not known (GPTQ, AWQ, bitsandbytes, packed "
+                "integers); start from weights of 16 or 32 bits, or dequantise them first"
+            )
     found = [
         projection
         for name in names_to_shapes
@@ -285,17 +292,23 @@ def counterpart(name: str, names: Collection[str]) -> str | None:
     Checkpoints on disk, modules in memory and models without their head disagree about prefixes ("transformer.h.0…"
     and "h.0…", "model.language_model…" and "language_model.model…").
     """
+    found = counterparts(name, names)
+    return found[0] if len(found) == 1 else None
+
+
+def counterparts(name: str, names: Collection[str]) -> list[str]:
+    """What `counterpart` chooses from: several where a module holds more than one model."""
     if name in names:
-        return name
+        return [name]
     parts = name.split(".")
     for start in range(len(parts) - 1):
         rest = ".".join(parts[start:])
         found = [n for n in names if (n == rest or n.endswith(f".{rest}")) and in_tower(n) == in_tower(name)]
-        if len(found) == 1:
-            return found[0]
-        if found or parts[start].isdigit():
+        if found:
+            return found
+        if parts[start].isdigit():
             break
-    return None
+    return []
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

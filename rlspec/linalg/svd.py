@@ -70,7 +70,7 @@ def svd(
     """Leading ``rank`` singular triplets of every matrix of a batch.
 
     Args:
-        A: (..., m, n), float64, float32, bfloat16 or float16, finite.
+        A: (..., m, n), dense, any floating dtype, finite. torch.autocast does not reach it.
         rank: triplets wanted, a count from 1 to min(m, n), or a share of min(m, n) in (0, 1]: 1 is one triplet,
             1.0 is all of them, as None is.
         method: "exact" decomposes densely. "randomized" is Chebyshev-filtered subspace iteration from a random
@@ -88,8 +88,12 @@ def svd(
 
     Raises:
         OptionError: unknown method, rank or tolerance out of range, "warm" without a start.
-        TensorError: not a floating matrix, or NaN or infinity (the message names the first position).
+        TensorError: not a dense floating matrix, or NaN or infinity (the message names the first position); or singular
+            values or residuals past the range of the result's dtype.
     """
+    _check_kind(A)
+    if A.element_size() == 1:
+        A = A.float()  # float8, which has next to no operations
     k = _check(A, rank, method, tol, warm_start, max_rounds)
     lead, (m, n) = A.shape[:-2], A.shape[-2:]
     out_dtype = torch.float64 if A.dtype == torch.float64 else torch.float32
@@ -103,6 +107,7 @@ def svd(
     with pinned_arithmetic():
         start = _start_vectors(warm_start, lead, flipped, k, sketch_width(k, min(m, n)), (m, n))
         parts = _solve(a.to(out_dtype), k, method, tol, generator, start, max_rounds)
+        _check_range(parts, a)
     u, v = (parts.Vh.mT, parts.U) if flipped else (parts.U, parts.Vh.mT)
     return SVDResult(
         U=u.reshape(*lead, m, k),
@@ -152,7 +157,7 @@ def _solve(
     s = (found.s * scale.to(found.s.dtype)[:, None]).to(a.dtype)
     u, v = found.u.to(a.dtype), found.v.to(a.dtype)
     bound = found.bound + math.sqrt(k) * torch.finfo(a.dtype).eps
-    result = SVDResult(u, s, v.mT, _residuals(a, u, s, v), bound, method, found.rounds)
+    result = SVDResult(u, s, v.mT, _residuals(a, scale, u, s, v), bound, method, found.rounds)
     if bool(((bound > 2 * tol) & found.accepted).any()):
         note = (
             "the gap at the cut is too small to certify tol; the vectors span it together with their cluster"
@@ -198,20 +203,22 @@ def _exact(a: Tensor, k: int) -> SVDResult:
         u[i], s[i], v[i] = ui[:, :k], si[:k], vhi[:k].mT
         error = math.sqrt(m + n) * 2 * eps * si[:1].double()
         bound[i] = perturbation_bound(si[None], k, error, whole=whole)
-    return SVDResult(u, s, v.mT, _residuals(a, u, s, v), bound, "exact")
+    return SVDResult(u, s, v.mT, _residuals(a, scale, u, s, v), bound, "exact")
 
 
 def _powers_of_two(a: Tensor) -> Tensor:
-    """The power of two nearest to each matrix's largest entry, (b,): dividing by it is exact, and keeps Gram
+    """The largest power of two not above each matrix's largest entry, (b,): dividing by it is exact, and keeps Gram
     matrices in range."""
     largest = a.abs().amax(dim=(-2, -1)).double()
-    return torch.where(largest > 0, torch.exp2(largest.log2().round()), torch.ones_like(largest)).to(a.dtype)
+    return torch.where(largest > 0, torch.exp2(largest.log2().floor()), torch.ones_like(largest)).to(a.dtype)
 
 
-def _residuals(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
-    """max(|A v - s u|, |Aᵀ u - s v|) of each triplet, (b, k)."""
-    scaled = s.unsqueeze(-2)
-    return torch.maximum((a @ v - u * scaled).norm(dim=-2), (a.mT @ u - v * scaled).norm(dim=-2))
+def _residuals(a: Tensor, scale: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """max(|A v - s u|, |Aᵀ u - s v|) of each triplet, (b, k); formed at unit scale, where no square overflows."""
+    a = a / scale[:, None, None]
+    scaled = (s / scale[:, None]).unsqueeze(-2)
+    worst = torch.maximum((a @ v - u * scaled).norm(dim=-2), (a.mT @ u - v * scaled).norm(dim=-2))
+    return worst * scale[:, None]
 
 
 def _start_vectors(
@@ -240,15 +247,36 @@ def _start_vectors(
     return rows.reshape(-1, *rows.shape[-2:]).mT[..., :width]
 
 
+def _check_kind(A: Tensor) -> None:
+    if not isinstance(A, Tensor) or A.ndim < 2 or not A.is_floating_point():
+        found = f"{A.dtype} {tuple(A.shape)}" if isinstance(A, Tensor) else type(A).__name__
+        raise TensorError(f"svd needs a floating tensor of shape (..., m, n), found {found}")
+    if A.layout != torch.strided:
+        raise TensorError(f"svd needs a dense tensor, found {A.layout} {tuple(A.shape)}; give its to_dense()")
+    if A.is_meta:
+        raise TensorError(
+            f"svd needs values, found a tensor {tuple(A.shape)} on the meta device; load it first"
+        )
+
+
+def _check_range(found: SVDResult, a: Tensor) -> None:
+    """Refuse what the result's dtype cannot hold: sigma_1 exceeds the largest entry by up to sqrt(m n)."""
+    if bool(torch.isfinite(found.S).all()):
+        return
+    index = int((~torch.isfinite(found.S)).any(-1).nonzero()[0, 0])
+    raise TensorError(
+        f"matrix {index} of the batch has singular values past the range of {found.S.dtype} (its largest entry is "
+        f"{float(a[index].abs().max()):.3g}); "
+        + ("scale it down" if a.dtype == torch.float64 else "give it as float64")
+    )
+
+
 def _check(
     A: Tensor, rank: int | float | None, method: str, tol: float, warm_start: object, max_rounds: int
 ) -> int:
     """The rank as a count, after refusing everything that cannot be decomposed."""
     if method not in get_args(Method):
         raise OptionError(f"method={method!r} does not exist, choose one of {', '.join(get_args(Method))}")
-    if not isinstance(A, Tensor) or A.ndim < 2 or not A.is_floating_point():
-        found = f"{A.dtype} {tuple(A.shape)}" if isinstance(A, Tensor) else type(A).__name__
-        raise TensorError(f"svd needs a floating tensor of shape (..., m, n), found {found}")
     r = min(A.shape[-2:])
     if rank is None:
         rank = r

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor, nn
 
 from rlspec.errors import OptionError, TensorError
-from rlspec.io.projections import Projection, counterpart
+from rlspec.io.projections import Projection
+from rlspec.io.quantised import companions, has_own_scheme
+from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import matrix_basis
 from rlspec.restore.matrix import Rounding
@@ -14,10 +18,11 @@ from rlspec.restore.options import RestoreOptions
 from rlspec.restore.report import MatrixReport
 from rlspec.restore.tensors import restore_with
 from rlspec.spectra.basis import SpectralBasis
-from rlspec.spectra.sources import strip_wrappers
+from rlspec.spectra.module import ModuleTensors, strip_wrappers, unmerged_adapters
+from rlspec.spectra.sources import find_tensor
 
 
-@torch.no_grad()
+@pinned_arithmetic()
 def restore_(
     model: nn.Module,
     basis: SpectralBasis,
@@ -46,17 +51,19 @@ def restore_(
 
     Raises:
         OptionError: a setting that does not exist or is out of range.
-        TensorError: the model lacks a matrix of the basis, has it in another shape or sharded over processes, or it
-            holds NaN or infinity; or it is tied where the basis has two different matrices.
+        TensorError: the model lacks a matrix of the basis, has it in another shape, sharded over processes, quantised,
+            offloaded or under adapters that are not merged into it, or it holds NaN or infinity; or it is tied where
+            the basis has two different matrices.
     """
     rule = Rank.parse(rank) if rank is not None else basis.rank
     options = RestoreOptions(
         rank=rule, part=part, mode=mode, strength=strength, rounding=rounding, seed=seed, exact=exact
     )
-    tensors = {strip_wrappers(n): p for n, p in model.named_parameters(remove_duplicate=False)}
+    held = ModuleTensors(model, dict(model.named_parameters(remove_duplicate=False)))
+    beside = companions([*held.tensors, *(strip_wrappers(n) for n, _ in model.named_buffers())])
     changes = []
     for projection in basis.projections:
-        stored = _whole(tensors, projection.tensor)
+        stored = _whole(held, beside, projection.tensor)
         reference = basis.matrix(projection.name)
         tuned = projection.take(stored).detach()
         if tuple(tuned.shape) != reference.shape:
@@ -93,16 +100,30 @@ def _refuse_two_for_one(places: list[tuple[Projection, Tensor]], basis: Spectral
             )
 
 
-def _whole(tensors: dict[str, nn.Parameter], name: str) -> Tensor:
+def _whole(held: ModuleTensors, beside: Mapping[str, list[str]], name: str) -> Tensor:
     """The parameter's own storage, which writing to changes the model."""
-    found = counterpart(name, tensors)
-    if found is None:
-        raise TensorError(f"{name}: no such parameter in the model; it is in the basis")
-    tensor = tensors[found].data
-    if hasattr(tensors[found], "full_tensor"):
+    if held.is_fsdp:
+        raise TensorError(
+            f"{name}: sharded over processes by FSDP; restore the gathered model or its checkpoint"
+        )
+    found = find_tensor(name, held.tensors, "the model given", "parameter")
+    tensor = held.tensors[found].data
+    if hasattr(held.tensors[found], "full_tensor"):
         raise TensorError(f"{name}: sharded over processes; restore the gathered model or its checkpoint")
     if tensor.is_meta:
-        raise TensorError(f"{name}: on the meta device, it has no values")
-    if not tensor.is_floating_point():
-        raise TensorError(f"{name}: {tensor.dtype}, which cannot be restored")
+        raise TensorError(
+            f"{name}: on the meta device, it has no values that could be written; load it first"
+        )
+    if not tensor.is_floating_point() or has_own_scheme(tensor) or beside.get(found):
+        told = ", ".join(beside.get(found, [])) or "no scale"
+        raise TensorError(
+            f"{name}: codes of quantised weights ({tensor.dtype}, {told} beside it), which cannot be restored; load the "
+            "model in 16 or 32 bits"
+        )
+    layer = held.adapter(found)
+    if layer is not None and unmerged_adapters(layer):
+        raise TensorError(
+            f"{name}: an adapter of PEFT is applied beside it; restore what merge_and_unload() returns, or the model "
+            "between merge_adapter() and unmerge_adapter()"
+        )
     return tensor

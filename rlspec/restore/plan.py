@@ -16,6 +16,7 @@ import torch
 from rlspec.errors import CheckpointError
 from rlspec.io.index import CheckpointIndex, TensorEntry
 from rlspec.io.projections import Projection, counterpart, read_config
+from rlspec.io.quantised import is_quantised
 from rlspec.io.stream import in_file_order
 from rlspec.restore.adapter import Adapter, is_adapter
 from rlspec.restore.options import RestoreOptions
@@ -28,16 +29,6 @@ Action = Literal["restore", "merge", "tied", "keep"]
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 # These modules commonly differ between a base and what was tuned from it: vocabularies grow, heads are tied.
 _MAY_DIFFER = ("embed", "lm_head")
-# Endings of tensors that only quantised checkpoints have: GPTQ and AWQ, bitsandbytes, fp8 and its kin.
-_QUANTISED = (
-    ".qweight",
-    ".qzeros",
-    ".SCB",
-    ".absmax",
-    ".weight_format",
-    ".weight_scale",
-    ".weight_scale_inv",
-)
 
 _NOT_ADAPTED = "the adapter does not change it"
 _NO_STRENGTH = "strength 0 changes nothing"
@@ -129,13 +120,14 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
         OptionError, ProjectionError: modules, layers or indices that the checkpoint does not have.
     """
     base_index = CheckpointIndex.open(base)
+    _refuse_quantised(base_index)
     adapter, untied = None, None
     if is_adapter(tuned):
         adapter, base_index, untied = open_adapter(tuned, base_index)
     like = base_index if adapter is not None else CheckpointIndex.open(tuned)
+    if like is not base_index:
+        _refuse_quantised(like)
     base_index = _under_names_of(like, base_index)
-    for index in {id(i): i for i in (base_index, like)}.values():
-        _refuse_quantised(index)
     entries = in_file_order(like)
     shapes = {entry.name: tuple(entry.shape) for entry in entries}
     selection = select(shapes, options, read_config(like.path))
@@ -287,7 +279,7 @@ def _unusable(
 
 def _refuse_quantised(index: CheckpointIndex) -> None:
     for name, entry in index.tensors.items():
-        if name.endswith(_QUANTISED) or ".quant_state." in name:
+        if is_quantised(name):
             raise CheckpointError(
                 f"{entry.shard}: {name} belongs to quantised weights (GPTQ, AWQ, bitsandbytes, fp8); restoring needs "
                 "16 or 32 bit floats: start from the checkpoint before quantisation"

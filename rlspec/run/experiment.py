@@ -179,6 +179,8 @@ def _run_stages(
     with clock.timed("tracking"):
         basis = _basis(config, inputs, progress)
         tracker = SpectralTracker(basis, engine=config.engine)
+    if basis.note:
+        progress.say(f"{basis.note}; the other layers are not tracked")
     with clock.timed("kl"):
         probe = KLProbe(inputs.model, inputs.tokenizer, inputs.task, seed=config.seed)
     if not installed():

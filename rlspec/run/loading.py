@@ -12,7 +12,8 @@ from torch import nn
 from rlspec.errors import CheckpointError
 from rlspec.io.files import refuse_lfs_pointers
 from rlspec.io.index import CheckpointIndex
-from rlspec.io.projections import check_finite, find_projections
+from rlspec.io.projections import check_finite, find_projections, read_config
+from rlspec.io.quantised import is_quantised
 from rlspec.run.config import EMBEDDED
 from rlspec.tasks import Task, evaluation_problems
 from rlspec.train.limits import Needs
@@ -44,18 +45,20 @@ def check_checkpoint(folder: Path, modules: Sequence[str] = ()) -> None:
 
     Raises:
         CheckpointError: A file is missing, cut off or malformed.
-        ProjectionError: One of ``modules`` names no matrix of the checkpoint.
+        ProjectionError: One of ``modules`` names no matrix of the checkpoint, or one that is stored in a form that is
+            not known.
     """
     index = CheckpointIndex.open(folder)
     if modules:
-        find_projections({name: tuple(entry.shape) for name, entry in index.tensors.items()}, modules)
+        shapes = {name: tuple(entry.shape) for name, entry in index.tensors.items()}
+        find_projections(shapes, modules, read_config(index.path))
 
 
 def load_model(folder: Path, device: torch.device) -> nn.Module:
     """The causal LM of ``folder`` with float32 weights on ``device``, every one of them finite.
 
     Raises:
-        CheckpointError: transformers cannot load it, or weights are missing from it.
+        CheckpointError: transformers cannot load it, weights are missing from it, or it keeps them quantised.
         TensorError: A weight holds NaN or infinity; the message names it.
     """
     import transformers
@@ -74,6 +77,17 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
         raise CheckpointError(
             f"{folder}: {len(missing)} weights are missing from it, the first is {missing[0]}"
         )
+    # What follows would otherwise be codes without their scales.
+    if scales := sorted(filter(is_quantised, info["unexpected_keys"])):
+        raise CheckpointError(
+            f"{folder}: {scales[0]} belongs to quantised weights, but config.json has no quantization_config for them"
+        )
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point() or parameter.element_size() == 1:
+            raise CheckpointError(
+                f"{folder}: {name} is loaded as {parameter.dtype}, quantised; training and evaluation need weights of 16 "
+                "or 32 bits: give a checkpoint that is not quantised"
+            )
     model = model.float().to(device)
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError
+from rlspec.io.coverage import partly_found
 from rlspec.io.projections import Projection, find_projections, language_model, parse_modules
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
@@ -28,6 +29,11 @@ class SpectralBasis:
     Build one with :meth:`from_model`, :meth:`from_checkpoint` or :meth:`from_tensors`. The reference
     weights are copied, so a model that goes on training does not move its own reference. Weights and factors are kept
     on the host; a :class:`SpectralTracker` takes them to the device where each matrix is measured.
+
+    Attributes:
+        projections: the matrices, layer by layer.
+        rank: the rule for the leading directions of each.
+        note: that only some of the model's layers hold them (hybrids), and which; None where all do.
     """
 
     def __init__(
@@ -35,10 +41,13 @@ class SpectralBasis:
         projections: Iterable[Projection],
         matrices: Iterable[MatrixBasis],
         rank: Rank,
+        note: str | None = None,
+        *,
         devices: Mapping[str, torch.device] | None = None,
     ) -> None:
         self.projections: tuple[Projection, ...] = tuple(projections)
         self.rank = rank
+        self.note = note
         self._matrices = {matrix.name: matrix for matrix in matrices}
         self._devices = dict(devices or {})
 
@@ -56,7 +65,8 @@ class SpectralBasis:
         """Decompose the projections of a model as it is now.
 
         Args:
-            model: any module with Hugging Face parameter names.
+            model: any module with Hugging Face parameter names; it may be wrapped as trainers do. Weights in scaled
+                fp8 are dequantised, LoRA adapters of PEFT are added to theirs.
             modules: which projections: names, or a text such as ``"q,k,v"``, ``"attn"``, ``"all"``.
             rank: leading directions to follow in each matrix, see :class:`Rank`.
             cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
@@ -64,8 +74,8 @@ class SpectralBasis:
             progress: called with (done, total) after every matrix.
 
         Raises:
-            ProjectionError: the model has none of one of the modules.
-            TensorError: a weight holds NaN or infinity.
+            ProjectionError: the model has none of one of the modules, or in a quantised form that is not known.
+            TensorError: a weight holds NaN or infinity, has no values, or its scales do not fit.
             OptionError: an unknown module, an invalid rank.
         """
         return cls._build(model, modules, rank, cache_dir, device, progress)
@@ -128,7 +138,7 @@ class SpectralBasis:
             matrices.append(matrix_basis(projection.name, weight, cached_factors(weight, cache_dir), rule))
             if progress is not None:
                 progress(done, len(projections))
-        return cls(projections, matrices, rule, devices)
+        return cls(projections, matrices, rule, partly_found(projections, shapes), devices=devices)
 
     def matrix(self, name: str) -> MatrixBasis:
         """The reference decomposition of one projection, by its name.

@@ -107,14 +107,16 @@ class SpectralTracker:
         """Measure one set of weights.
 
         Args:
-            source: the module being trained, a mapping of named tensors, or a checkpoint folder.
+            source: the module being trained, a mapping of named tensors, or a checkpoint folder. A module may be
+                wrapped as trainers do, and weights may be scaled fp8; LoRA adapters of PEFT count with their weight.
             step: optimizer step, recorded in every row.
             stage: name of the training stage, likewise.
             null_draws: where positive, the ``null_*`` columns say how far rounding to bfloat16 and this many
                 random updates of the same norm turn the subspaces; costs that many measurements more, plus one.
 
         Raises:
-            TensorError: a weight is missing, has another shape than its reference, or holds NaN or infinity.
+            TensorError: a weight is missing or there are two of its name, it has another shape than its reference or
+                no values, is stored in a quantised form that is not known, or holds NaN or infinity.
         """
         with pinned_arithmetic():
             return self._measure(source, step, stage, null_draws)
