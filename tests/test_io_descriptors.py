@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import resource
@@ -33,8 +34,9 @@ NAME = "model.layers.{}.self_attn.q_proj.weight"
 def few_descriptors() -> Iterator[None]:
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     # What the test runner holds open already is not the reader's or the writer's.
-    held = max(int(name) for name in os.listdir("/proc/self/fd"))
-    resource.setrlimit(resource.RLIMIT_NOFILE, (held + LIMIT, before[1]))
+    held = {int(name) for name in os.listdir("/proc/self/fd")}
+    free = (number for number in itertools.count() if number not in held)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (next(itertools.islice(free, LIMIT, None)), before[1]))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, before)
 
