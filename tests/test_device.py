@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from pretend import Report, pretend_device, to_pretend
+from restore_toys import bytes_of, pair
 from torch import Tensor, nn
 
 import rlspec
@@ -156,6 +159,19 @@ def test_a_model_is_restored_where_it_is():
         for name, parameter in model.named_parameters():
             assert parameter.device.type == "cuda"
             assert torch.equal(parameter.cpu(), here.get_parameter(name))
+
+
+def test_a_checkpoint_is_restored_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``device`` moves the work; what is written is the CPU's. GPT-2's fused, transposed matrices, too."""
+    for kind in ("llama", "gpt2"):
+        base, tuned = pair(tmp_path / kind, kind)
+        rlspec.restore_checkpoint(base, tuned, tmp_path / kind / "cpu", modules="attn", device="cpu")
+        monkeypatch.setattr("rlspec.restore.options.choose_device", lambda name: name)
+        with pretend_device() as report:
+            rlspec.restore_checkpoint(base, tuned, tmp_path / kind / "gpu", modules="attn", device="cuda")
+        monkeypatch.undo()
+        assert report.of("bmm") > 0
+        assert bytes_of(tmp_path / kind / "gpu") == bytes_of(tmp_path / kind / "cpu")
 
 
 def test_a_pretend_device_refuses_what_cuda_refuses():

@@ -92,10 +92,11 @@ def restore_stored(
         else:
             try:
                 basis = base_factors(projection.name, there, options, cache_dir)
-                result = restore_with(basis, projection.name, here, step.dtype, options)
+                moved = here.to(options.device)
+                result = restore_with(basis, projection.name, moved, step.dtype, options)
             except TensorError as error:
                 raise TensorError(f"{projection.name}: {error}") from None
-            weight = result.weight
+            weight = result.weight.cpu()
             rows.append(MatrixReport.of(projection, shape, step.dtype, result))
         if projection.rows is None and not projection.transposed:
             return weight, rows
