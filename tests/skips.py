@@ -29,10 +29,10 @@ def _without_triton_wheels() -> bool:
     return (platform.system(), platform.machine()) != ("Linux", "x86_64")
 
 
-def _without_fast_float32() -> bool:
-    import torch
+def _with_one_float32() -> bool:
+    from rlspec.linalg import flags
 
-    return not torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return not flags.own_kernels_pay()
 
 
 def _without_backend_flags() -> bool:
@@ -51,7 +51,7 @@ MEANT: dict[str, tuple[Meant, ...]] = {
         Meant("this file system keeps its files in memory", lambda: True),
     ),
     "test_linalg_switches.py": (
-        Meant("this CPU multiplies float32 matrices in one way only", _without_fast_float32),
+        Meant("this CPU multiplies float32 matrices in one way only", _with_one_float32),
     ),
     "test_linalg_precision.py": (Meant("this torch has one flag for all backends", _without_backend_flags),),
     "test_backend.py::test_the_interpreter_on_request": (_TRITON,),
