@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from rlspec.linalg.dense import eigh
+
 Operator = Callable[[Tensor], Tensor]
 
 _VECTORS = 8
@@ -100,5 +102,5 @@ def _ritz_values(apply: Operator, start: Tensor, steps: int) -> tuple[Tensor, Te
     if steps > 1:
         side = torch.stack(off_diagonal[:-1], -1).double()
         tri = tri + torch.diag_embed(side, 1) + torch.diag_embed(side, -1)
-    values, vectors = torch.linalg.eigh(tri)
+    values, vectors = eigh(tri)
     return values, vectors[..., 0, :].square()

@@ -1,4 +1,4 @@
-"""Gram matrices and orthonormalisation out of matrix products.
+"""Orthonormalisation out of matrix products.
 
 Axes: ``m`` rows, ``n`` columns, leading dimensions are a batch.
 """
@@ -8,29 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-# Below this width a block costs more in calls than its symmetry saves.
-_SMALLEST_BLOCK = 384
-
-
-def gram(a: Tensor, depth: int = 2) -> Tensor:
-    """``aᵀ a``, shape (..., n, n), with 5/8 of the products by computing off-diagonal blocks once.
-
-    Args:
-        a: shape (..., m, n).
-        depth: how often to halve the columns; torch exposes no ``syrk``.
-    """
-    n = a.shape[-1]
-    if depth == 0 or n < 2 * _SMALLEST_BLOCK:
-        return a.mT @ a
-    half = n // 2
-    out = a.new_empty(*a.shape[:-2], n, n)
-    left, right = a[..., :half], a[..., half:]
-    out[..., :half, :half] = gram(left, depth - 1)
-    out[..., half:, half:] = gram(right, depth - 1)
-    cross = left.mT @ right
-    out[..., :half, half:] = cross
-    out[..., half:, :half] = cross.mT
-    return out
+from rlspec.linalg.dense import householder
+from rlspec.linalg.products import gram
 
 
 def well_conditioned(y: Tensor) -> Tensor:
@@ -61,7 +40,7 @@ def orthonormal(y: Tensor) -> Tensor:
         if bool(((moments - eye).abs().amax(dim=(-2, -1)) < 0.1).all()):
             upper = torch.linalg.cholesky(moments, upper=True)
             return torch.linalg.solve_triangular(upper.to(y.dtype), q, upper=True, left=False)
-    return torch.linalg.qr(y)[0]
+    return householder(y)[0]
 
 
 def _shifted_cholesky(moments: Tensor, shift: float) -> Tensor:

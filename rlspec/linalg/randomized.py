@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.chebyshev import Operator, degree_for, filter_correction, filter_sketch, growth
+from rlspec.linalg.dense import pencil
 from rlspec.linalg.estimates import ritz_bound
 from rlspec.linalg.lanczos import norm_bound, random_start, spectrum_quantiles
-from rlspec.linalg.orth import gram, orthonormal, well_conditioned
-from rlspec.linalg.products import ALIGNED, transposed_product
+from rlspec.linalg.orth import orthonormal, well_conditioned
+from rlspec.linalg.products import ALIGNED, gram, transposed_product
 
 _MAX_SKETCH_DEGREE = 6
 # Of the filter for columns that start near the wanted ones. What comes beside them is filtered as a sketch is: with less,
@@ -170,25 +171,12 @@ def _rayleigh_ritz(
     """
     try:
         image = image_of(y)
-        theta, q = _small_pencil(gram(y), stiffness_of(y, image), eigen_dtype)
+        theta, q = pencil(gram(y), stiffness_of(y, image), eigen_dtype)
     except torch.linalg.LinAlgError:
         y = orthonormal(y)
         image = image_of(y)
-        theta, q = _small_pencil(gram(y), stiffness_of(y, image), eigen_dtype)
+        theta, q = pencil(gram(y), stiffness_of(y, image), eigen_dtype)
     return y, image, theta, q.to(y.dtype)
-
-
-def _small_pencil(moments: Tensor, stiffness: Tensor, eigen_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Solve ``stiffness q = moments q theta`` (b, l, l), theta descending; the transformation runs in float64."""
-    moments, stiffness = moments.double(), stiffness.double()
-    lower, info = torch.linalg.cholesky_ex(moments)
-    if bool((info != 0).any()):
-        raise torch.linalg.LinAlgError("basis is singular to working precision")
-    half = torch.linalg.solve_triangular(lower, stiffness, upper=False)
-    core = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    theta, q = torch.linalg.eigh(((core + core.mT) / 2).to(eigen_dtype))
-    q = torch.linalg.solve_triangular(lower.mT, q.flip(-1).double(), upper=True)
-    return theta.flip(-1).double(), q
 
 
 def _measure(

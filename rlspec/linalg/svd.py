@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
+from rlspec.linalg.dense import lapack_svd, leading_by_gram
 from rlspec.linalg.estimates import perturbation_bound
-from rlspec.linalg.exact import exact_svd, leading_by_gram
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.randomized import leading_svd, sketch_width
 from rlspec.linalg.shares import count_of_share
@@ -199,7 +199,7 @@ def _exact(a: Tensor, k: int) -> SVDResult:
                 bound[i] = perturbation_bound(si.square(), k, error, whole=whole)
                 bound[i] += 0.0 if whole else math.sqrt(k) * eps
                 continue
-        ui, si, vhi = exact_svd(a[i])
+        ui, si, vhi = lapack_svd(a[i])
         u[i], s[i], v[i] = ui[:, :k], si[:k], vhi[:k].mT
         error = math.sqrt(m + n) * 2 * eps * si[:1].double()
         bound[i] = perturbation_bound(si[None], k, error, whole=whole)

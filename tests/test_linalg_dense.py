@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 
-from rlspec.linalg import exact
-from rlspec.linalg.exact import exact_svd, svd_by_gram
+import rlspec
+from rlspec.linalg import dense
+from rlspec.linalg.dense import lapack_svd
 
 SHAPES = [(7, 7), (12, 5), (5, 12), (1, 6), (6, 1), (1, 1), (0, 4), (4, 0), (3, 8, 6), (0, 5, 4)]
 
@@ -33,7 +37,7 @@ def check(a: torch.Tensor, u: torch.Tensor, s: torch.Tensor, vh: torch.Tensor, s
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_identities(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     a = torch.randn(*shape, generator=torch.Generator().manual_seed(1)).to(dtype)
-    u, s, vh = exact_svd(a)
+    u, s, vh = lapack_svd(a)
     assert s.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     check(a, u, s, vh, 0.0)
 
@@ -41,12 +45,12 @@ def test_identities(shape: tuple[int, ...], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("shape", [s for s in SHAPES if 0 not in s])
 def test_the_gram_route_is_a_decomposition_too(shape: tuple[int, ...]) -> None:
     a = torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    check(a, *svd_by_gram(a), sigma_tol=3e-8)
+    check(a, *dense._svd_by_gram_and_qr(a), sigma_tol=3e-8)
     deficient = a.clone()
     deficient[..., -1, :] = deficient[..., 0, :]
-    check(deficient, *svd_by_gram(deficient), sigma_tol=3e-8)
-    check(torch.zeros(shape), *svd_by_gram(torch.zeros(shape)), sigma_tol=3e-8)
-    check(a * 1e-200, *svd_by_gram(a * 1e-200), sigma_tol=3e-8)
+    check(deficient, *dense._svd_by_gram_and_qr(deficient), sigma_tol=3e-8)
+    check(torch.zeros(shape), *dense._svd_by_gram_and_qr(torch.zeros(shape)), sigma_tol=3e-8)
+    check(a * 1e-200, *dense._svd_by_gram_and_qr(a * 1e-200), sigma_tol=3e-8)
 
 
 def test_a_failed_lapack_call_is_not_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +59,17 @@ def test_a_failed_lapack_call_is_not_the_end(monkeypatch: pytest.MonkeyPatch) ->
 
     a = torch.randn(9, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     wanted = torch.linalg.svdvals(a)
-    monkeypatch.setattr(exact.torch.linalg, "svd", fail)
-    u, s, vh = exact_svd(a)
+    monkeypatch.setattr(dense.torch.linalg, "svd", fail)
+    u, s, vh = lapack_svd(a)
     assert (s - wanted).abs().max() < 1e-8
     assert ((u * s) @ vh - a).abs().max() < 1e-8
+
+
+def test_decompositions_have_one_door() -> None:
+    """A solver called elsewhere would run on a device, and by a threshold of its own."""
+    solver = re.compile(
+        r"linalg\.(eig\w*|svd\w*|qr|matrix_norm|pinv|lstsq|matrix_rank|cond)\(|svd_lowrank|\.symeig"
+    )
+    package = Path(rlspec.__file__).parent
+    found = {str(p.relative_to(package)) for p in package.rglob("*.py") if solver.search(p.read_text())}
+    assert found == {"linalg/dense.py"}
