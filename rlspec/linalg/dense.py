@@ -204,19 +204,21 @@ def pencil(moments: Tensor, stiffness: Tensor, dtype: torch.dtype) -> tuple[Tens
         dtype: of the eigen-solve; the transformation runs in float64.
 
     Returns:
-        theta (b, l) descending and q (b, l, l), float64.
+        theta (b, l) descending, on the host, and q (b, l, l), float64.
 
     Raises:
         torch.linalg.LinAlgError: moments are singular to working precision.
     """
     moments, stiffness = moments.double(), stiffness.double()
     lower, info = torch.linalg.cholesky_ex(moments)
-    if bool((info != 0).any()):
-        raise torch.linalg.LinAlgError("basis is singular to working precision")
     half = torch.linalg.solve_triangular(lower, stiffness, upper=False)
     core = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    theta, q = _descending(((core + core.mT) / 2).to(dtype))
-    return theta.double(), torch.linalg.solve_triangular(lower.mT, q.double(), upper=True)
+    core, info = to_host([(core + core.mT) / 2, info])
+    if bool((info != 0).any()):
+        raise torch.linalg.LinAlgError("basis is singular to working precision")
+    theta, q = _descending(core.to(dtype))
+    (there,) = to_device([q], moments)
+    return theta.double(), torch.linalg.solve_triangular(lower.mT, there.double(), upper=True)
 
 
 def _descending(symmetric: Tensor) -> tuple[Tensor, Tensor]:
