@@ -221,7 +221,7 @@ def test_a_dependent_basis_on_a_device_is_orthonormalised_on_the_host():
     ],
 )
 def test_every_decomposition_of_a_device_is_one_transfer(solve: Callable[[Tensor], tuple[Tensor, ...]]):
-    a = torch.eye(20) + 0.01 * torch.randn(3, 20, 20, generator=torch.Generator().manual_seed(0))
+    a = torch.eye(70) + 0.01 * torch.randn(3, 70, 70, generator=torch.Generator().manual_seed(0))
     a = a.double()
     with pretend_device() as report:
         found = solve(to_pretend(a))

@@ -11,6 +11,9 @@ from torch import Tensor
 from rlspec.linalg.dense import householder
 from rlspec.linalg.products import gram
 
+# The departure from orthonormal, entry by entry, that a second pass squares.
+_SQUARED = 0.1
+
 
 def well_conditioned(y: Tensor) -> Tensor:
     """A basis of the columns of ``y`` that is nearly orthonormal: one pass of shifted CholeskyQR.
@@ -37,7 +40,7 @@ def orthonormal(y: Tensor) -> Tensor:
         moments = gram(q).to(torch.float64)
         eye = torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
         # The second pass squares the departure, provided that the first one got anywhere.
-        if bool(((moments - eye).abs().amax(dim=(-2, -1)) < 0.1).all()):
+        if bool(((moments - eye).abs().amax(dim=(-2, -1)) < _SQUARED).all()):
             upper = torch.linalg.cholesky(moments, upper=True)
             return torch.linalg.solve_triangular(upper.to(y.dtype), q, upper=True, left=False)
     return householder(y)[0]

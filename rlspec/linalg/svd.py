@@ -18,6 +18,7 @@ from rlspec.linalg.dense import lapack_svd, leading_by_gram
 from rlspec.linalg.estimates import perturbation_bound
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.randomized import leading_svd, sketch_width
+from rlspec.linalg.scaling import powers_of_two
 from rlspec.linalg.shares import count_of_share
 from rlspec.linalg.transfer import index_on, to_device
 
@@ -141,7 +142,7 @@ def _solve(
         return _exact(a, k)
     if sketch_width(k, n) >= n:
         return _with_note(_exact(a, k), f"{method}: the sketch would be as wide as the matrix, used exact")
-    scale = _powers_of_two(a)
+    scale = powers_of_two(a)
     work = a / scale[:, None, None]
     if work.dtype == torch.float32 and tol < _FLOAT32_TOL:
         work = work.double()
@@ -192,7 +193,7 @@ def _exact(a: Tensor, k: int) -> SVDResult:
         u, s, v, residuals = to_device((found.U, found.S, found.Vh.mT, found.residuals), a)
         return SVDResult(u, s, v.mT, residuals, found.subspace_bound.to(a.device), found.method)
     b, m, n = a.shape
-    scale = _powers_of_two(a)
+    scale = powers_of_two(a)
     eps64, eps = torch.finfo(torch.float64).eps, torch.finfo(a.dtype).eps
     u, v = a.new_empty(b, m, k), a.new_empty(b, n, k)
     s, bound = a.new_empty(b, k), torch.empty(b, dtype=torch.float64)
@@ -212,13 +213,6 @@ def _exact(a: Tensor, k: int) -> SVDResult:
         error = math.sqrt(m + n) * 2 * eps * si[:1].double()
         bound[i] = perturbation_bound(si[None], k, error, whole=whole)
     return SVDResult(u, s, v.mT, _residuals(a, scale, u, s, v), bound, "exact")
-
-
-def _powers_of_two(a: Tensor) -> Tensor:
-    """The largest power of two not above each matrix's largest entry, (b,): dividing by it is exact, and keeps Gram
-    matrices in range."""
-    largest = a.abs().amax(dim=(-2, -1)).double()
-    return torch.where(largest > 0, torch.exp2(largest.log2().floor()), torch.ones_like(largest)).to(a.dtype)
 
 
 def _residuals(a: Tensor, scale: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
