@@ -191,9 +191,30 @@ NEARLY = torch.cat([torch.ones(7), torch.full((1,), 3e-8)])
 
 
 def test_orthonormal_bases_of_nearly_dependent_columns() -> None:
-    y = torch.stack([planted(torch.ones(8), 60, 8), planted(NEARLY, 60, 8)])
-    assert departure(orth.orthonormal(y)) < 1e-14
-    assert departure(orth.orthonormal(y.float())) < 2e-6
+    deficient = torch.cat([torch.ones(6), torch.zeros(2)])
+    y = torch.stack([planted(s, 60, 8) for s in (torch.ones(8), NEARLY, deficient)])
+    for block, bar in ((y, 1e-14), (y.float(), 2e-6)):
+        q = orth.orthonormal(block)
+        assert departure(q) < bar
+        assert float((q @ (q.mT @ block) - block).abs().max()) < bar
+        for mine, alone in zip(q, block, strict=True):  # whatever its neighbours
+            assert torch.equal(mine, orth.orthonormal(alone))
+
+
+def test_only_the_block_that_needs_it_gets_a_larger_shift(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A larger shift leaves a worse condition number: one that a dependent neighbour needs must not reach the others."""
+    good = planted(torch.linspace(1, 0.01, 8), 60, 8)
+    of, calls = torch.linalg.cholesky_ex, []
+
+    def second_fails(a: torch.Tensor, upper: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
+        calls.append(a)
+        factor, info = of(a, upper=upper)
+        return factor, info + torch.tensor([0, 1]) * (len(calls) < 3)
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", second_fails)
+    first, second = orth.well_conditioned(torch.stack([good, good]))
+    assert len(calls) == 3
+    assert departure(first) < 1e-8 < departure(second)
 
 
 # What a check decides, with the check made blind, and by how much the result is then wrong.

@@ -5,13 +5,15 @@ Axes: ``m`` rows, ``n`` columns, leading dimensions are a batch.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from rlspec.linalg.dense import householder
 from rlspec.linalg.products import gram
 
-# The departure from orthonormal, entry by entry, that a second pass squares.
+# The largest departure from orthonormal, entry by entry, of what a first pass got anywhere with.
 _SQUARED = 0.1
 
 
@@ -32,27 +34,35 @@ def well_conditioned(y: Tensor) -> Tensor:
 
 
 def orthonormal(y: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of ``y`` (..., n, l): CholeskyQR twice, Householder where that fails."""
+    """An orthonormal basis of the columns of each ``y`` (..., n, l): CholeskyQR twice, Householder where that fails."""
+    q, good = _cholesky_qr(y)
+    q, again = _cholesky_qr(q, most=_SQUARED)
+    good = good & again
+    if not bool(good.all()):
+        q[~good] = householder(y[~good])[0]
+    return q
+
+
+def _cholesky_qr(y: Tensor, most: float = math.inf) -> tuple[Tensor, Tensor]:
+    """``y R⁻¹`` with RᵀR = yᵀy, and where that worked (...): the factor exists, and yᵀy departs from the identity by less
+    than ``most``."""
     moments = gram(y).to(torch.float64)
     upper, info = torch.linalg.cholesky_ex(moments, upper=True)
-    if bool((info == 0).all()):
-        q = torch.linalg.solve_triangular(upper.to(y.dtype), y, upper=True, left=False)
-        moments = gram(q).to(torch.float64)
-        eye = torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
-        # The second pass squares the departure, provided that the first one got anywhere.
-        if bool(((moments - eye).abs().amax(dim=(-2, -1)) < _SQUARED).all()):
-            upper = torch.linalg.cholesky(moments, upper=True)
-            return torch.linalg.solve_triangular(upper.to(y.dtype), q, upper=True, left=False)
-    return householder(y)[0]
+    q = torch.linalg.solve_triangular(upper.to(y.dtype), y, upper=True, left=False)
+    eye = torch.eye(y.shape[-1], dtype=torch.float64, device=y.device)
+    return q, (info == 0) & ((moments - eye).abs().amax(dim=(-2, -1)) < most)
 
 
 def _shifted_cholesky(moments: Tensor, shift: float) -> Tensor:
-    """Upper Cholesky factor of ``moments + shift·max(diag)·I``, the shift raised until it succeeds."""
+    """Upper Cholesky factor of ``moments + shift·max(diag)·I``, each matrix's shift raised until it succeeds."""
     eye = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     scale = moments.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    shifts = torch.full_like(scale, shift)
     while True:
-        upper, info = torch.linalg.cholesky_ex(moments + shift * scale * eye, upper=True)
-        if bool((info == 0).all()) or shift > 1:
+        upper, info = torch.linalg.cholesky_ex(moments + shifts * scale * eye, upper=True)
+        failed = (info != 0)[..., None, None]
+        if shift > 1 or not bool(failed.any()):
             return upper
         shift *= 100
+        shifts = torch.where(failed, shifts * 100, shifts)
