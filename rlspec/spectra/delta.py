@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from rlspec.linalg.dense import eigh, values_of_gram
 from rlspec.linalg.transfer import to_host
 from rlspec.perturb.batch import positions_of, take
 from rlspec.perturb.bounds import residual_bounds
@@ -180,8 +181,8 @@ def spectral_norm(space: Tensor, image: Tensor) -> Tensor:
 
     Random matrices have the flattest spectra at the top and are the worst case.
     """
-    values, vectors = torch.linalg.eigh(space)
+    values, vectors = eigh(space)
     new = values > _NEW * values[..., -1:]
     white = torch.where(new, values, torch.ones_like(values)).rsqrt() * new
     half = vectors * white.unsqueeze(-2)
-    return torch.linalg.eigvalsh(half.mT @ image @ half)[..., -1].clamp_min(0.0).sqrt()
+    return values_of_gram(half.mT @ image @ half)[..., 0]
