@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -151,17 +151,6 @@ def _object(place: str, value: Any) -> Row:
 def _cut(value: Any) -> str:
     """A value on part of a line, whatever it holds."""
     return f"{value!a:.60}"
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are there, or None."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
-
-
-def rotation(row: Row) -> float | None:
-    """A matrix's rotation: mean principal angle, averaged over the sides where it is defined; radians."""
-    return mean((row.get("angle_left_mean_rad"), row.get("angle_right_mean_rad")))
 
 
 def by_event(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
