@@ -31,6 +31,7 @@ from rlspec.io.fused import (
     phi3_qkv,
     query_key_value,
 )
+from rlspec.io.index import CheckpointIndex
 from rlspec.io.quantised import unknown_scheme
 from rlspec.io.stacks import LanguageModel, Stack, in_tower, tell_apart, text_config
 
@@ -190,6 +191,12 @@ def language_model(names_to_shapes: Mapping[str, Shape], config: Config | None =
             known = tuple(shape) if modules_in(name, shape) else None
             stacks.setdefault(prefix, Stack(prefix)).add(int(match[1]), known)
     return tell_apart(stacks.values(), config)
+
+
+def model_of(index: CheckpointIndex) -> LanguageModel:
+    """The language model of a checkpoint on disk."""
+    shapes = {name: tuple(entry.shape) for name, entry in index.tensors.items()}
+    return language_model(shapes, read_config(index.path))
 
 
 def layer_of(name: str) -> int | None:

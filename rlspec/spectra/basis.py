@@ -13,11 +13,11 @@ from rlspec.backend import choose_device
 from rlspec.errors import OptionError
 from rlspec.io.coverage import partly_found
 from rlspec.io.projections import Projection, find_projections, language_model, parse_modules
+from rlspec.io.weights import WeightSource, open_weights, read_matrix
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.cache import cached_factors
-from rlspec.spectra.sources import WeightSource, open_weights, read_matrix
 
 _LOG = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # called with (matrices done, matrices in all)

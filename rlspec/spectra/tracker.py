@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import Projection, check_finite
+from rlspec.io.weights import Weights, WeightSource, open_weights, read_matrix
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.perturb.delta import DenseDelta
 from rlspec.perturb.matrix import MatrixBasis
@@ -22,7 +23,6 @@ from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.nulls import null_rotations
-from rlspec.spectra.sources import Weights, WeightSource, open_weights, read_matrix
 from rlspec.spectra.table import Row, empty_row, measured_rows, put_nulls
 
 Engine = Literal["delta", "exact"]

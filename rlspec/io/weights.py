@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from rlspec.errors import TensorError
 from rlspec.io.fused import Config
+from rlspec.io.module import ModuleTensors, module_config, strip_wrappers, with_adapters
 from rlspec.io.projections import Projection, check_finite, counterparts, read_config
 from rlspec.io.quantised import block_size, companions, dequantised
-from rlspec.spectra.module import ModuleTensors, module_config, strip_wrappers, with_adapters
 
 WeightSource = nn.Module | Mapping[str, Tensor] | str | Path
 

@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlspec
 from rlspec.errors import TensorError
+from rlspec.io.module import strip_wrappers
 from rlspec.io.projections import find_projections
-from rlspec.spectra.module import strip_wrappers
-from rlspec.spectra.sources import open_weights, read_matrix
+from rlspec.io.weights import open_weights, read_matrix
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 ALL = "q,k,v,o,mlp,embed"
