@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -31,9 +32,11 @@ from rlspec.io.fused import (
     phi3_qkv,
     query_key_value,
 )
-from rlspec.io.index import CheckpointIndex
 from rlspec.io.quantised import unknown_scheme
 from rlspec.io.stacks import LanguageModel, Stack, in_tower, tell_apart, text_config
+
+if TYPE_CHECKING:  # it needs the compiled extension, which tensors in memory do not
+    from rlspec.io.index import CheckpointIndex
 
 #: The module names that may be asked for, in the order in which results list them.
 MODULES = ("q", "k", "v", "o", "mlp", "embed", "lm_head")
