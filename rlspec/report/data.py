@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 
 from rlspec.errors import RunFolderError
-
-Row = dict[str, Any]
+from rlspec.io.jsonl import Row, numbered_rows
 
 # The columns that the page reads.
 _TEXTS = ("stage", "module", "note", "ood_shift")
@@ -76,19 +75,11 @@ def _text(path: Path) -> str:
 
 def _rows(path: Path, *texts: str) -> list[Row]:
     """The rows of a file, each with ``stage``, ``step`` and the ``texts`` named."""
-    lines = _text(path).split("\n")
+    if not path.exists():
+        raise RunFolderError(f"{path}: no such file; is this a run folder?")
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):  # a write that was cut short; the run itself repairs it when resumed
-                continue
-            raise RunFolderError(f"{place}: not JSON") from None
-        _check_event(place, row, *texts)
+    for number, row in numbered_rows(path):
+        _check_event(f"{path}, line {number}", row, *texts)
         rows.append(row)
     return rows
 
