@@ -26,7 +26,7 @@ def run_without(package: str, code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_tasks_need_no_gymnasium() -> None:
-    code = "import rlspec.run.experiment\nfrom rlspec.tasks import *\nprint(get_task().name)"
+    code = "import rlspec.jobs.track\nfrom rlspec.tasks import *\nprint(get_task().name)"
     done = run_without("gymnasium", code)
     assert (done.stdout.strip(), done.returncode) == ("general_points", 0), done.stderr
 
@@ -45,7 +45,7 @@ def test_what_gymnasium_itself_lacks_is_told_as_it_is() -> None:
 
 
 def test_nothing_heavy_is_imported_for_a_run_that_has_not_begun() -> None:
-    code = "import rlspec.run.experiment, sys; print({'gymnasium', 'tensorboard'} & set(sys.modules))"
+    code = "import rlspec.jobs.track, sys; print({'gymnasium', 'tensorboard'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 

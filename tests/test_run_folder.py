@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from rlspec.errors import RunFolderError
+from rlspec.io.jsonl import append_rows, keep_rows, read_rows, repair
 from rlspec.run.folder import RunFolder
-from rlspec.run.jsonl import append_rows, keep_rows, read_rows, repair
 from rlspec.run.tensorboard import TensorBoardLog
 
 

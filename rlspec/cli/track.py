@@ -85,7 +85,7 @@ def command(out: Path | None, config_file: Path | None, resume: bool, **flags: A
 
     config = resolve_settings(given, from_file, config_file=config_file, out=out, resume=resume)
 
-    from rlspec.run.experiment import Interrupted, run_track
+    from rlspec.jobs.track import Interrupted, run_track
 
     try:
         run_track(config, out, resume=resume)

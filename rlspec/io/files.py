@@ -83,7 +83,8 @@ def refuse_lfs_pointers(files: Iterable[Path]) -> None:
     Raises:
         CheckpointError: one is a pointer, or cannot be read.
     """
-    from rlspec import _C  # here: a checkout whose extension is not built can still say so
+    # Imported here: commands that need no compiled extension write files too, and say so where it is missing.
+    from rlspec import _C
 
     for path in files:
         if path.suffix not in _LOADED:

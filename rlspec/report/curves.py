@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rlspec.report.chart import Boundary, Chart, Series, line_chart
-from rlspec.report.data import Row, RunData, by_event, mean, rotation
+from rlspec.report.data import Row, RunData, by_event
+from rlspec.run.rows import mean, rotation
 
 _COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 

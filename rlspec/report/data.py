@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,7 @@ from typing import Any
 import yaml
 
 from rlspec.errors import RunFolderError
-
-Row = dict[str, Any]
+from rlspec.io.jsonl import Row, numbered_rows
 
 # The columns that the page reads.
 _TEXTS = ("stage", "module", "note", "ood_shift")
@@ -76,19 +75,11 @@ def _text(path: Path) -> str:
 
 def _rows(path: Path, *texts: str) -> list[Row]:
     """The rows of a file, each with ``stage``, ``step`` and the ``texts`` named."""
-    lines = _text(path).split("\n")
+    if not path.exists():
+        raise RunFolderError(f"{path}: no such file; is this a run folder?")
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):  # a write that was cut short; the run itself repairs it when resumed
-                continue
-            raise RunFolderError(f"{place}: not JSON") from None
-        _check_event(place, row, *texts)
+    for number, row in numbered_rows(path):
+        _check_event(f"{path}, line {number}", row, *texts)
         rows.append(row)
     return rows
 
@@ -151,17 +142,6 @@ def _object(place: str, value: Any) -> Row:
 def _cut(value: Any) -> str:
     """A value on part of a line, whatever it holds."""
     return f"{value!a:.60}"
-
-
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are there, or None."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
-
-
-def rotation(row: Row) -> float | None:
-    """A matrix's rotation: mean principal angle, averaged over the sides where it is defined; radians."""
-    return mean((row.get("angle_left_mean_rad"), row.get("angle_right_mean_rad")))
 
 
 def by_event(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlspec.report.data import Row, RunData, by_event, rotation
+from rlspec.report.data import Row, RunData, by_event
 from rlspec.report.heatmap import ColourBar, HeatMap, colour_bar, heatmap
+from rlspec.run.rows import rotation
 
 _MOST_COLUMNS = 60  # of a heat map; longer runs are thinned evenly
 

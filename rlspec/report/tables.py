@@ -6,8 +6,9 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from rlspec.report.data import Row, RunData, by_event, mean, rotation, spearman
+from rlspec.report.data import Row, RunData, by_event, spearman
 from rlspec.report.verdict import NAMES, accuracy, events, percent
+from rlspec.run.rows import mean, rotation
 
 Cells = list[list[str]]
 

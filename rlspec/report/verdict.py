@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from rlspec.report.data import Row, RunData, by_event, mean, rotation
+from rlspec.report.data import Row, RunData, by_event
+from rlspec.run.rows import mean, rotation
 
 NAMES = {
     "sft_start": "base",

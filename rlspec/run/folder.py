@@ -27,7 +27,7 @@ import yaml
 
 from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
-from rlspec.run.jsonl import Row, append_rows, keep_rows, read_rows, repair
+from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
 from rlspec.run.manifest import Manifest
 
 

@@ -13,12 +13,12 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from rlspec.io.files import replacing
-from rlspec.report.data import mean, rotation
+from rlspec.io.jsonl import Row
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import eval_row, metrics_columns
 from rlspec.run.folder import RunFolder
-from rlspec.run.jsonl import Row
 from rlspec.run.progress import Progress
+from rlspec.run.rows import mean, rotation
 from rlspec.run.tensorboard import TensorBoardLog
 from rlspec.spectra import SpectralTracker
 from rlspec.tasks import Task

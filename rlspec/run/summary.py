@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 
-from rlspec.report.data import mean, rotation
+from rlspec.io.jsonl import Row
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import describe_test, paired_test
 from rlspec.run.folder import RunFolder
-from rlspec.run.jsonl import Row
+from rlspec.run.rows import mean, rotation
 
 Event = tuple[str, int]
 

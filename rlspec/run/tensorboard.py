@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlspec.run.jsonl import Row
+from rlspec.io.jsonl import Row
 from rlspec.run.manifest import Manifest
 
 _SPECTRA = ("angle_left_mean_rad", "angle_right_mean_rad", "sigma_change_rel_max", "delta_relative")

@@ -14,10 +14,7 @@ import torch
 
 from rlspec.backend import choose_device
 from rlspec.io.projections import parse_modules
-from rlspec.report.html import write_report
-from rlspec.run.config import EMBEDDED, TrackConfig
-from rlspec.run.folder import RunFolder
-from rlspec.run.loading import (
+from rlspec.jobs.loading import (
     check_checkpoint,
     conversation_needs,
     evaluation_keys,
@@ -25,6 +22,9 @@ from rlspec.run.loading import (
     load_tokenizer,
     model_folder,
 )
+from rlspec.report.html import write_report
+from rlspec.run.config import EMBEDDED, TrackConfig
+from rlspec.run.folder import RunFolder
 from rlspec.run.progress import Progress
 from rlspec.run.recorder import Clock, EventRecorder
 from rlspec.run.settings import refuse_other_settings
