@@ -1,7 +1,7 @@
 """The run in plain words, from its data alone: the fall, what each branch won back, the limit, and the weights.
 
-What the tests do not show is not claimed: a difference that chance explains is called one, and before a run is finished,
-when there are no tests yet, only figures are told.
+What the tests do not show is not claimed: a difference that chance could explain is called one, and before a run is
+finished, when there are no tests yet, only figures are told.
 """
 
 from __future__ import annotations
@@ -93,7 +93,10 @@ def _fall(run: RunData) -> list[str]:
     if test is None:
         return [*told, f"{words}."]
     if test["p_value"] >= ALPHA:
-        return [*told, f"{words}: a difference that chance explains (McNemar p = {test['p_value']:.2g})."]
+        return [
+            *told,
+            f"{words}: a difference that chance could explain (McNemar p = {test['p_value']:.2g}).",
+        ]
     return [
         *told,
         f"{words}: {_points(top - left)} were lost, more than chance explains (McNemar p = {test['p_value']:.2g}; "
@@ -114,7 +117,7 @@ def _recovery(run: RunData, segment: Segment, start: str, before: Row, after: Ro
         return [f"{words}.", ended]
     p = f"McNemar p = {test['p_value']:.2g} on the same {test['n']} deals"
     if test["p_value"] >= ALPHA:
-        return [f"{words}, a difference that chance explains ({p}): no recovery is shown.", ended]
+        return [f"{words}, a difference that chance could explain ({p}): no recovery is shown.", ended]
     if high < low:
         return [f"{words}: a further loss, more than chance explains ({p}).", ended]
     return [
@@ -133,7 +136,7 @@ def _share_won_back(run: RunData, segment: Segment, start: str, before: Row, aft
         or fall["p_value"] >= ALPHA
         or not peak["ood_accuracy"] > before["ood_accuracy"]
     ):
-        return "; no loss before it is shown"
+        return "; that OOD had been lost before is not shown"
     share = (after["ood_accuracy"] - before["ood_accuracy"]) / (peak["ood_accuracy"] - before["ood_accuracy"])
     if share >= 1:
         return ": all of what had been lost since the best step"
@@ -172,13 +175,14 @@ def _limit(run: RunData) -> list[str]:
 def _weights(run: RunData) -> list[str]:
     """How far the weights had turned after SFT, and whether PPO turned them back."""
     told = []
+    titles = segment_titles(run.segments)
     events = decisive_events(run.segments, run.metrics)
     trunk = events[f"{run.segments[0].id}_end"]
     angle = turned(run, trunk)
     moved = mean(r.get("sigma_change_rel_mean") for r in by_event(run.spectra).get(event_of(trunk), []))
     if angle is not None and moved is not None and trunk["step"] > 0:
         told.append(
-            f"By the end of {segment_titles(run.segments)[run.segments[0].id]} the leading singular vectors had turned "
+            f"By the end of {titles[run.segments[0].id]} the leading singular vectors had turned "
             f"by {angle:.3f} rad ({57.29578 * angle:.1f}°) from the base on average, while singular values had changed "
             f"by {percent(moved)}."
         )
@@ -188,7 +192,7 @@ def _weights(run: RunData) -> list[str]:
         if low is None or high is None or after["step"] == 0:
             continue
         kind = "stayed" if abs(high - low) <= SAME_ROTATION * low else "grew" if high > low else "fell"
-        groups.setdefault(kind, []).append(f"{_told(run, segment)} ({low:.4f} to {high:.4f} rad)")
+        groups.setdefault(kind, []).append(f"{titles[segment.id]} ({low:.4f} to {high:.4f} rad)")
     meaning = {
         "grew": "the rotation from the base grew: PPO did not turn the weights back",
         "fell": "the rotation from the base fell: PPO turned the weights back, part of the way",
