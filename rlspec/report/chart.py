@@ -69,6 +69,11 @@ class Chart:
         """The lines that the legend shows: the first of each label."""
         return list({line.label: line for line in reversed(self.lines)}.values())[::-1]
 
+    @property
+    def dashes(self) -> set[str]:
+        """Those of its lines."""
+        return {line.dash for line in self.lines}
+
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers (1, 2 or 5 times a power of ten apart) that cover [low, high]."""

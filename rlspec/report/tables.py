@@ -29,13 +29,10 @@ def recoveries(run: RunData) -> Cells:
                 titles[segment.id],
                 accuracy(before, "ood"),
                 accuracy(after, "ood"),
-                _number(test.get("gained"), ".0f"),
-                _number(test.get("lost"), ".0f"),
+                f"{_number(test.get('gained'), '.0f')} / {_number(test.get('lost'), '.0f')}",
                 _number(test.get("p_value"), ".2g"),
-                accuracy(before, "id"),
-                accuracy(after, "id"),
-                _number(turned(run, before), ".4f"),
-                _number(turned(run, after), ".4f"),
+                f"{percent(before.get('id_accuracy'))} → {percent(after.get('id_accuracy'))}",
+                f"{_number(turned(run, before), '.4f')} → {_number(turned(run, after), '.4f')}",
             ]
         )
     return rows

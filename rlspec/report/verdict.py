@@ -35,7 +35,9 @@ def headlines(run: RunData) -> list[tuple[str, str]]:
     cards = [(percent(run.metrics[-1].get("id_accuracy")), "ID at the end")]
     for name, row in decisive_events(run.segments, run.metrics).items():
         if not name.endswith("_start") and row.get("ood_accuracy") is not None:
-            cards.append((percent(row["ood_accuracy"]), f"OOD, {event_title(name, run.segments)}"))
+            cards.append(
+                (percent(row["ood_accuracy"]), f"OOD, {event_title(name, run.segments).removeprefix('OOD ')}")
+            )
     share = run.summary.get("tracking_share")
     if share is not None:
         cards.append((percent(share), "of the run's time spent tracking"))
