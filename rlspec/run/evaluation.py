@@ -67,6 +67,32 @@ def paired_test(before: Row, after: Row) -> Row:
     }
 
 
+def compare_gains(first: tuple[Row, Row], second: tuple[Row, Row]) -> Row:
+    """Which of two branches gained more on the same deals, each given by its rows before and after.
+
+    The test is the exact sign test over the deals whose outcome changed otherwise in one branch than in the other.
+
+    Raises:
+        ValueError: The rows are not of the same deals.
+    """
+    for row in (*first, *second):
+        compare_outcomes(first[0], row)
+    changes = [
+        [int(after) - int(before) for before, after in zip(pair[0]["outcomes"], pair[1]["outcomes"])]
+        for pair in (first, second)
+    ]
+    found = mcnemar([a > b for a, b in zip(*changes)], [a < b for a, b in zip(*changes)])
+    return {
+        "shift": first[0]["shift"],
+        "n": first[0]["n"],
+        "first_gain": sum(changes[0]) / first[0]["n"],
+        "second_gain": sum(changes[1]) / first[0]["n"],
+        "more_in_first": found.lost,
+        "more_in_second": found.gained,
+        "p_value": found.p_value,
+    }
+
+
 def describe_test(test: Row) -> str:
     """A paired test in words."""
     return (
