@@ -291,7 +291,7 @@ def test_a_checkpoint_is_restored_to_the_same_bytes(tmp_path: Path, monkeypatch:
     for kind in ("llama", "gpt2"):
         base, tuned = pair(tmp_path / kind, kind)
         rlspec.restore_checkpoint(base, tuned, tmp_path / kind / "cpu", modules="attn", device="cpu")
-        monkeypatch.setattr("rlspec.restore.options.choose_device", lambda name: name)
+        monkeypatch.setattr("rlspec.restore.options._choose_device", lambda name: name)
         with pretend_device() as report:
             rlspec.restore_checkpoint(base, tuned, tmp_path / kind / "gpu", modules="attn", device="cuda")
         monkeypatch.undo()

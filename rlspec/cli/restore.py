@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rlspec.cli.exits import stopped
+from rlspec.cli.settings import options_of
 from rlspec.errors import CheckpointError
+from rlspec.restore.options import RestoreOptions
 
 if TYPE_CHECKING:
     from rlspec.restore.checkpoint import Target
@@ -24,42 +26,10 @@ _FOLDER = click.Path(path_type=Path)
     "--tuned", type=_FOLDER, required=True, help="The fine-tuned checkpoint, or a LoRA adapter on the base."
 )
 @click.option("--out", type=_FOLDER, help="Folder to write.  [required unless --dry-run]")
-@click.option(
-    "--rank",
-    default="0.2",
-    show_default=True,
-    help="Directions of each matrix: a share (1.0 is all), a count (1 is one), energy:0.9 or gap:0.2.",
-)
-@click.option(
-    "--part",
-    default="top",
-    show_default=True,
-    help="top, tail, or a range of indices such as 0:64 or 10%:25%.",
-)
-@click.option(
-    "--mode",
-    default="directions",
-    show_default=True,
-    help="directions, values, both, copy or interpolate.",
-)
-@click.option("--strength", default=1.0, show_default=True, help="Share of the change to make, 0 to 1.")
-@click.option(
-    "--modules",
-    default="q,k,v",
-    show_default=True,
-    help="q, k, v, o, mlp, embed, lm_head, attn, all, or a regular expression for tensor names.",
-)
-@click.option("--layers", help="Layers such as 0:25% or 0-9,20.  [default: all]")
-@click.option("--dtype", default="keep", show_default=True, help="Of the restored matrices: keep or float32.")
-@click.option(
-    "--rounding", default="nearest", show_default=True, help="To the stored dtype: nearest or stochastic."
-)
-@click.option("--seed", default=0, show_default=True, help="Seed of stochastic rounding.")
+@options_of(RestoreOptions)
 @click.option(
     "--memory-gib", default=2.0, show_default=True, help="Memory for tensors and decompositions, GiB."
 )
-@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
-@click.option("--exact", is_flag=True, help="LAPACK in float64 for everything; slow.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted restoration of the same inputs.")
 @click.option("--overwrite", is_flag=True, help="Replace --out where it exists.")
 @click.option("--dry-run", is_flag=True, help="Print what would happen to every tensor; write nothing.")
@@ -81,7 +51,6 @@ def command(
 
     The tuned singular values stay. What is not restored, tokenizer and configuration included, is copied. OUT
     appears when it is complete; an interrupted restoration goes on with --resume."""
-    from rlspec.restore.options import RestoreOptions
     from rlspec.restore.plan import plan_restore
 
     options = RestoreOptions(**settings)

@@ -4,14 +4,15 @@ snap to a spectral gap."""
 from __future__ import annotations
 
 import re
+import sys
 from dataclasses import dataclass
-from typing import Literal, Union
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Literal, Union
 
 from rlspec.errors import OptionError
 from rlspec.linalg.shares import count_of_share
+
+if TYPE_CHECKING:  # settings hold ranks, and --help reads settings without torch
+    from torch import Tensor
 
 RankLike = Union["Rank", float, int, str]
 
@@ -100,7 +101,7 @@ def _snap(spectrum: Tensor, k: int) -> int:
     if high < low:
         return k
     before = spectrum[low - 1 : high].double()
-    drop = (before - spectrum[low : high + 1].double()) / before.clamp_min(torch.finfo(torch.float64).tiny)
+    drop = (before - spectrum[low : high + 1].double()) / before.clamp_min(sys.float_info.min)
     return low + int(drop.argmax())
 
 

@@ -20,8 +20,7 @@ from rlspec.errors import CheckpointError, TensorError
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import RankLike
 from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, streamed_by_rows
-from rlspec.restore.matrix import Rounding
-from rlspec.restore.options import Dtype, RestoreOptions
+from rlspec.restore.options import Dtype, RestoreOptions, Rounding
 from rlspec.restore.plan import Plan, Step, plan_restore
 from rlspec.restore.report import Journal, MatrixReport, RestoreReport
 from rlspec.restore.tensors import (

@@ -8,7 +8,7 @@ bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -20,10 +20,8 @@ from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.change import Change, restoring_change
+from rlspec.restore.options import Mode, Rounding
 from rlspec.restore.rounding import add_rounded
-
-Mode = Literal["directions", "directions_and_values", "values", "tail", "band", "copy", "interpolate"]
-Rounding = Literal["nearest", "stochastic"]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from rlspec.io.weights import find_tensor
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import matrix_basis
-from rlspec.restore.matrix import Rounding
-from rlspec.restore.options import RestoreOptions
+from rlspec.restore.options import RestoreOptions, Rounding
 from rlspec.restore.report import MatrixReport
 from rlspec.restore.tensors import restore_with
 from rlspec.spectra.basis import SpectralBasis

@@ -1,4 +1,4 @@
-"""What to restore and how: the settings of one restoration, checked before anything is read."""
+"""What to restore and how: the settings of one restoration, checked before anything is read. Imports no torch."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from rlspec.backend import choose_device
 from rlspec.errors import OptionError
 from rlspec.linalg.rank import Rank, RankLike
-from rlspec.restore.matrix import Mode, Rounding
+from rlspec.settings import setting
 
+Mode = Literal["directions", "directions_and_values", "values", "tail", "band", "copy", "interpolate"]
+Rounding = Literal["nearest", "stochastic"]
 Dtype = Literal["keep", "float32"]
 # What users write -> what restore_matrix calls it.
 MODES: dict[str, Mode] = {
@@ -49,23 +50,27 @@ class RestoreOptions:
             are the host's anyway. It is among the settings because another device rounds otherwise.
     """
 
-    rank: RankLike = 0.2
-    part: str = "top"
-    mode: str = "directions"
-    strength: float = 1.0
-    modules: str | Iterable[str] = "q,k,v"
-    layers: str | None = None
-    dtype: Dtype = "keep"
-    rounding: Rounding = "nearest"
-    seed: int = 0
-    exact: bool = False
-    device: str = "auto"
+    rank: RankLike = setting(
+        0.2, "Directions of each matrix: a share (1.0 is all), a count (1 is one), energy:0.9 or gap:0.2."
+    )
+    part: str = setting("top", "top, tail, or a range of indices such as 0:64 or 10%:25%.")
+    mode: str = setting("directions", "directions, values, both, copy or interpolate.")
+    strength: float = setting(1.0, "Share of the change to make, 0 to 1.")
+    modules: str | Iterable[str] = setting(
+        "q,k,v", "q, k, v, o, mlp, embed, lm_head, attn, all, or a regular expression for tensor names."
+    )
+    layers: str | None = setting(None, "Layers such as 0:25% or 0-9,20.", default_told="all")
+    dtype: Dtype = setting("keep", "Of the restored matrices: keep or float32.")
+    rounding: Rounding = setting("nearest", "To the stored dtype: nearest or stochastic.")
+    seed: int = setting(0, "Seed of stochastic rounding.")
+    exact: bool = setting(False, "LAPACK in float64 for everything; slow.")
+    device: str = setting("auto", "Where matrices are computed: auto, cpu, cuda or cuda:<index>.")
 
     def __post_init__(self) -> None:
         if not isinstance(self.modules, str):
             object.__setattr__(self, "modules", ",".join(self.modules))
         Rank.parse(self.rank)
-        object.__setattr__(self, "device", str(choose_device(self.device)))
+        object.__setattr__(self, "device", str(_choose_device(self.device)))
         _choice("mode", self.mode, [mode for mode in MODES if "_" not in mode], MODES)
         _choice("dtype", self.dtype, get_args(Dtype))
         _choice("rounding", self.rounding, get_args(Rounding))
@@ -139,6 +144,12 @@ class RestoreOptions:
     def to_dict(self) -> dict[str, Any]:
         """Plain values, for the report and the fingerprint of a restoration."""
         return {**vars(self), "rank": str(Rank.parse(self.rank)), "mode": self.restore_mode}
+
+
+def _choose_device(name: str) -> object:
+    from rlspec.backend import choose_device  # here: it needs torch, and a command's --help does not
+
+    return choose_device(name)
 
 
 def _choice(name: str, value: object, valid: Iterable[str], known: Iterable[str] = ()) -> None:
