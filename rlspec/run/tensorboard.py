@@ -41,7 +41,8 @@ class TensorBoardLog:
         from torch.utils.tensorboard import SummaryWriter
 
         for path in manifest.paths(folder):
-            manifest.remove(path)
+            if not manifest.changed(path):
+                manifest.remove(path)
         folder.mkdir(exist_ok=True)
         others = set(folder.iterdir())
         self._writer = SummaryWriter(str(folder))
