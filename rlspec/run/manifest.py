@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlspec.errors import RunFolderError
 from rlspec.run.jsonl import append_rows, keep_rows, read_rows, repair
@@ -100,7 +100,7 @@ class Manifest:
         return path.relative_to(self._root).as_posix()
 
 
-def _lies_below(path: Any) -> bool:
+def _lies_below(path: Any) -> TypeGuard[str]:
     """Whether a path, as a row has it, names something below the folder that it is joined to."""
     return isinstance(path, str) and not {"", ".", ".."} & set(path.split("/"))
 
