@@ -468,3 +468,24 @@ def test_outputs_that_would_harm_are_refused(tmp_path: Path) -> None:
     rlspec.restore_checkpoint(base, tuned, out, modules="v", overwrite=True)
     assert bytes_of(out).keys() == first.keys() and bytes_of(out) != first
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "link", "notes", "out", "tuned"]
+
+
+@pytest.mark.parametrize("mine", ["photos/beach.json", "thesis.pdf", ".git/HEAD"])
+def test_overwriting_a_checkpoint_deletes_nothing_that_is_no_part_of_one(tmp_path: Path, mine: str) -> None:
+    base, tuned = pair(tmp_path)
+    out = tmp_path / "out"
+    rlspec.restore_checkpoint(base, tuned, out)
+    work = out / mine
+    work.parent.mkdir(exist_ok=True)
+    work.write_text("years of work")
+    before = bytes_of(out)
+    with pytest.raises(
+        CheckpointError, match=f"also holds {work.relative_to(out).parts[0]}, which is no part"
+    ):
+        rlspec.restore_checkpoint(base, tuned, out, modules="v", overwrite=True)
+    assert bytes_of(out) == before and work.read_text() == "years of work"
+    # What an input holds too, the output has again.
+    held = tuned / mine
+    held.parent.mkdir(exist_ok=True)
+    held.write_text("part of the model")
+    rlspec.restore_checkpoint(base, tuned, out, modules="v", overwrite=True)

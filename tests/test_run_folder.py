@@ -216,6 +216,32 @@ def test_rewind_refuses_to_remove_or_replace_the_users_work(
     assert _contents(folder.path) == before
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"path": "checkpoints/../../mine", "files": None},
+        {"path": "tb/../../mine", "files": None},
+        {"path": "checkpoints/sft-5", "files": {"../../../mine": [4, 0]}},
+        {"path": "checkpoints/sft-5", "files": {"/mine": [4, 0]}},
+        {"path": "checkpoints/sft-5"},
+        {"path": 5, "files": None},
+        {"path": "checkpoints/sft-5", "files": {"a": ["4", 0]}},
+    ],
+)
+def test_a_foreign_manifest_deletes_nothing_outside_its_folder(
+    tmp_path: Path, row: dict[str, object]
+) -> None:
+    mine = tmp_path / "mine"
+    mine.write_text("mine")
+    RunFolder.create(tmp_path / "run", {}).close()
+    (tmp_path / "run" / "checkpoints" / "sft-5").mkdir(parents=True)
+    folder = RunFolder.open(tmp_path / "run")
+    append_rows(folder.manifest.path, [row])
+    with pytest.raises(RunFolderError, match=r"written\.jsonl: .* is no entry that a run writes"):
+        folder.rewind([])
+    assert mine.read_text() == "mine"
+
+
 def test_event_files_of_others_stay(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", {})
     events = folder.tensorboard_dir / "sft"

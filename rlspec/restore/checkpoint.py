@@ -37,6 +37,9 @@ from rlspec.restore.tensors import (
 if TYPE_CHECKING:
     from rlspec.io.writer import CheckpointWriter
 
+# How the names of a checkpoint's files end; what else an output holds, an input held.
+_CHECKPOINT_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
+
 
 def restore_checkpoint(
     base: str | Path,
@@ -136,6 +139,14 @@ class Target:
             raise CheckpointError(f"{self.out} exists already{complete}; give overwrite=True to replace it")
         if not self.out.is_dir() or (any(self.out.iterdir()) and not any(self.out.glob("*.safetensors"))):
             raise CheckpointError(f"{self.out} is not a checkpoint; overwrite=True replaces checkpoints only")
+        # What is replaced is gone: a folder of weights may hold other things.
+        for entry in sorted(self.out.iterdir()):
+            known = entry.suffix in _CHECKPOINT_FILES and not entry.is_dir()
+            if not known and not any((given / entry.name).exists() for given in (self.base, self.tuned)):
+                raise CheckpointError(
+                    f"{self.out} also holds {entry.name}, which is no part of a checkpoint; move it elsewhere, "
+                    "overwrite=True would delete it"
+                )
 
 
 @pinned_arithmetic()

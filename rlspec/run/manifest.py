@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any, TypeGuard
 
+from rlspec.errors import RunFolderError
 from rlspec.io.jsonl import append_rows, keep_rows, read_rows, repair
 
 # File within the thing ("" where it is a file itself) -> size in bytes, time of modification in whole seconds:
@@ -17,7 +19,11 @@ Files = dict[str, tuple[int, int]] | None
 
 
 class Manifest:
-    """The things that the run in ``root`` wrote. Paths lie below ``root``."""
+    """The things that the run in ``root`` wrote. Paths lie below ``root``.
+
+    A folder may come from elsewhere: rows that are malformed, or lead out of it, are refused by everything that reads
+    them (RunFolderError).
+    """
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -81,12 +87,29 @@ class Manifest:
     def _rows(self) -> dict[str, Files]:
         found: dict[str, Files] = {}
         for row in read_rows(self.path):
-            files = row["files"]
-            found[row["path"]] = files and {name: (size, time) for name, (size, time) in files.items()}
+            path, files = row.get("path"), row.get("files", 0)
+            if not (_lies_below(path) and (files is None or _are_files(files))):
+                raise RunFolderError(
+                    f"{self.path}: {path!r} is no entry that a run writes, so what is the run's own is not known; the "
+                    "file is damaged, or was made to delete something else"
+                )
+            found[path] = files and {name: (size, time) for name, (size, time) in files.items()}
         return found
 
     def _relative(self, path: Path) -> str:
         return path.relative_to(self._root).as_posix()
+
+
+def _lies_below(path: Any) -> TypeGuard[str]:
+    """Whether a path, as a row has it, names something below the folder that it is joined to."""
+    return isinstance(path, str) and not {"", ".", ".."} & set(path.split("/"))
+
+
+def _are_files(files: Any) -> bool:
+    return isinstance(files, dict) and all(
+        (name == "" or _lies_below(name)) and isinstance(stamp, list) and list(map(type, stamp)) == [int, int]
+        for name, stamp in files.items()
+    )
 
 
 def _files(content: Path) -> Files:

@@ -42,7 +42,8 @@ class TensorBoardLog:
         if not installed():
             return
         for path in manifest.paths(folder):
-            manifest.remove(path)
+            if not manifest.changed(path):
+                manifest.remove(path)
         by_event: dict[Event, list[Row]] = defaultdict(list)
         for row in spectra:
             by_event[event_of(row)].append(row)
