@@ -39,7 +39,8 @@ MEANT: dict[str, tuple[Meant, ...]] = {
         Meant("this file system keeps its files in memory", lambda: True),
     ),
     "test_backend.py::test_the_interpreter_on_request": (_TRITON,),
-    "test_op_delta_prep.py": (_TRITON,),
+    "test_op_delta_stats.py::test_in_the_interpreter": (_TRITON,),
+    "test_op_delta_matmul.py::test_in_the_interpreter": (_TRITON,),
 }
 
 
