@@ -37,6 +37,16 @@ def triton_problem(device: torch.device) -> str | None:
     return None
 
 
+def triton_refusal(device: torch.device) -> str | None:
+    """Why the Triton kernels are not taken on a device, be it that they cannot run; None if they are."""
+    if backend_for(device) == "triton":
+        return None
+    choice = os.environ.get(VARIABLE, "auto")
+    return (
+        f"{VARIABLE}={choice}" if choice == "torch" else triton_problem(device) or f"{VARIABLE} is not triton"
+    )
+
+
 def interpreting() -> bool:
     """Triton runs kernels in its interpreter, on the CPU and slowly: for tests."""
     return os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on")

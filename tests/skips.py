@@ -55,7 +55,8 @@ MEANT: dict[str, tuple[Meant, ...]] = {
     ),
     "test_linalg_precision.py": (Meant("this torch has one flag for all backends", _without_backend_flags),),
     "test_backend.py::test_the_interpreter_on_request": (_TRITON,),
-    "test_op_delta_prep.py": (_TRITON,),
+    "test_op_delta_stats.py::test_in_the_interpreter": (_TRITON,),
+    "test_op_delta_matmul.py::test_in_the_interpreter": (_TRITON,),
 }
 
 

@@ -20,6 +20,7 @@ from train_toys import save_toy_model
 
 from rlspec.cli.main import COMMANDS, main
 from rlspec.jobs.loading import load_model
+from rlspec.ops.table import TABLE, summary
 from rlspec.tasks import wilson_interval
 
 
@@ -88,6 +89,18 @@ def test_env_names_versions_and_backends() -> None:
     )
     assert [name for name in names if not any(line.startswith(name) for line in text.splitlines())] == []
     assert torch.__version__ in text
+
+
+def test_env_tells_what_runs_each_operation(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = invoke("env").output.splitlines()
+    for op in TABLE:
+        (line,) = (line for line in lines if line.startswith(f"{op} on cpu "))
+        assert line.split(maxsplit=3)[3] == summary(op, torch.device("cpu"))
+    monkeypatch.setenv("RLSPEC_BACKEND", "triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    refused = invoke("env")  # a bug report is asked for just then
+    assert refused.exit_code == 0
+    assert "delta_matmul on cpu none (RLSPEC_BACKEND=triton, but " in refused.output
 
 
 def test_eval_table_json_and_comparison(model: Path, tmp_path: Path) -> None:

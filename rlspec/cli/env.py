@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING
 
 import click
+
+if TYPE_CHECKING:
+    import torch
 
 
 @click.command("env", short_help="Print versions, device and backends.")
 def command() -> None:
     """Print the versions, the device, the CPU's capabilities and the backends that rlspec would use here."""
-    for name, value in environment().items():
-        click.echo(f"{name:<14} {value}")
+    facts = environment()
+    for name, value in facts.items():
+        click.echo(f"{name:<{max(map(len, facts))}} {value}")
 
 
 def environment() -> dict[str, str]:
@@ -23,6 +30,7 @@ def environment() -> dict[str, str]:
     from rlspec.backend import backend_for, cpu_capabilities
     from rlspec.cli.main import installed_version
     from rlspec.io.cache_folder import default_cache_dir
+    from rlspec.ops.table import TABLE, summary
 
     facts = {
         "rlspec": installed_version(),
@@ -35,11 +43,23 @@ def environment() -> dict[str, str]:
     facts["CPU"] = f"{os.cpu_count()} cores, {capabilities}"
     facts["threads"] = _threads()
     facts["device"] = _devices()
-    backends = {kind: backend_for(kind) for kind in (["cuda"] if torch.cuda.is_available() else []) + ["cpu"]}
-    facts["backends"] = ", ".join(f"{kind}: {backend}" for kind, backend in backends.items())
+    devices = [torch.device("cuda", i) for i in range(torch.cuda.device_count())] + [torch.device("cpu")]
+    facts["backends"] = ", ".join(f"{device}: {_told(backend_for, device)}" for device in devices)
+    for device in devices:
+        facts |= {f"{op} on {device}": _told(partial(summary, op), device) for op in TABLE}
     facts["extension"] = _extension()
     facts["cache"] = str(default_cache_dir())
     return facts
+
+
+def _told(ask: Callable[[torch.device], str], device: torch.device) -> str:
+    """The answer, or why there is none: what is asked for may run on one device and not on another."""
+    from rlspec.errors import BackendError
+
+    try:
+        return ask(device)
+    except BackendError as error:
+        return f"none ({error})"
 
 
 def _version(package: str) -> str:

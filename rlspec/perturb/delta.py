@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rlspec.linalg.products import transposed_product
 from rlspec.linalg.transfer import to_host
-from rlspec.ops import delta_matmul, delta_prep, delta_rmatmul
+from rlspec.ops.delta_matmul import delta_matmul, delta_rmatmul, in_kernel
+from rlspec.ops.delta_stats import DeltaStats, delta_dtype, delta_stats
 from rlspec.perturb.batch import take
 
 UNCHANGED_ETA = (
@@ -100,10 +101,10 @@ class DenseDelta:
 
     @classmethod
     def between(cls, weight: Tensor, reference: Tensor, *, eta: float = UNCHANGED_ETA) -> DenseDelta:
-        """E = ``weight`` - ``reference``, (L, m, n) of any floating dtypes; see ``ops.delta_prep``."""
-        found = delta_prep(weight, reference, eta=eta)
-        stats = _stats([found.delta_sq, found.weight_sq, found.reference_sq, found.unchanged], found.delta)
-        return cls(found.delta, stats, reference, weight)
+        """E = ``weight`` - ``reference``, (L, m, n) of any floating dtypes; see ``ops.delta_stats``."""
+        values = torch.empty(weight.shape, dtype=delta_dtype(weight, reference), device=weight.device)
+        stats = _stats(delta_stats(weight, reference, eta=eta, out=values), values)
+        return cls(values, stats, reference, weight)
 
     @classmethod
     def alone(cls, values: Tensor, reference: Tensor, reference_frobenius: Tensor) -> DenseDelta:
@@ -153,7 +154,7 @@ class DenseDelta:
 class PairDelta:
     """E of two stored stacks of weights, formed inside each product and never kept.
 
-    ``current`` and ``reference`` are (L, m, n); their difference is taken as :func:`rlspec.ops.delta_prep` takes it.
+    ``current`` and ``reference`` are (L, m, n); their difference is taken as ``ops.delta_stats`` takes it.
     """
 
     current: Tensor
@@ -162,7 +163,7 @@ class PairDelta:
 
     @cached_property
     def stats(self) -> UpdateStats:
-        return DenseDelta.between(self.current, self.reference).stats
+        return _stats(delta_stats(self.current, self.reference, eta=UNCHANGED_ETA), self.current)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -254,12 +255,21 @@ class LowRankDelta:
             unchanged = e.abs() <= UNCHANGED_ETA * torch.maximum(w.abs(), ref.abs())
             found = [x.square().sum((-2, -1)) for x in (e, w, ref)] + [unchanged.double().sum((-2, -1))]
             sums += torch.stack(found)
-        return _stats(list(sums), self.reference)
+        return _stats(DeltaStats(*sums), self.reference)
 
 
-def _stats(sums: list[Tensor], like: Tensor) -> UpdateStats:
-    """From (L,) squared norms of E, W and W_ref and numbers of unchanged entries, in one transfer."""
-    delta_sq, weight_sq, reference_sq, unchanged = to_host(sums)
+def delta_between(weight: Tensor, reference: Tensor) -> DenseDelta | PairDelta:
+    """E = ``weight`` - ``reference``, (L, m, n), of which products are wanted: stored, or, where a kernel forms it in
+    registers as fast as it would be read, not."""
+    dtype = delta_dtype(weight, reference)
+    if in_kernel(weight, reference, dtype):
+        return PairDelta(weight, reference, dtype)
+    return DenseDelta.between(weight, reference)
+
+
+def _stats(sums: DeltaStats, like: Tensor) -> UpdateStats:
+    """Norms and shares from sums, which reach the host in one transfer."""
+    delta_sq, weight_sq, reference_sq, unchanged = to_host(list(sums))
     entries = like.shape[-1] * like.shape[-2]
     return UpdateStats(delta_sq.sqrt(), weight_sq.sqrt(), reference_sq.sqrt(), unchanged.double() / entries)
 

@@ -18,10 +18,10 @@ from rlspec.io.projections import check_finite
 from rlspec.linalg.factor import reference_factors
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
+from rlspec.ops.add_rounded import add_rounded
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.change import Change, restoring_change
 from rlspec.restore.options import Mode, Rounding
-from rlspec.restore.rounding import add_rounded
 
 
 @dataclass(frozen=True)

@@ -14,12 +14,12 @@ from rlspec.errors import TensorError
 from rlspec.io.projections import check_finite
 from rlspec.linalg.dense import lapack_svd
 from rlspec.linalg.rank import Rank
+from rlspec.ops.add_rounded import ChangeSums, add_rounded
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.matrix import RestoreResult, difference, is_plain_copy, restore_matrix
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import Step
 from rlspec.restore.report import MatrixReport
-from rlspec.restore.rounding import ChangeSums, add_rounded
 from rlspec.spectra.cache import cached_factors
 
 # Entries of one block of the elementwise modes.

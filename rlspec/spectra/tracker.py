@@ -15,7 +15,7 @@ from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import Projection, check_finite
 from rlspec.io.weights import WeightSource, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
-from rlspec.perturb.delta import DenseDelta
+from rlspec.perturb.delta import Delta, delta_between
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.reference import Reference, stack
 from rlspec.spectra.basis import SpectralBasis
@@ -136,7 +136,7 @@ class SpectralTracker:
                 rows.update({p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs})
                 continue
             engine, reference = _ENGINES[self.engine], group.reference()
-            delta = DenseDelta.between(stacked, reference.W)
+            delta = delta_between(stacked, reference.W)
             if stacked.is_cuda:
                 _check_sums(group, stacked, delta)
             measurement = engine(reference, delta)
@@ -213,7 +213,7 @@ def _stacked(stream: Iterator[tuple[Projection, Tensor]], group: _Group) -> Tens
     return stack(found)
 
 
-def _check_sums(group: _Group, stacked: Tensor, delta: DenseDelta) -> None:
+def _check_sums(group: _Group, stacked: Tensor, delta: Delta) -> None:
     """Refuse NaN and infinity where the norms show them."""
     for i, norm in enumerate(delta.stats.weight_frobenius.tolist()):
         if not math.isfinite(norm):

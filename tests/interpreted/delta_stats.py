@@ -1,6 +1,6 @@
-"""delta_prep in Triton's interpreter, against float64.
+"""delta_stats in Triton's interpreter, against float64.
 
-Run by tests/test_op_delta_prep.py in a process with TRITON_INTERPRET=1.
+Run by tests/test_op_delta_stats.py in a process with TRITON_INTERPRET=1.
 
 The interpreter cannot show races, alignment or register use; the ahead-of-time test looks at the latter.
 """
@@ -14,19 +14,18 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreter_toys import HALO, in_halo, shuffle_programs, whole_buffer
 from torch import Tensor
-from triton.runtime.interpreter import interpreter_builder
 
-from rlspec import ops
-from rlspec.kernels.delta import DeltaPrep, delta_prep_triton
-from rlspec.reference import delta_prep_ref
+from rlspec.kernels.delta_stats import PairSums, delta_stats_triton
+from rlspec.ops.delta_stats import delta_stats
+from rlspec.ops.reference import delta_stats_ref
 
 # float32: a relative rounding of 2^-24 for the difference (twice, it is squared), the square, and each of the
 # at most 12 levels of a sum over 4096 positive terms; 4 more for the interpreter's blocked sums.
 SUM_BAR = (2 + 1 + 12 + 4) * 2.0**-24
 
 SHAPES = [(1, 1), (1, 17), (63, 65), (17, 129), (64, 64), (3, 1)]
-HALO = 32
 
 
 def reference(tuned: Tensor, base: Tensor, eta: float) -> tuple[Tensor, list[float]]:
@@ -39,13 +38,6 @@ def reference(tuned: Tensor, base: Tensor, eta: float) -> tuple[Tensor, list[flo
     return e, [*sums, float(changed.sum()), float((~finite).sum())]
 
 
-def in_halo(matrix: Tensor) -> Tensor:
-    """The same matrix inside a buffer of NaN: a read past its ends poisons the sums."""
-    buffer = torch.full((matrix.numel() + 2 * HALO,), math.nan, dtype=matrix.dtype)
-    view = buffer[HALO : HALO + matrix.numel()].view(matrix.shape)
-    return view.copy_(matrix)
-
-
 def pairs(dtype: torch.dtype, base_dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
     base = [torch.randn(shape).to(base_dtype) for shape in SHAPES]
     tuned = []
@@ -55,11 +47,18 @@ def pairs(dtype: torch.dtype, base_dtype: torch.dtype) -> tuple[list[Tensor], li
     return tuned, [in_halo(w_ref) for w_ref in base]
 
 
-def check(result: DeltaPrep, tuned: list[Tensor], base: list[Tensor], eta: float) -> None:
+def places(tuned: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """Where E may go."""
+    return [torch.empty(w.shape, dtype=dtype) for w in tuned]
+
+
+def check(
+    result: PairSums, tuned: list[Tensor], base: list[Tensor], eta: float, out: list[Tensor] | None = None
+) -> None:
     for i, (w, w_ref) in enumerate(zip(tuned, base)):
         e, (delta_sq, tuned_sq, base_sq, changed, nonfinite) = reference(w, w_ref, eta)
         # The float32 difference of two numbers of at most 24 bits is rounded once, then once more to E's dtype.
-        assert torch.equal(result.delta[i], e.float().to(result.delta[i].dtype))
+        assert out is None or torch.equal(out[i], e.float().to(out[i].dtype))
         for got, expected in (
             (result.delta_sq[i], delta_sq),
             (result.tuned_sq[i], tuned_sq),
@@ -83,10 +82,11 @@ def check(result: DeltaPrep, tuned: list[Tensor], base: list[Tensor], eta: float
 )
 def test_against_float64(dtype: torch.dtype, base_dtype: torch.dtype, block: int) -> None:
     tuned, base = pairs(dtype, base_dtype)
-    result = delta_prep_triton(tuned, base, block=block)
-    expected = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    assert {e.dtype for e in result.delta} == {expected}
-    check(result, tuned, base, 1e-3)
+    out = places(tuned, torch.float32)
+    result = delta_stats_triton(tuned, base, out=out, block=block)
+    check(result, tuned, base, 1e-3, out)
+    alone = delta_stats_triton(tuned, base, block=block)
+    assert all(torch.equal(a, b) for a, b in zip(result, alone))  # E is not needed for its sums
     assert 0 < result.changed.sum() < sum(w.numel() for w in tuned)
 
 
@@ -94,7 +94,8 @@ def test_against_float64(dtype: torch.dtype, base_dtype: torch.dtype, block: int
 @pytest.mark.parametrize("eta", [0.0, 0.5])
 def test_out_dtype_and_eta(out_dtype: torch.dtype, eta: float) -> None:
     tuned, base = pairs(torch.bfloat16, torch.bfloat16)
-    check(delta_prep_triton(tuned, base, eta=eta, out_dtype=out_dtype), tuned, base, eta)
+    out = places(tuned, out_dtype)
+    check(delta_stats_triton(tuned, base, eta=eta, out=out), tuned, base, eta, out)
 
 
 def test_rounding_to_bfloat16_is_that_of_torch() -> None:
@@ -104,8 +105,9 @@ def test_rounding_to_bfloat16_is_that_of_torch() -> None:
     special = [0x7F7FFFFF, 0x7F800000, -0x800000, 0x7FC00000, 0x7F800001, -1, 1, 0x8000, 0x18000, -0x80000000]
     bits.view(-1)[: len(special)] = torch.tensor(special)
     w = bits.to(torch.int32).view(torch.float32)
-    result = delta_prep_triton([w], [torch.zeros_like(w)], out_dtype=torch.bfloat16)
-    torch.testing.assert_close(result.delta[0], w.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
+    out = places([w], torch.bfloat16)
+    delta_stats_triton([w], [torch.zeros_like(w)], out=out)
+    torch.testing.assert_close(out[0], w.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
 
 
 def test_nan_and_infinity_are_counted_and_do_not_spread_to_other_matrices() -> None:
@@ -114,57 +116,32 @@ def test_nan_and_infinity_are_counted_and_do_not_spread_to_other_matrices() -> N
     tuned[2][6, 7] = math.inf
     base[2][5, 7] = math.inf
     base[2][0, 0] = -math.inf
-    result = delta_prep_triton(tuned, base)
+    result = delta_stats_triton(tuned, base)
     assert result.nonfinite.tolist() == [0, 0, 3, 0, 0, 0]
     assert not torch.isfinite(result.tuned_sq[2]) and not torch.isfinite(result.delta_sq[2])
     others = [i for i in range(len(SHAPES)) if i != 2]
     check(
-        DeltaPrep([result.delta[i] for i in others], *(field[others] for field in result[1:])),
+        PairSums(*(field[others] for field in result)),
         [tuned[i] for i in others],
         [base[i] for i in others],
         1e-3,
     )
 
 
-def test_writes_stay_inside(monkeypatch: pytest.MonkeyPatch) -> None:
-    buffers = []
-
-    def empty_like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        view = in_halo(torch.zeros(tensor.shape, dtype=dtype))
-        buffers.append(view)
-        return view
-
+def test_writes_stay_inside() -> None:
     tuned, base = pairs(torch.bfloat16, torch.bfloat16)
-    monkeypatch.setattr(torch, "empty_like", empty_like)
-    delta_prep_triton(tuned, base, block=128)
-    assert len(buffers) == len(SHAPES)
-    for view in buffers:
-        whole = torch.as_strided(view, (view.numel() + 2 * HALO,), (1,), 0)
-        assert whole.isnan().sum() == 2 * HALO
+    out = [in_halo(torch.zeros(w.shape)) for w in tuned]
+    delta_stats_triton(tuned, base, out=out, block=128)
+    for view in out:
+        assert whole_buffer(view).isnan().sum() == 2 * HALO
 
 
 def test_result_does_not_depend_on_the_neighbours() -> None:
     tuned, base = pairs(torch.bfloat16, torch.bfloat16)
-    together = delta_prep_triton(tuned, base)
+    together = delta_stats_triton(tuned, base)
     for i, pair in enumerate(zip(tuned, base)):
-        alone = delta_prep_triton([pair[0]], [pair[1]])
+        alone = delta_stats_triton([pair[0]], [pair[1]])
         assert all(torch.equal(a[0], b[i]) for a, b in zip(alone, together))
-
-
-def shuffle_programs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
-    """Let the interpreter run the programs of every launch in an order drawn anew."""
-    generator = torch.Generator().manual_seed(seed)
-    ordinary = type(interpreter_builder).set_grid_idx
-    orders: dict[tuple[int, int, int], list[int]] = {}
-
-    def set_grid_idx(x: int, y: int, z: int) -> None:
-        nx, ny, nz = grid = interpreter_builder.grid_dim
-        if (x, y, z) == (0, 0, 0):
-            orders[grid] = torch.randperm(nx * ny * nz, generator=generator).tolist()
-        place = orders[grid][(x * ny + y) * nz + z]
-        ordinary(interpreter_builder, place // (ny * nz), place // nz % ny, place % nz)
-
-    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx, raising=False)
 
 
 @triton.jit
@@ -183,12 +160,13 @@ def test_no_bit_depends_on_the_order_of_the_programs(monkeypatch: pytest.MonkeyP
         _atomic_twin[(triton.cdiv(x.numel(), 256),)](x, total, x.numel(), BLOCK=256)
         return total.item()
 
-    ordered, twin = delta_prep_triton(tuned, base, block=256), {atomic()}
+    stored = places(tuned, torch.float32)
+    ordered, twin = delta_stats_triton(tuned, base, out=stored, block=256), {atomic()}
     for seed in range(4):
         shuffle_programs(monkeypatch, seed)
-        found = delta_prep_triton(tuned, base, block=256)
-        assert all(torch.equal(a, b) for a, b in zip(ordered.delta, found.delta))
-        assert all(torch.equal(a, b) for a, b in zip(ordered[1:], found[1:]))
+        out = places(tuned, torch.float32)
+        found = delta_stats_triton(tuned, base, out=out, block=256)
+        assert all(torch.equal(a, b) for a, b in zip([*stored, *ordered], [*out, *found]))
         twin.add(atomic())
     assert len(twin) > 1  # the broken twin: what atomics add up hangs on the order
 
@@ -207,7 +185,7 @@ def test_nothing_is_added_up_outside_the_kernels() -> None:
     called: set[str] = set()
     tuned, base = pairs(torch.bfloat16, torch.bfloat16)
     with Recorder():
-        delta_prep_triton(tuned, base)
+        delta_stats_triton(tuned, base)
         adding = {name for name in called if re.search("add|sum|put|scatter|reduce|copy|mm", name)}
         assert called and not adding, adding
         torch.zeros(2).index_add_(0, torch.tensor([0, 0]), torch.ones(2))
@@ -216,13 +194,13 @@ def test_nothing_is_added_up_outside_the_kernels() -> None:
 
 def test_matrices_of_more_tiles_than_are_added_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Another number at a time is another order of additions, and no other sum than to float64's rounding."""
-    from rlspec.kernels import delta
+    from rlspec.kernels import delta_stats as module
 
     tuned, base = pairs(torch.bfloat16, torch.bfloat16)
-    whole = delta_prep_triton(tuned, base, block=256)
-    monkeypatch.setattr(delta, "_SUMMED", 4)
-    parts = delta_prep_triton(tuned, base, block=256)
-    for a, b in zip(whole[1:], parts[1:]):
+    whole = delta_stats_triton(tuned, base, block=256)
+    monkeypatch.setattr(module, "_SUMMED", 4)
+    parts = delta_stats_triton(tuned, base, block=256)
+    for a, b in zip(whole, parts):
         torch.testing.assert_close(a, b, rtol=1e-14, atol=0)
 
 
@@ -247,7 +225,7 @@ def test_the_bar_catches_sums_in_bfloat16() -> None:
 )
 def test_refusals(tuned: list[Tensor], base: list[Tensor], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        delta_prep_triton(tuned, base)
+        delta_stats_triton(tuned, base)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -257,9 +235,10 @@ def test_the_public_operation_runs_the_kernel(monkeypatch: pytest.MonkeyPatch, d
     base = torch.randn(3, 33, 17)
     step = 1e-2 * torch.randn(base.shape) * (torch.rand(base.shape) < 0.5)
     weight, reference_weight = (base + step).to(dtype), base.to(dtype)
-    found = ops.delta_prep(weight, reference_weight, eta=1e-3)
-    truth = delta_prep_ref(weight, reference_weight, eta=1e-3)
-    assert torch.equal(found.delta, truth.delta.float())
-    for got, expected in zip(found[1:4], truth[1:4]):
+    out = torch.empty(base.shape)
+    found = delta_stats(weight, reference_weight, eta=1e-3, out=out)
+    truth = delta_stats_ref(weight, reference_weight, eta=1e-3)
+    assert torch.equal(out, (weight.double() - reference_weight.double()).float())
+    for got, expected in zip(found[:3], truth[:3]):
         assert bool(((got - expected).abs() <= SUM_BAR * expected).all())
     assert torch.equal(found.unchanged, truth.unchanged)

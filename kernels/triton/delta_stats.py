@@ -1,6 +1,6 @@
-"""delta_prep: E = W - W_ref of many matrices in one launch, with the sums that metrics of ΔW start from.
+"""delta_stats: the sums that metrics of E = W - W_ref start from, of many matrices in one launch; E too where asked for.
 
-Memory bound: each weight is read once, each entry of E written once. The matrices stay where they are (in the
+Memory bound: each weight is read once, each entry of E written at most once. The matrices stay where they are (in the
 model, in the copy of the reference): the kernel finds them through a table of pointers, so matrices of any
 shapes go in one launch. Each program reduces one tile to five partial sums, and a second launch adds those of each
 matrix up in float64, in an order fixed by their number: no atomics, so no bit depends on the order in which programs run,
@@ -19,18 +19,16 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from triton.runtime.interpreter import InterpretedFunction
+from rlspec.kernels.common import DTYPES, interpreted, to_bfloat16
 
-_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 _COLUMNS = 5  # of the partial sums: E², W², W_ref², changed, non-finite
 _SUMMED = 1024  # tiles added at a time; a constant, on which the order of the additions hangs
 
 
-class DeltaPrep(NamedTuple):
-    """Result of `delta_prep_triton`; L matrices."""
+class PairSums(NamedTuple):
+    """Result of `delta_stats_triton`; L matrices."""
 
-    delta: list[Tensor]  #: E, each (m, n) in ``out_dtype``
-    delta_sq: Tensor  #: (L,) float64, ‖W - W_ref‖²_F before E is rounded to ``out_dtype``
+    delta_sq: Tensor  #: (L,) float64, ‖W - W_ref‖²_F before E is rounded to the dtype of ``out``
     tuned_sq: Tensor  #: (L,) float64, ‖W‖²_F
     base_sq: Tensor  #: (L,) float64, ‖W_ref‖²_F
     changed: Tensor  #: (L,) int64, entries with |w - w_ref| > eta * max(|w|, |w_ref|)
@@ -40,26 +38,14 @@ class DeltaPrep(NamedTuple):
 
 
 @triton.jit
-def _to_bfloat16(x, INTERP: tl.constexpr):
-    """float32 to bfloat16, round to nearest even; the interpreter's own cast truncates."""
-    if INTERP:
-        bits = x.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        rounded = tl.where(x != x, 0x7FC0, rounded)  # the carry must not turn NaN into infinity or zero
-        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(tl.bfloat16)
-
-
-@triton.jit
-def _delta_prep_kernel(
-    table,  # int64 (L, 4): addresses of W, W_ref, E, and the number of entries
+def _delta_stats_kernel(
+    table,  # int64 (L, 4): addresses of W, W_ref and E (or 0), and the number of entries
     tiles,  # int32 (T, 2): matrix, tile within the matrix
     partials,  # float32 (T, 5)
     eta,
     TUNED: tl.constexpr,
     BASE: tl.constexpr,
-    OUT: tl.constexpr,
+    OUT: tl.constexpr,  # dtype of E, or None: E is not stored
     ALIGNED: tl.constexpr,  # every address is a multiple of 16 bytes, every number of entries of 16
     INTERP: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -70,12 +56,10 @@ def _delta_prep_kernel(
     row = table + 4 * matrix
     tuned = tl.load(row).to(tl.pointer_type(TUNED))
     base = tl.load(row + 1).to(tl.pointer_type(BASE))
-    out = tl.load(row + 2).to(tl.pointer_type(OUT))
     entries = tl.load(row + 3)
     if ALIGNED:  # what loads of 16 bytes need to know, the last being about the mask
         tuned = tl.multiple_of(tuned, 16)
         base = tl.multiple_of(base, 16)
-        out = tl.multiple_of(out, 16)
         entries = tl.multiple_of(entries, 16)
     # 64 bits: the entries of a vocabulary's embedding times its width pass 2^31.
     at = tile.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -83,10 +67,14 @@ def _delta_prep_kernel(
     w = tl.load(tuned + at, mask=inside, other=0.0).to(tl.float32)
     w_ref = tl.load(base + at, mask=inside, other=0.0).to(tl.float32)
     e = w - w_ref
-    if tl.bfloat16 == OUT:
-        tl.store(out + at, _to_bfloat16(e, INTERP), mask=inside)
-    else:
-        tl.store(out + at, e.to(OUT), mask=inside)
+    if OUT is not None:
+        out = tl.load(row + 2).to(tl.pointer_type(OUT))
+        if ALIGNED:
+            out = tl.multiple_of(out, 16)
+        if tl.bfloat16 == OUT:
+            tl.store(out + at, to_bfloat16(e, INTERP), mask=inside)
+        else:
+            tl.store(out + at, e.to(OUT), mask=inside)
     larger = tl.maximum(tl.abs(w), tl.abs(w_ref))
     changed = (tl.abs(e) > eta * larger) & inside
     infinity = float("inf")
@@ -117,38 +105,32 @@ def _sum_tiles_kernel(
     tl.store(sums + 5 * matrix + column, tl.sum(total))
 
 
-def delta_prep_triton(
+def delta_stats_triton(
     tuned: Sequence[Tensor],
     base: Sequence[Tensor],
     *,
     eta: float = 1e-3,
-    out_dtype: torch.dtype | None = None,
     out: Sequence[Tensor] | None = None,
     block: int = 4096,
     num_warps: int = 4,
-) -> DeltaPrep:
-    """E = W - W_ref for L matrices at once, with their norms and counts (see `DeltaPrep`).
+) -> PairSums:
+    """Norms and counts of E = W - W_ref for L matrices at once (see `PairSums`).
 
     Args:
         tuned: the L matrices W, contiguous, all of one dtype (float32, bfloat16 or float16), on one GPU (or on the
             CPU under Triton's interpreter).
         base: the L matrices W_ref, of the same shapes, all of one dtype.
         eta: an entry counts as changed where |w - w_ref| > eta * max(|w|, |w_ref|).
-        out_dtype: of E; default bfloat16, or float32 where a float32 matrix is among the inputs.
-        out: where to write E, contiguous and of the matrices' shapes; their dtype is ``out_dtype``.
+        out: where to write E, contiguous and of the matrices' shapes, all of one dtype; default: nowhere.
         block: entries a program works on, a power of two, at most 2^24 so that counts stay exact in float32.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit each other.
     """
-    _check(tuned, base)
+    _check(tuned, base, out)
     device = tuned[0].device
-    if out is not None:
-        out_dtype = out[0].dtype
-    elif out_dtype is None:
-        out_dtype = torch.float32 if torch.float32 in (tuned[0].dtype, base[0].dtype) else torch.bfloat16
-    delta = list(out) if out is not None else [torch.empty_like(w, dtype=out_dtype) for w in tuned]
-    rows = [[*(x.data_ptr() for x in triple), triple[0].numel()] for triple in zip(tuned, base, delta)]
+    places = [0] * len(tuned) if out is None else [e.data_ptr() for e in out]
+    rows = [[w.data_ptr(), ref.data_ptr(), e, w.numel()] for w, ref, e in zip(tuned, base, places)]
     table = torch.tensor(rows, dtype=torch.int64, device=device)
     counts = torch.tensor([triton.cdiv(w.numel(), block) for w in tuned], dtype=torch.int64, device="cpu")
     starts = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
@@ -158,24 +140,24 @@ def delta_prep_triton(
     partials = torch.empty(len(owner), _COLUMNS, dtype=torch.float32, device=device)
     sums = torch.empty(len(tuned), _COLUMNS, dtype=torch.float64, device=device)
     with torch.cuda.device(device if device.type == "cuda" else -1):
-        _delta_prep_kernel[(len(owner),)](
+        _delta_stats_kernel[(len(owner),)](
             table,
             tiles,
             partials,
             eta,
-            TUNED=_DTYPES[tuned[0].dtype],
-            BASE=_DTYPES[base[0].dtype],
-            OUT=_DTYPES[out_dtype],
+            TUNED=DTYPES[tuned[0].dtype],
+            BASE=DTYPES[base[0].dtype],
+            OUT=None if out is None else DTYPES[out[0].dtype],
             ALIGNED=all(value % 16 == 0 for row in rows for value in row),
-            INTERP=isinstance(_delta_prep_kernel, InterpretedFunction),
+            INTERP=interpreted(_delta_stats_kernel),
             BLOCK=block,
             num_warps=num_warps,
         )
         _sum_tiles_kernel[(len(tuned), _COLUMNS)](partials, starts.to(device), sums, BLOCK=_SUMMED)
-    return DeltaPrep(delta, sums[:, 0], sums[:, 1], sums[:, 2], sums[:, 3].long(), sums[:, 4].long())
+    return PairSums(sums[:, 0], sums[:, 1], sums[:, 2], sums[:, 3].long(), sums[:, 4].long())
 
 
-def _check(tuned: Sequence[Tensor], base: Sequence[Tensor]) -> None:
+def _check(tuned: Sequence[Tensor], base: Sequence[Tensor], out: Sequence[Tensor] | None) -> None:
     if not tuned or len(tuned) != len(base):
         raise ValueError(f"expected as many tuned as base matrices, found {len(tuned)} and {len(base)}")
     for w, w_ref in zip(tuned, base):
@@ -183,9 +165,14 @@ def _check(tuned: Sequence[Tensor], base: Sequence[Tensor]) -> None:
             raise ValueError(f"expected two equal, non-empty shapes, found {w.shape} and {w_ref.shape}")
         if w.dtype != tuned[0].dtype or w_ref.dtype != base[0].dtype:
             raise ValueError("expected one dtype for all tuned and one for all base matrices")
-        if w.dtype not in _DTYPES or w_ref.dtype not in _DTYPES:
+        if w.dtype not in DTYPES or w_ref.dtype not in DTYPES:
             raise ValueError(f"expected float32, bfloat16 or float16, found {w.dtype} and {w_ref.dtype}")
         if w.device != tuned[0].device or w_ref.device != tuned[0].device:
             raise ValueError("expected all matrices on one device")
         if not (w.is_contiguous() and w_ref.is_contiguous()):
             raise ValueError("expected contiguous matrices")
+    for w, e in zip(tuned, out or ()):
+        if e.shape != w.shape or not e.is_contiguous() or e.dtype not in DTYPES or e.device != w.device:
+            raise ValueError(
+                f"expected a contiguous out like {w.shape} on {w.device}, found {e.shape} on {e.device}"
+            )

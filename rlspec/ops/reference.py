@@ -1,0 +1,51 @@
+"""Each operation once more in plain float64, without cleverness: what the fast ones are tested against.
+
+Only tests and benches import this.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rlspec.ops.delta_stats import DeltaStats
+
+
+def delta_ref(weight: Tensor, reference: Tensor) -> Tensor:
+    """E in float64, (L, m, n)."""
+    return weight.double() - reference.double()
+
+
+def delta_stats_ref(weight: Tensor, reference: Tensor, *, eta: float) -> DeltaStats:
+    """See :func:`rlspec.ops.delta_stats.delta_stats`."""
+    w, ref = weight.double(), reference.double()
+    delta = w - ref
+    unchanged = delta.abs() <= eta * torch.maximum(w.abs(), ref.abs())
+    delta_sq, weight_sq, reference_sq = (x.square().sum((-2, -1)) for x in (delta, w, ref))
+    return DeltaStats(delta_sq, weight_sq, reference_sq, unchanged.sum((-2, -1)))
+
+
+def delta_matmul_ref(weight: Tensor, reference: Tensor, x: Tensor) -> Tensor:
+    """See :func:`rlspec.ops.delta_matmul.delta_matmul`."""
+    return delta_ref(weight, reference) @ x.double()
+
+
+def delta_rmatmul_ref(weight: Tensor, reference: Tensor, y: Tensor) -> Tensor:
+    """See :func:`rlspec.ops.delta_matmul.delta_rmatmul`."""
+    return delta_ref(weight, reference).mT @ y.double()
+
+
+def add_rounded_ref(tuned: Tensor, change: Tensor, strength: float, dtype: torch.dtype) -> Tensor:
+    """See :func:`rlspec.ops.add_rounded.add_rounded`, to nearest: of the neighbours of the exact sum in ``dtype``, the
+    one that is nearer, the old value where it is as near as any.
+
+    For finite sums inside the range of ``dtype``.
+    """
+    exact = tuned.double() + strength * change.double()
+    kept, nearest = tuned.to(dtype), exact.to(dtype)
+    up, down = torch.full_like(nearest, torch.inf), torch.full_like(nearest, -torch.inf)
+    best = kept
+    for candidate in (nearest, torch.nextafter(nearest, up), torch.nextafter(nearest, down)):
+        nearer = (candidate.double() - exact).abs() < (best.double() - exact).abs()
+        best = torch.where(nearer, candidate, best)
+    return best

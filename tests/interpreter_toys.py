@@ -1,0 +1,40 @@
+"""What tests of kernels in the interpreter share: buffers with a halo, programs in another order."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from triton.runtime.interpreter import interpreter_builder
+
+HALO = 1 << 13
+
+
+def in_halo(tensor: Tensor) -> Tensor:
+    """The same values inside a buffer of NaN: a read past their ends poisons what it goes into."""
+    buffer = torch.full((tensor.numel() + 2 * HALO,), math.nan, dtype=tensor.dtype)
+    view = buffer[HALO : HALO + tensor.numel()].view(tensor.shape)
+    return view.copy_(tensor)
+
+
+def whole_buffer(view: Tensor) -> Tensor:
+    """The buffer of `in_halo`, halo included."""
+    return torch.as_strided(view, (view.numel() + 2 * HALO,), (1,), 0)
+
+
+def shuffle_programs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
+    """Let the interpreter run the programs of every launch in an order drawn anew."""
+    generator = torch.Generator().manual_seed(seed)
+    ordinary = type(interpreter_builder).set_grid_idx
+    orders: dict[tuple[int, int, int], list[int]] = {}
+
+    def set_grid_idx(x: int, y: int, z: int) -> None:
+        nx, ny, nz = grid = interpreter_builder.grid_dim
+        if (x, y, z) == (0, 0, 0):
+            orders[grid] = torch.randperm(nx * ny * nz, generator=generator).tolist()
+        place = orders[grid][(x * ny + y) * nz + z]
+        ordinary(interpreter_builder, place // (ny * nz), place // nz % ny, place % nz)
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx, raising=False)
