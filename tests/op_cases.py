@@ -1,4 +1,4 @@
-"""The cases that tests and benches of :mod:`rlspec.ops` share: pairs of weights, and what they are multiplied with."""
+"""The cases that tests of :mod:`rlspec.ops` share: pairs of weights, and what they are multiplied with."""
 
 from __future__ import annotations
 
@@ -35,8 +35,6 @@ SMALL = (
     Case((2, 17, 33), 5, F64, F64),
     Case((2, 17, 33), 5, F64),
 )
-#: One stack of a 0.5B and of a 7B model, for timings: widths are what tracking at k = 20 % asks for.
-LARGE = (Case((4, 896, 896), 224), Case((1, 3584, 3584), 896))
 
 
 def pair(case: Case, seed: int = 0) -> tuple[Tensor, Tensor]:

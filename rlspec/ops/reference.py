@@ -1,6 +1,6 @@
 """Each operation once more in plain float64, without cleverness: what the fast ones are tested against.
 
-Only tests and benches import this.
+Only tests import this.
 """
 
 from __future__ import annotations

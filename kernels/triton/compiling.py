@@ -1,0 +1,200 @@
+"""Every kernel, configuration and target compiled ahead of time: what a GPU would run, on a machine that has none.
+
+A key holds no tensors and asks no driver, so any process can compile any key.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import triton
+import triton.language as tl
+from rlspec.kernels.configs import FEW, NEAREST, PRODUCT, SHARED_LIMIT, Family, Precision
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+
+TARGETS: dict[Family, GPUTarget] = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Instructions of tensor cores, loads from global memory (in NVIDIA's, the bits of one load come last) and atomics.
+_TENSOR = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma_\w+)")
+_LOAD = re.compile(r"\bLDG(?:STS)?\.E\S*?(?:\.(64|128))?(?=[ ;])|\b(?:global|buffer)_load_(\w+)")
+_ATOMIC = re.compile(r"^\s*(@\S+\s+)?(atom|red)\.|_atomic_", re.MULTILINE)
+_AMD_BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "ushort": 2, "short_d16": 2}
+
+
+@dataclass(frozen=True)
+class Key:
+    """One compiled kernel: ``kernel`` is "module.function" in this package."""
+
+    kernel: str
+    target: Family
+    variant: str
+    signature: dict[str, str] = field(hash=False)  # of tensors and numbers
+    constants: dict[str, Any] = field(hash=False)
+    warps: int = 4
+    stages: int = 3
+
+    @property
+    def name(self) -> str:
+        return f"{self.kernel.split('.')[-1].strip('_')} {self.target} {self.variant}"
+
+
+def keys() -> Iterator[Key]:
+    """All that `rlspec` launches, and the products in bfloat16."""
+    for target in TARGETS:
+        yield from _stats_keys(target)
+        for precision in (NEAREST[target], "bf16"):
+            yield from _product_keys(target, precision)
+
+
+def _stats_keys(target: Family) -> Iterator[Key]:
+    signature = {"table": "*i64", "tiles": "*i32", "partials": "*fp32", "eta": "fp32"}
+    for dtype in (tl.bfloat16, tl.float32):
+        for out in (None, tl.float32):
+            values = {
+                "TUNED": dtype,
+                "BASE": dtype,
+                "OUT": out,
+                "ALIGNED": True,
+                "INTERP": False,
+                "BLOCK": 4096,
+            }
+            variant = f"{dtype}{', E stored' if out is not None else ''}"
+            yield Key("delta_stats._delta_stats_kernel", target, variant, signature, values)
+    signature = {"partials": "*fp32", "starts": "*i64", "sums": "*fp64"}
+    block = import_module("rlspec.kernels.delta_stats")._SUMMED
+    yield Key("delta_stats._sum_tiles_kernel", target, "float64", signature, {"BLOCK": block})
+
+
+def _product_keys(target: Family, precision: Precision) -> Iterator[Key]:
+    numbers = [
+        "R",
+        "K",
+        "C",
+        "tuned_matrix",
+        "tuned_row",
+        "base_matrix",
+        "base_row",
+        "block_matrix",
+        "block_row",
+    ]
+    sizes = PRODUCT[target, precision]
+    for weights in ("bf16", "fp32") if precision == NEAREST[target] else ("bf16",):
+        for width, config in (("many", sizes.many), (f"up to {FEW}", sizes.few)):
+            for transposed in (False, True):
+                signature = {"tuned": f"*{weights}", "base": f"*{weights}", "block": "*fp32", "out": "*fp32"}
+                signature |= dict.fromkeys(numbers, "i32")
+                values = {"TRANSPOSED": transposed, "PRECISION": precision, "INTERP": False}
+                values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
+                tiles = f"{config.rows}x{config.columns}x{config.inner}"
+                side = "transposed" if transposed else "plain"
+                variant = f"{side}, {weights} weights, {precision} products, {width} columns, {tiles}"
+                kernel = "delta_matmul._delta_matmul_kernel"
+                yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of a key.
+
+    ``spilled_bytes`` is a thread's memory outside registers; ``tensor`` the instructions of tensor cores and
+    ``loads`` the bytes that loads from global memory take at once, each with its number in the listing.
+    """
+
+    registers: int
+    shared_bytes: int
+    spilled_bytes: int
+    tensor: dict[str, int]
+    loads: dict[str, int]
+    atomics: bool
+
+    def problems(self, key: Key) -> list[str]:
+        """Why this must not be shipped; empty where it may."""
+        found = []
+        if self.spilled_bytes:
+            found.append(f"{self.spilled_bytes} bytes spilled")
+        if self.shared_bytes > SHARED_LIMIT[key.target]:  # no compiler checks this
+            found.append(f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[key.target]}")
+        if "PRECISION" in key.constants and not self.tensor:
+            found.append("no instruction of tensor cores")
+        if "16" not in self.loads and key.kernel != "delta_stats._sum_tiles_kernel":
+            found.append("no load of 16 bytes: the alignment of the pointers is lost")
+        if self.atomics:
+            found.append("atomics: sums would hang on the order of programs")
+        return found
+
+
+def compiled(key: Key) -> Compiled:
+    """Compile a key."""
+    module, _, function = key.kernel.partition(".")
+    kernel = getattr(import_module(f"rlspec.kernels.{module}"), function)
+    names = kernel.arg_names
+    constants = {(names.index(name),): value for name, value in key.constants.items()}
+    # Tensors of torch begin at multiples of 16 bytes; sizes and strides of weights are mostly multiples of 16 too.
+    attributes = {
+        (names.index(name),): [["tt.divisibility", 16]]
+        for name, kind in key.signature.items()
+        if kind != "fp32"
+    }
+    source = ASTSource(
+        kernel, key.signature | dict.fromkeys(key.constants, "constexpr"), constants, attributes
+    )
+    # The default of fusion differs between releases.
+    options = {"num_warps": key.warps, "num_stages": key.stages, "enable_fp_fusion": True}
+    made = compile(source, target=TARGETS[key.target], options=options)
+    return _nvidia(made) if "cubin" in made.asm else _amd(made)
+
+
+def _nvidia(made: Any) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        cubin.write_bytes(made.asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = _output(str(tool), "-res-usage", str(cubin))
+        listing = _output(str(tool.with_name("nvdisasm")), "-c", str(cubin))
+    used = {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", usage)}
+    return Compiled(
+        registers=used["REG"],
+        shared_bytes=made.metadata.shared,
+        spilled_bytes=used["STACK"] + used["LOCAL"],
+        tensor=_counted(m[1] for m in _TENSOR.finditer(listing)),
+        loads=_counted(str(int(m[1] or 32) // 8) for m in _LOAD.finditer(listing)),
+        atomics=bool(_ATOMIC.search(made.asm["ptx"])),
+    )
+
+
+def _amd(made: Any) -> Compiled:
+    listing = made.asm["amdgcn"]
+
+    def counter(name: str) -> int:
+        return int(re.findall(rf"\.{name}:\s+(\d+)", listing)[0])
+
+    return Compiled(
+        registers=counter("vgpr_count"),
+        shared_bytes=made.metadata.shared,
+        # Scalar registers may spill: into lanes of vector registers, not into memory.
+        spilled_bytes=4 * counter("vgpr_spill_count") + counter("private_segment_fixed_size"),
+        tensor=_counted(m[1] for m in _TENSOR.finditer(listing)),
+        loads=_counted(str(_AMD_BYTES.get(m[2], m[2])) for m in _LOAD.finditer(listing)),
+        atomics=bool(_ATOMIC.search(listing)),
+    )
+
+
+def _counted(found: Iterator[str]) -> dict[str, int]:
+    return dict(sorted(Counter(found).items()))
+
+
+def _output(*command: str) -> str:
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
