@@ -13,6 +13,7 @@ from rlspec.train import Callback, KLProbe, PPOConfig, StepState, train_ppo
 from rlspec.train import experience as experience_module
 from rlspec.train.experience import collect, prepare, turn_rewards
 from rlspec.train.gae import gae
+from rlspec.train.groups import group_advantages
 from rlspec.train.losses import kl_estimates, policy_losses, value_losses
 from rlspec.train.on_policy import OnPolicyError
 from rlspec.train.value_head import ValueHead
@@ -90,6 +91,62 @@ def test_experience_of_played_episodes(level: str) -> None:
         row += len(episode.turns)
     advantages = found.advantages[found.mask]
     assert advantages.mean().abs() < 1e-5 and (advantages.std(correction=0) - 1).abs() < 1e-4
+
+
+def test_group_advantages_by_hand() -> None:
+    returns = torch.tensor([[1.0, 2.0, 3.0, 6.0], [5.0, 5.0, 5.0, 5.0]])
+    # Mean 3, squares 4, 1, 0, 9: deviation sqrt(3.5). Means of the others: 11/3, 10/3, 3, 2.
+    grpo = torch.tensor([-2.0, -1.0, 0.0, 3.0], dtype=torch.float64) / 3.5**0.5
+    rloo = torch.tensor([1 - 11 / 3, 2 - 10 / 3, 0.0, 4.0], dtype=torch.float64)
+    for kind, expected in (("grpo", grpo), ("rloo", rloo)):
+        found = group_advantages(returns, kind)  # type: ignore[arg-type]
+        torch.testing.assert_close(found[0], expected, atol=1e-6, rtol=1e-6)
+        assert found[1].tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("level", ["turn", "token"])
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_an_episode_is_held_against_its_group(kind: str, level: str) -> None:
+    model, task = toy_model(), ToyTask()
+    config = PPOConfig(turns_per_update=40, level=level, advantage=kind, group_size=4, seed=4)  # type: ignore[arg-type]
+    episodes = collect(model, TOKENIZER, task, config, 1, frozenset())
+    found = prepare(model, None, None, TOKENIZER, episodes, task.turn_limit_reward, config, first=True)
+    assert len(episodes) % 4 == 0
+    row = 0
+    for first in range(0, len(episodes), 4):
+        group = episodes[first : first + 4]
+        assert len({episode.problem.key for episode in group}) == 1
+        totals = []
+        for episode in group:
+            rewards = turn_rewards([episode], task.turn_limit_reward)
+            totals.append(sum(0.9**turn * reward for turn, reward in enumerate(rewards)))
+        mean = sum(totals) / 4
+        spread = (sum((total - mean) ** 2 for total in totals) / 4) ** 0.5 + 1e-8
+        for n, episode in enumerate(group):
+            others = [total for m, total in enumerate(totals) if m != n]
+            wanted = (totals[n] - mean) / spread if kind == "grpo" else totals[n] - sum(others) / 3
+            rows = slice(row, row + len(episode.turns))
+            actions = found.advantages[rows][found.mask[rows]]
+            torch.testing.assert_close(actions, torch.full_like(actions, wanted), atol=1e-5, rtol=1e-5)
+            row += len(episode.turns)
+    assert row == len(found.mask) and found.advantages.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kind", ["grpo", "rloo"])
+def test_reward_improves_without_a_value_head(kind: str) -> None:
+    config = PPOConfig(
+        updates=8,
+        turns_per_update=128,
+        mini_batch_size=32,
+        advantage=kind,  # type: ignore[arg-type]
+        group_size=4,
+        learning_rate=1e-2,
+    )
+    logs = Logs()
+    train_ppo(toy_model(initializer_range=0.05), TOKENIZER, ToyTask(), config, callbacks=[logs])
+    rewards = [row["mean_reward"] for row in logs.rows]
+    assert rewards[0] < -0.8 and rewards[-1] > 0.6, rewards
+    assert all(row["value_loss"] == 0 for row in logs.rows)
 
 
 class Logs(Callback):
@@ -172,7 +229,16 @@ def test_kl_probe_respects_its_cache() -> None:
 
 
 @pytest.mark.parametrize(
-    "changes", [{"clip": 0.0}, {"level": "word"}, {"updates": 0}, {"top_p": 1.5}, {"gamma": -0.1}]
+    "changes",
+    [
+        {"clip": 0.0},
+        {"level": "word"},
+        {"updates": 0},
+        {"top_p": 1.5},
+        {"gamma": -0.1},
+        {"advantage": "reinforce"},
+        {"group_size": 1},
+    ],
 )
 def test_bad_settings_are_named(changes: dict[str, object]) -> None:
     with pytest.raises(OptionError, match=next(iter(changes))):

@@ -93,6 +93,10 @@ class PPOConfig:
     mini_batch_size: int = 64  # turns of one optimizer step, about: conversations are not split
     micro_batch_size: int = 64  # conversations of one forward pass; the split changes rounding only
     level: Literal["turn", "token"] = "turn"  # an action is a whole answer (the paper), or one token
+    # Against what a return is held: a learnt value (gae), or the other answers to the same problem, as many as
+    # group_size, without a value head: arXiv 2402.03300 (grpo), 2402.14740 (rloo).
+    advantage: Literal["gae", "grpo", "rloo"] = "gae"
+    group_size: int = 8  # episodes a problem for grpo and rloo
     learning_rate: float = 5e-5
     value_learning_rate: float = 1e-3  # of the value head alone
     final_learning_rate_ratio: float = 1e-3  # where the cosine ends, as a share of each rate
@@ -120,6 +124,8 @@ class PPOConfig:
         for name in ("weight_decay", "value_coef", "kl_coef"):
             _require(getattr(self, name) >= 0, name, getattr(self, name), "at least 0")
         _require_choice("level", self.level, ("turn", "token"))
+        _require_choice("advantage", self.advantage, ("gae", "grpo", "rloo"))
+        _require_at_least(self, 2, "group_size")
         _require_choice("dtype", self.dtype, ("auto", "float32", "bf16"))
 
     @classmethod

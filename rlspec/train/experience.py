@@ -23,6 +23,7 @@ from rlspec.train.config import PPOConfig
 from rlspec.train.encode import pad_id
 from rlspec.train.forward import answer_logits, answer_tokens, forward_passes
 from rlspec.train.gae import gae
+from rlspec.train.groups import group_advantages
 from rlspec.train.modes import evaluation_mode
 from rlspec.train.rollout import Episode, Turn, play
 from rlspec.train.sampling import token_logprobs
@@ -42,14 +43,15 @@ class Experience:
     mask: Tensor  # bool, True on actions
     logprobs: Tensor  # as sampled
     values: Tensor
-    advantages: Tensor  # normalised over the update
+    advantages: Tensor  # normalised over the update, or within each group
     returns: Tensor
 
 
 def collect(
     model: Any, tokenizer: Any, task: Task, config: PPOConfig, step: int, exclude: frozenset[Any]
 ) -> list[Episode]:
-    """Whole episodes on in-distribution problems until there are ``config.turns_per_update`` turns.
+    """Whole episodes on in-distribution problems until there are ``config.turns_per_update`` turns; each problem
+    ``config.group_size`` times, one after the other, where advantages are those of groups.
 
     Depends on (seed, step) and the model alone.
     """
@@ -59,13 +61,14 @@ def collect(
     turns = 0
     # As many episodes as the missing turns need if they are as long as those before (at first: the longest).
     turns_each = float(task.max_turns)
+    group = 1 if config.advantage == "gae" else config.group_size
     while turns < config.turns_per_update:
-        count = math.ceil((config.turns_per_update - turns) / turns_each)
+        count = math.ceil((config.turns_per_update - turns) / turns_each / group)
         episodes += play(
             model,
             tokenizer,
             task,
-            [training_problem(task, rng, exclude) for _ in range(count)],
+            [problem for _ in range(count) for problem in [training_problem(task, rng, exclude)] * group],
             turns=task.max_turns,
             temperature=config.temperature,
             top_p=config.top_p,
@@ -125,7 +128,7 @@ def _scatter(flat: Tensor, mask: Tensor) -> Tensor:
 
 def prepare(
     model: Any,
-    head: ValueHead,
+    head: ValueHead | None,
     reference: Any | None,
     tokenizer: Any,
     episodes: Sequence[Episode],
@@ -134,7 +137,8 @@ def prepare(
     *,
     first: bool,
 ) -> Experience:
-    """Rewards, values and advantages of played episodes.
+    """Rewards, values and advantages of played episodes. Without a head values are 0, and every action of an
+    episode has the advantage of its discounted return in its group; returns are those.
 
     ``first`` starts the value head at the mean return, so that the model isn't bent to learn a constant.
     """
@@ -146,13 +150,15 @@ def prepare(
     ]
     device = next(model.parameters()).device
     logprobs, mask = _sampled(turns, config, device)
-    values = _values(head, turns, mask)
+    values = torch.zeros(mask.shape, device=device) if head is None else _values(head, turns, mask)
     rewards, discounts = _rewards_and_discounts(episodes, turn_limit_reward, mask, config)
     if reference is not None:
         scored = _score_all(reference, traces, pad_id(model, tokenizer), config)
         rewards -= config.kl_coef * (logprobs - scored)
 
     # Row by row, the mask lists the actions in the order they were taken.
+    if head is None:
+        return _grouped(traces, episodes, mask, logprobs, rewards, discounts, config)
     if first:
         nothing = torch.zeros_like(rewards[mask])
         mean_return = gae(rewards[mask], nothing, discounts[mask], lam=1.0).mean().item()
@@ -163,6 +169,32 @@ def prepare(
     returns[mask] = flat + values[mask]
     advantages[mask] = (flat - flat.mean()) / (flat.std(correction=0) + 1e-8)
     return Experience(traces, mask, logprobs, values, advantages, returns)
+
+
+def _grouped(
+    traces: list[Trace],
+    episodes: Sequence[Episode],
+    mask: Tensor,
+    logprobs: Tensor,
+    rewards: Tensor,
+    discounts: Tensor,
+    config: PPOConfig,
+) -> Experience:
+    """Experience without values, of episodes that were played in groups."""
+    assert config.advantage != "gae"
+    nothing = torch.zeros_like(rewards)
+    # With no values and lambda 1 an advantage is the discounted sum of what follows: at an episode's first
+    # action, its return.
+    after = gae(rewards[mask], nothing[mask], discounts[mask], lam=1.0)
+    lengths = torch.tensor([len(episode.turns) for episode in episodes])
+    actions = torch.stack([part.sum() for part in mask.sum(1).cpu().split(lengths.tolist())])
+    firsts = actions.cumsum(0) - actions
+    groups = after[firsts].view(-1, config.group_size)
+    each = group_advantages(groups, config.advantage).flatten()
+    returns, advantages = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    returns[mask] = after[firsts].repeat_interleave(actions).to(rewards)
+    advantages[mask] = each.repeat_interleave(actions).to(rewards)
+    return Experience(traces, mask, logprobs, nothing, advantages, returns)
 
 
 @torch.no_grad()

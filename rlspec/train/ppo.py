@@ -62,8 +62,10 @@ def train_ppo(
     """
     if config.kl_coef > 0 and reference is None:
         raise OptionError(f"kl_coef is {config.kl_coef}, and there is no reference model to measure it by")
-    head = ValueHead.for_model(model)
-    groups = [(model, config.learning_rate), (head, config.value_learning_rate)]
+    head = ValueHead.for_model(model) if config.advantage == "gae" else None
+    groups: list[tuple[torch.nn.Module, float]] = [(model, config.learning_rate)]
+    if head is not None:
+        groups.append((head, config.value_learning_rate))
     optimizer = make_adamw(groups, config.weight_decay)
     anchor = reference if config.kl_coef > 0 else None
 
@@ -97,7 +99,7 @@ def train_ppo(
         config=config,
         model=model,
         tokenizer=tokenizer,
-        parts={"value_head": head, "optimizer": optimizer},
+        parts={"optimizer": optimizer} if head is None else {"value_head": head, "optimizer": optimizer},
         callbacks=callbacks,
         resume_dir=resume_dir,
     )
@@ -105,7 +107,7 @@ def train_ppo(
 
 def improve(
     model: Any,
-    head: ValueHead,
+    head: ValueHead | None,
     optimizer: torch.optim.Optimizer,
     experience: Experience,
     pad: int,
@@ -158,7 +160,12 @@ def mini_batches(traces: Sequence[Trace], turns: int, generator: torch.Generator
 
 
 def _accumulate(
-    model: Any, head: ValueHead, experience: Experience, chosen: Sequence[int], pad: int, config: PPOConfig
+    model: Any,
+    head: ValueHead | None,
+    experience: Experience,
+    chosen: Sequence[int],
+    pad: int,
+    config: PPOConfig,
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Gradients of one mini-batch, one forward pass at a time; its mean losses, and the log-ratio and the
     tokens of each action.
@@ -172,7 +179,6 @@ def _accumulate(
     for split in forward_passes(model, traces, config.micro_batch_size, pad):
         part = [row for i in split for row in every[chosen[i]]]
         logprobs, values, mask, tokens = score_actions(model, head, [traces[i] for i in split], pad, config)
-        assert values is not None
         # The columns past this part's longest answer are empty.
         old, old_values, advantages, returns = (
             tensor[part, : mask.shape[1]][mask]
@@ -180,8 +186,11 @@ def _accumulate(
         )
         log_ratio = logprobs[mask] - old
         policy = policy_losses(log_ratio, advantages, config.clip).sum() / actions
-        value = value_losses(values[mask], old_values, returns, config.value_clip).sum() / actions
-        loss = policy + config.value_coef * value
+        if values is None:
+            loss, value = policy, torch.zeros(())
+        else:
+            value = value_losses(values[mask], old_values, returns, config.value_clip).sum() / actions
+            loss = policy + config.value_coef * value
         loss.backward()
         log_ratio = log_ratio.detach()
         log_ratios.append(log_ratio)
