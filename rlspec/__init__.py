@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from rlspec.restore import restore_ as restore_
     from rlspec.restore import restore_checkpoint as restore_checkpoint
     from rlspec.restore import restore_matrix as restore_matrix
+    from rlspec.series import measure as measure
     from rlspec.spectra.basis import SpectralBasis as SpectralBasis
     from rlspec.spectra.tracker import SpectralTracker as SpectralTracker
 
 _ATTRIBUTES = {
     "SpectralBasis": "rlspec.spectra",
     "SpectralTracker": "rlspec.spectra",
+    "measure": "rlspec.series",
     "restore_": "rlspec.restore",
     "restore_checkpoint": "rlspec.restore",
     "restore_matrix": "rlspec.restore",
@@ -31,6 +33,7 @@ _SUBPACKAGES = ("tasks", "train")
 __all__ = [
     "SpectralBasis",
     "SpectralTracker",
+    "measure",
     "restore_",
     "restore_checkpoint",
     "restore_matrix",

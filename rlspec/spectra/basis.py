@@ -134,8 +134,7 @@ class SpectralBasis:
         for done, projection in enumerate(projections, start=1):
             found = read_matrix(weights, projection)
             devices[projection.name] = _place(device, found, source)
-            weight = found.cpu().contiguous().clone()
-            matrices.append(matrix_basis(projection.name, weight, cached_factors(weight, cache_dir), rule))
+            matrices.append(reference_matrix(projection.name, found, rule, cache_dir))
             if progress is not None:
                 progress(done, len(projections))
         return cls(projections, matrices, rule, partly_found(projections, shapes), devices=devices)
@@ -156,6 +155,14 @@ class SpectralBasis:
 
     def __len__(self) -> int:
         return len(self.projections)
+
+
+def reference_matrix(
+    name: str, weight: Tensor, rank: Rank, cache_dir: str | Path | None = None
+) -> MatrixBasis:
+    """Decompose one matrix (m, n), finite, on any device; what is kept of it is a copy on the host."""
+    weight = weight.cpu().contiguous().clone()
+    return matrix_basis(name, weight, cached_factors(weight, cache_dir), rank)
 
 
 def _place(device: torch.device | str, weight: Tensor, source: WeightSource) -> torch.device:

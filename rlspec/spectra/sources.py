@@ -16,8 +16,6 @@ from rlspec.io.projections import Projection, check_finite, counterparts, read_c
 from rlspec.io.quantised import block_size, companions, dequantised
 from rlspec.spectra.module import ModuleTensors, module_config, strip_wrappers, with_adapters
 
-WeightSource = nn.Module | Mapping[str, Tensor] | str | Path
-
 
 class Weights(Protocol):
     """Named tensors, read one at a time."""
@@ -39,13 +37,18 @@ class Weights(Protocol):
         ...
 
 
+WeightSource = nn.Module | Mapping[str, Tensor] | str | Path | Weights
+
+
 def open_weights(source: WeightSource) -> Weights:
     """Give any weight source the same face."""
     if isinstance(source, nn.Module):
         return _ModuleWeights(source)
     if isinstance(source, Mapping):
         return _TensorMapping(source)
-    return _Checkpoint(Path(source))
+    if isinstance(source, (str, Path)):
+        return CheckpointWeights(Path(source))
+    return source
 
 
 def read_matrix(weights: Weights, projection: Projection, *, check: bool = True) -> Tensor:
@@ -161,7 +164,9 @@ class _ModuleWeights(_Named):
         return weight if layer is None else with_adapters(found, layer, weight)
 
 
-class _Checkpoint(_Named):
+class CheckpointWeights(_Named):
+    """A safetensors checkpoint on disk, opened once and read tensor by tensor."""
+
     def __init__(self, folder: Path) -> None:
         # Imported here: the reader needs the compiled extension, tensors in memory do not.
         from rlspec.io.index import CheckpointIndex
