@@ -11,18 +11,18 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlspec import tasks as tasks
     from rlspec import train as train
+    from rlspec.jobs.series import measure as measure
     from rlspec.linalg.svd import svd as svd
     from rlspec.restore import restore_ as restore_
     from rlspec.restore import restore_checkpoint as restore_checkpoint
     from rlspec.restore import restore_matrix as restore_matrix
-    from rlspec.series import measure as measure
     from rlspec.spectra.basis import SpectralBasis as SpectralBasis
     from rlspec.spectra.tracker import SpectralTracker as SpectralTracker
 
 _ATTRIBUTES = {
     "SpectralBasis": "rlspec.spectra",
     "SpectralTracker": "rlspec.spectra",
-    "measure": "rlspec.series",
+    "measure": "rlspec.jobs.series",
     "restore_": "rlspec.restore",
     "restore_checkpoint": "rlspec.restore",
     "restore_matrix": "rlspec.restore",

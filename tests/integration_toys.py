@@ -11,7 +11,7 @@ from torch import Tensor
 from train_toys import WORDS, toy_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from rlspec.spectra.module import strip_wrappers
+from rlspec.io.module import strip_wrappers
 
 Make = Callable[[list[TrainerCallback]], Trainer]
 #: Settings of every trainer: quick, quiet, and with each step's loss in the log.

@@ -29,6 +29,18 @@ def _without_triton_wheels() -> bool:
     return (platform.system(), platform.machine()) != ("Linux", "x86_64")
 
 
+def _with_one_float32() -> bool:
+    from rlspec.linalg import flags
+
+    return not flags.own_kernels_pay()
+
+
+def _without_backend_flags() -> bool:
+    from rlspec.linalg import flags
+
+    return not flags.has_backend_flags()
+
+
 _TRITON = Meant("triton is not installed", _without_triton_wheels)
 #: "file::function", or "file" for all of it -> the skips that are meant there
 MEANT: dict[str, tuple[Meant, ...]] = {
@@ -38,6 +50,10 @@ MEANT: dict[str, tuple[Meant, ...]] = {
         Meant("this file system has no direct reads", lambda: True),
         Meant("this file system keeps its files in memory", lambda: True),
     ),
+    "test_linalg_switches.py": (
+        Meant("this CPU multiplies float32 matrices in one way only", _with_one_float32),
+    ),
+    "test_linalg_precision.py": (Meant("this torch has one flag for all backends", _without_backend_flags),),
     "test_backend.py::test_the_interpreter_on_request": (_TRITON,),
     "test_op_delta_prep.py": (_TRITON,),
 }

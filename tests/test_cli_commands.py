@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from train_toys import save_toy_model
 
 from rlspec.cli.main import COMMANDS, main
-from rlspec.run.loading import load_model
+from rlspec.jobs.loading import load_model
 from rlspec.tasks import wilson_interval
 
 
@@ -115,7 +115,7 @@ def test_eval_holds_one_model_at_a_time(model: Path, monkeypatch: pytest.MonkeyP
         loaded.append(weakref.ref(found))
         return found
 
-    monkeypatch.setattr("rlspec.run.evaluation.load_model", load)
+    monkeypatch.setattr("rlspec.jobs.eval.load_model", load)
     options = ("--shift", "none", "--deals", 2, "--turns", 1)
     assert invoke("eval", "--model", model, "--compare", model, *options).exit_code == 0
     assert alive == [0, 0]
@@ -125,7 +125,7 @@ def test_eval_holds_one_model_at_a_time(model: Path, monkeypatch: pytest.MonkeyP
 def test_a_signal_ends_a_command_with_its_code(
     number: int, code: int, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlspec.run.evaluation.evaluate", lambda *_, **__: signal.raise_signal(number))
+    monkeypatch.setattr("rlspec.jobs.eval.evaluate", lambda *_, **__: signal.raise_signal(number))
     before = signal.getsignal(number)
     result = invoke("eval", "--model", model)
     assert (result.exit_code, result.stderr) == (code, "Stopped\n")

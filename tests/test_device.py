@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import pytest
 import torch
 from pretend import Report, pretend_device, to_pretend
+from restore_toys import bytes_of, pair
 from torch import Tensor, nn
 
 import rlspec
 from rlspec.errors import TensorError
+from rlspec.linalg import dense
+from rlspec.linalg.orth import orthonormal
+from rlspec.linalg.svd import SVDResult
 from rlspec.spectra import SpectralBasis, SpectralTracker
 from rlspec.spectra import tracker as tracker_module
 from rlspec.spectra.table import COLUMNS
@@ -16,10 +23,10 @@ from rlspec.spectra.table import COLUMNS
 # Waits of the host and launches of one event over one stack: (shape, matrices, size of the update) -> both. A change that
 # moves them says so here. The host waits for the sums, the cores, what decides, and the results; a sweep adds two.
 COUNTS = {
-    "first order": ((192, 192), 6, 1e-3, 4, 251),
-    "one sweep": ((192, 192), 6, 1e-2, 6, 451),
-    "wide": ((96, 192), 4, 1e-3, 4, 276),
-    "tall": ((192, 96), 4, 1e-3, 4, 275),
+    "first order": ((192, 192), 6, 1e-3, 4, 256),
+    "one sweep": ((192, 192), 6, 1e-2, 6, 456),
+    "wide": ((96, 192), 4, 1e-3, 4, 281),
+    "tall": ((192, 96), 4, 1e-3, 4, 280),
 }
 
 
@@ -105,6 +112,127 @@ def test_a_device_refuses_nan_by_name():
         event(base, tuned)
 
 
+# Waits and launches of one ``rlspec.svd`` of a batch: method, max_rounds -> both. Finite or not is two, of the matrix and
+# of its values; the iteration asks for the spectrum, its first basis and the Ritz values, and in each round for a degree,
+# Ritz values and how good they are. An exact decomposition is one transfer.
+SVD_COUNTS = {
+    ("exact", 1): (3, 12),
+    ("randomized", 1): (8, 927),
+    ("warm", 1): (8, 894),
+    ("randomized", 2): (11, 1650),
+}
+
+
+def decomposed(
+    a: Tensor, start: Tensor, method: str, rounds: int, tol: float = 1e-3, k: int = 24
+) -> tuple[SVDResult, SVDResult, Report]:
+    """By the CPU and by the pretend device, and what the latter's call asked for."""
+    options = {"method": method, "tol": tol, "max_rounds": rounds}
+
+    def run(a: Tensor, start: Tensor) -> SVDResult:
+        first = rlspec.svd(start, k, method="exact") if method == "warm" else None
+        counted.syncs.clear()
+        counted.calls.clear()
+        return rlspec.svd(a, k, warm_start=first, **options)
+
+    with pretend_device() as counted:
+        found = run(to_pretend(a), to_pretend(start))
+        report = Report([*counted.syncs], counted.calls.copy())
+        parts = (getattr(found, field).cpu() for field in FIELDS)
+        there = SVDResult(*parts, found.method, found.rounds, found.notes)
+    return run(a, start), there, report
+
+
+FIELDS = ("U", "S", "Vh", "residuals", "subspace_bound")
+
+
+def batch(count: int, shape: tuple[int, int], dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Matrices with evenly spaced singular values, and others nearby to start from."""
+    g = torch.Generator().manual_seed(0)
+    u, _, vh = torch.linalg.svd(torch.randn(count, *shape, generator=g, dtype=dtype), full_matrices=False)
+    a = (u * (1.5 - torch.linspace(0, 1.3, min(shape), dtype=dtype))) @ vh
+    return a, a + 1e-5 * torch.randn(a.shape, generator=g, dtype=dtype)
+
+
+@pytest.mark.parametrize("case", SVD_COUNTS)
+def test_waits_and_launches_of_a_decomposition(case: tuple[str, int]):
+    waits, launches = SVD_COUNTS[case]
+    tol = 1e-3 if case[1] == 1 else 1e-10  # which takes both rounds that are allowed
+    for count in (3, 9):
+        _, found, report = decomposed(*batch(count, (180, 150)), *case, tol=tol)
+        assert (found.method, found.rounds) == (case[0], 0 if case[0] == "exact" else case[1])
+        assert len(report.syncs) == waits, report.syncs
+        if torch.__version__.startswith("2.13."):
+            assert report.launches == launches
+        for operation in ("linalg_qr", "_linalg_eigh", "_linalg_svd"):
+            assert report.of(operation) == 0, f"{operation} ran on the device"
+
+
+@pytest.mark.parametrize("method", ["exact", "randomized", "warm"])
+@pytest.mark.parametrize("shape", [(180, 150), (150, 180)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_decomposition_is_that_of_the_cpu(method: str, shape: tuple[int, int], dtype: torch.dtype):
+    here, there, _ = decomposed(*batch(2, shape, dtype), method, 4)
+    assert (there.method, there.rounds, there.notes) == (here.method, here.rounds, here.notes)
+    for field in FIELDS:
+        mine, wanted = getattr(there, field), getattr(here, field)
+        assert mine.dtype == wanted.dtype
+        torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=1e-9)
+
+
+def test_what_does_not_converge_on_a_device_is_decomposed_exactly_and_the_rest_stays():
+    a, start = batch(3, (180, 150))
+    u, _, vh = torch.linalg.svd(a[1], full_matrices=False)
+    a[1] = (
+        u * (1.5 - torch.linspace(0, 0.5, 150))
+    ) @ vh  # a filter gentle enough for it is too weak for the others
+    here, there, report = decomposed(a, start, "randomized", 1)
+    assert "2 of 3 did not reach tol" in there.notes[-1] and there.notes == here.notes
+    for field in FIELDS:
+        torch.testing.assert_close(getattr(there, field), getattr(here, field), rtol=1e-5, atol=1e-9)
+    assert len(report.syncs) == SVD_COUNTS["randomized", 1][0] + 1
+    assert report.of("_linalg_eigh") == report.of("_linalg_svd") == report.of("linalg_qr") == 0
+
+
+def test_a_dependent_basis_on_a_device_is_orthonormalised_on_the_host():
+    """Columns that CholeskyQR cannot part: LAPACK's QR takes over, on the host."""
+    g = torch.Generator().manual_seed(0)
+    y = torch.randn(2, 60, 8, generator=g, dtype=torch.float64)
+    y[1, :, 5] = y[1, :, 2]
+    with pretend_device() as report:
+        q = orthonormal(to_pretend(y)).cpu()
+    assert report.of("linalg_qr") == 0
+    torch.testing.assert_close(
+        q.mT @ q, torch.eye(8, dtype=torch.float64).expand(2, 8, 8), rtol=0, atol=1e-14
+    )
+    torch.testing.assert_close(q @ (q.mT @ y), y, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    "solve",
+    [
+        dense.core_svd,
+        dense.lapack_svd,
+        dense.thin_svd,
+        dense.householder,
+        lambda a: dense.eigh(a.mT @ a),
+        lambda a: (dense.singular_values(a),),
+        lambda a: (dense.values_of_gram(a.mT @ a),),
+    ],
+)
+def test_every_decomposition_of_a_device_is_one_transfer(solve: Callable[[Tensor], tuple[Tensor, ...]]):
+    a = torch.eye(70) + 0.01 * torch.randn(3, 70, 70, generator=torch.Generator().manual_seed(0))
+    a = a.double()
+    with pretend_device() as report:
+        found = solve(to_pretend(a))
+        assert len(report.syncs) == 1, report.syncs
+        assert all(x.is_cuda for x in found)
+        found = tuple(x.cpu() for x in found)
+    assert not [call for call in report.calls if call.startswith(("linalg_", "_linalg_"))]
+    for mine, wanted in zip(found, solve(a), strict=True):
+        torch.testing.assert_close(mine, wanted, rtol=0, atol=1e-14)
+
+
 MODES = ("directions", "values", "directions_and_values", "tail", "copy", "interpolate")
 
 
@@ -156,6 +284,19 @@ def test_a_model_is_restored_where_it_is():
         for name, parameter in model.named_parameters():
             assert parameter.device.type == "cuda"
             assert torch.equal(parameter.cpu(), here.get_parameter(name))
+
+
+def test_a_checkpoint_is_restored_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``device`` moves the work; what is written is the CPU's. GPT-2's fused, transposed matrices, too."""
+    for kind in ("llama", "gpt2"):
+        base, tuned = pair(tmp_path / kind, kind)
+        rlspec.restore_checkpoint(base, tuned, tmp_path / kind / "cpu", modules="attn", device="cpu")
+        monkeypatch.setattr("rlspec.restore.options.choose_device", lambda name: name)
+        with pretend_device() as report:
+            rlspec.restore_checkpoint(base, tuned, tmp_path / kind / "gpu", modules="attn", device="cuda")
+        monkeypatch.undo()
+        assert report.of("bmm") > 0
+        assert bytes_of(tmp_path / kind / "gpu") == bytes_of(tmp_path / kind / "cpu")
 
 
 def test_a_pretend_device_refuses_what_cuda_refuses():

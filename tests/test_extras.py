@@ -26,7 +26,7 @@ def run_without(package: str, code: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_tasks_need_no_gymnasium() -> None:
-    code = "import rlspec.run.experiment\nfrom rlspec.tasks import *\nprint(get_task().name)"
+    code = "import rlspec.jobs.track\nfrom rlspec.tasks import *\nprint(get_task().name)"
     done = run_without("gymnasium", code)
     assert (done.stdout.strip(), done.returncode) == ("general_points", 0), done.stderr
 
@@ -45,7 +45,7 @@ def test_what_gymnasium_itself_lacks_is_told_as_it_is() -> None:
 
 
 def test_nothing_heavy_is_imported_for_a_run_that_has_not_begun() -> None:
-    code = "import rlspec.run.experiment, sys; print({'gymnasium', 'tensorboard'} & set(sys.modules))"
+    code = "import rlspec.jobs.track, sys; print({'gymnasium', 'tensorboard'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
 
@@ -67,8 +67,20 @@ def test_a_resumed_run_leaves_no_doubled_points_and_no_file_of_the_user_goes(tmp
     second = TensorBoardLog(tmp_path, METRICS[:2], [], Manifest(tmp_path))
     second.add(METRICS[2], [])
     second.close()
-    assert points(tmp_path) == pytest.approx({row["global_step"]: row["loss"] for row in METRICS})
+    assert points(tmp_path / "sft") == pytest.approx({row["global_step"]: row["loss"] for row in METRICS})
     assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_branches_are_curves_of_their_own_that_begin_where_they_left_the_trunk(tmp_path: Path) -> None:
+    log = TensorBoardLog(tmp_path, METRICS, [], Manifest(tmp_path))
+    for start in (5, 10):
+        for step in range(2):
+            place = {"segment": f"ppo-from-{start}", "stage": "ppo", "step": step, "parent_step": start}
+            log.add({**place, "global_step": start + 4 * step, "loss": 0.1 * step}, [])
+    log.close()
+    assert points(tmp_path / "sft").keys() == {0, 5, 10}
+    assert points(tmp_path / "ppo-from-5") == pytest.approx({5: 0.0, 9: 0.1})
+    assert points(tmp_path / "ppo-from-10") == pytest.approx({10: 0.0, 14: 0.1})
 
 
 def test_without_tensorboard_nothing_is_written_and_what_is_there_stays(
@@ -79,7 +91,7 @@ def test_without_tensorboard_nothing_is_written_and_what_is_there_stays(
     log = TensorBoardLog(tmp_path, METRICS[:1], [], Manifest(tmp_path))
     log.add(METRICS[1], [])
     log.close()
-    assert points(tmp_path).keys() == {0, 5, 10}
+    assert points(tmp_path / "sft").keys() == {0, 5, 10}
 
 
 @pytest.mark.parametrize("package", ["gymnasium", "tensorboard"])

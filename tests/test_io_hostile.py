@@ -19,8 +19,8 @@ from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex, read_header
+from rlspec.jobs.loading import model_folder
 from rlspec.restore import restore_checkpoint
-from rlspec.run.loading import model_folder
 
 TOP = 2**64
 POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'ab' * 32}\nsize 4976698672\n"

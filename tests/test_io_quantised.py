@@ -17,7 +17,7 @@ from torch import Tensor
 import rlspec
 from rlspec.errors import CheckpointError, ProjectionError, RlspecError, TensorError
 from rlspec.io.quantised import block_size, scaled
-from rlspec.run.loading import check_checkpoint, load_model
+from rlspec.jobs.loading import check_checkpoint, load_model
 
 F8 = torch.float8_e4m3fn
 Q0 = "model.layers.0.self_attn.q_proj.weight"

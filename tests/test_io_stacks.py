@@ -141,7 +141,7 @@ def test_stacks_that_nothing_tells_apart_are_all_taken_and_told(caplog: pytest.L
     )
     selection = select(shapes, RestoreOptions(modules="q"), None)
     assert len(selection.chosen) == 5 and selection.note == note
-    with pytest.raises(OptionError, match=r"--layers 0: several stacks.*regular expression for --modules"):
+    with pytest.raises(OptionError, match=r"layers=.0.: several stacks.*regular expression for modules"):
         select(shapes, RestoreOptions(modules="q", layers="0"), None)
     with caplog.at_level(logging.WARNING):
         basis = SpectralBasis.from_tensors(

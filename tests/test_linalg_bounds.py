@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from rlspec.linalg.angles import principal_sines
-from rlspec.linalg.estimates import perturbation_bound, ritz_bound
+from rlspec.linalg.estimates import ResidualSizes, perturbation_bound, residual_sizes, ritz_bound
 from rlspec.linalg.svd import svd
 
 TRIALS = 125  # of each of eight kinds: 1,000 in all
@@ -96,13 +96,14 @@ def test_ritz_bound_on_a_known_rotation() -> None:
     outside = torch.linalg.eigvalsh(turn[:, 3:].T @ c @ turn[:, 3:]).max()
     coupling = z[:, 2:].T @ residual[:, :2]
     zero = torch.zeros(1, dtype=torch.float64)
-    bound = ritz_bound(theta[None], residual[None], coupling[None], outside[None], zero, 2)
+    sizes = ResidualSizes(len(residual), *residual_sizes(residual[None], coupling[None], 2))
+    bound, _ = ritz_bound(theta[None], sizes, outside[None], zero, 2)
     truth = principal_sines(torch.eye(5, dtype=torch.float64)[:, :2], z[:, :2])[0]
     assert truth <= bound < 3 * truth
     far_only = residual[:, :2].norm() / (theta[1] - outside)
     assert bound > far_only
     # Nothing is known once the rest of the spectrum may reach the cut.
-    assert torch.isinf(ritz_bound(theta[None], residual[None], coupling[None], theta[None, 1], zero, 2))
+    assert torch.isinf(ritz_bound(theta[None], sizes, theta[None, 1], zero, 2)[0])
 
 
 def test_perturbation_bound_is_wedins() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rlspec.linalg import factor
-from rlspec.linalg.factor import full_svd, reference_factors
+from rlspec.linalg import dense
+from rlspec.linalg.dense import thin_svd
+from rlspec.linalg.factor import reference_factors
 
 F64 = torch.float64
 
@@ -23,8 +24,8 @@ def matrix(m: int, n: int, smallest: float) -> torch.Tensor:
 @pytest.mark.parametrize("smallest", [0.3, 1e-3, 1e-4])
 def test_the_gram_route_is_a_float64_decomposition(shape: tuple[int, int], smallest: float) -> None:
     a = matrix(*shape, smallest)
-    assert min(shape) > factor.SMALL and factor._by_gram(a, factor._FLOAT64) is not None
-    u, s, vh = full_svd(a)
+    assert min(shape) > dense.SMALL and dense._mended_svd(a, dense.FLOAT64) is not None
+    u, s, vh = thin_svd(a)
     r = min(shape)
     eye = torch.eye(r, dtype=F64)
     assert float((u.mT @ u - eye).abs().max()) < 1e-12
@@ -40,8 +41,8 @@ def test_the_gram_route_is_a_float64_decomposition(shape: tuple[int, int], small
 @pytest.mark.parametrize("smallest", [1e-7, 1e-12])
 def test_ill_conditioned_matrices_go_to_lapack(smallest: float) -> None:
     a = matrix(400, 400, smallest)
-    assert factor._by_gram(a, factor._FLOAT64) is None
-    u, s, vh = full_svd(a)
+    assert dense._mended_svd(a, dense.FLOAT64) is None
+    u, s, vh = thin_svd(a)
     assert float((u.mT @ u - torch.eye(400, dtype=F64)).abs().max()) < 1e-12
     torch.testing.assert_close(s, torch.linalg.svdvals(a), rtol=1e-6, atol=1e-14)
     assert float(((u * s) @ vh - a).norm()) < 1e-12
@@ -63,7 +64,7 @@ def test_skipping_the_newton_step_costs_orthogonality_where_it_is_needed(
 ) -> None:
     """The twin that must fail: with every departure declared good enough, left vectors are visibly not orthogonal."""
     a = matrix(400, 400, 1e-4)
-    careless = factor._by_gram(a, 1.0)
+    careless = dense._mended_svd(a, 1.0)
     assert careless is not None
     eye = torch.eye(400, dtype=F64)
     assert float((careless[0].mT @ careless[0] - eye).abs().max()) > 1e-11

@@ -64,12 +64,16 @@ def near(found: list[tuple[float, float]], wanted: list[tuple[float, float]]) ->
 
 
 def accuracies_lie_right(page: str, run: Path) -> bool:
+    """A line and a band for each accuracy and each segment, in this order."""
     chart = drawing(page, "deals solved")
-    rows = rows_of(run, "metrics")
+    segments: dict[str, list[dict[str, Any]]] = {}
+    for row in rows_of(run, "metrics"):
+        segments.setdefault(row.get("segment", row["stage"]), []).append(row)
+    wanted = [(prefix, rows) for prefix in ("id", "ood") for rows in segments.values()]
     lines, bands = list(chart.iter("polyline")), list(chart.iter("polygon"))
     dots = [f"{dot.get('cx')},{dot.get('cy')}" for dot in chart.iter("circle")]
     right = [" ".join(dots) == " ".join((line.get("points") or "").strip() for line in lines)]
-    for line, band, prefix in zip(lines, bands, ("id", "ood"), strict=True):
+    for line, band, (prefix, rows) in zip(lines, bands, wanted, strict=True):
         at = [row["global_step"] for row in rows]
         around = [*zip(at, (row[f"{prefix}_high"] for row in rows))]
         around += [*zip(at, (row[f"{prefix}_low"] for row in rows))][::-1]

@@ -75,11 +75,28 @@ def foreign_run(parent: Path, attack: str) -> Path:
         row |= {"stage": stages[row["stage"]], "note": f"{attack}20", "null_random_rad": 0.1}
         if row["module"] == "q":
             row["module"] = f"{attack}19"
+    for row in (*metrics, *spectra):
+        if row["stage"] == "sft":
+            row["segment"] = f"{attack}22"
+        else:
+            row |= {"segment": f"{attack}23", "parent_segment": f"{attack}22", "parent_step": 7}
     write_rows(folder / "metrics.jsonl", metrics)
     write_rows(folder / "spectra.jsonl", spectra)
     events = {name: {"metrics": metrics[-1]} for name in ("sft_peak", "ppo_end", f"{attack}21")}
-    tests = {"sft_end_to_ppo_end": {f"{attack}17": {"n": 5, "p_value": 0.5}}}
-    (folder / "summary.json").write_text(json.dumps({"events": events, "tests": tests}))
+    branch = f"{attack}23"
+    tests = {
+        f"{branch}_start_to_{branch}_end": {f"{attack}17": {"n": 5, "p_value": 0.5, "gained": 1, "lost": 0}}
+    }
+    gain = {
+        "n": 5,
+        "p_value": 0.5,
+        "first_gain": 0.1,
+        "second_gain": 0.2,
+        "more_in_first": 1,
+        "more_in_second": 2,
+    }
+    gains = {f"{branch}_and_{branch}": {f"{attack}17": gain}}
+    (folder / "summary.json").write_text(json.dumps({"events": events, "tests": tests, "gains": gains}))
     return folder
 
 
@@ -92,12 +109,10 @@ def test_no_text_of_a_foreign_folder_becomes_markup(tmp_path: Path) -> None:
     plain, hostile = page_of(tmp_path / "a", "word"), page_of(tmp_path / "b", ATTACK)
     assert hostile.elements == plain.elements
     text = "\n".join(hostile.texts)
-    reached = [
-        number
-        for number in range(10, 21)
-        if ATTACK.replace("/", "-" if number == 10 else "/") + str(number) in text
-    ]
-    assert reached == list(range(10, 21))
+    shown = {number: f"{ATTACK}{number}" for number in (*range(10, 21), 22, 23)}
+    shown[10] = shown[10].replace("/", "-")  # a folder's name
+    shown[18] = shown[18].upper()  # a stage's title
+    assert [number for number, word in shown.items() if word not in text] == []
     assert f"{ATTACK}21" not in text  # no event of ours
 
 

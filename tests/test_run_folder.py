@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from rlspec.errors import RunFolderError
+from rlspec.io.jsonl import append_rows, keep_rows, read_rows, repair
 from rlspec.run.folder import RunFolder
-from rlspec.run.jsonl import append_rows, keep_rows, read_rows, repair
+from rlspec.run.segments import event_of
 from rlspec.run.tensorboard import TensorBoardLog
 
 
@@ -85,7 +86,9 @@ def test_two_processes_cannot_write_one_run(tmp_path: Path) -> None:
 
 
 def _event(folder: RunFolder, stage: str, step: int, *, complete: bool = True) -> None:
-    place = {"stage": stage, "step": step}
+    place: dict[str, object] = {"stage": stage, "step": step}
+    if "-" in stage:
+        place = {"segment": stage, "stage": stage.split("-")[0], "step": step}
     for path in (folder.arrays_path(stage, step), folder.checkpoint_dir(stage, step) / "model.safetensors"):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x")
@@ -116,6 +119,21 @@ def test_rewind_drops_late_and_incomplete_events(tmp_path: Path) -> None:
     assert sorted(path.name for path in (folder.path / "checkpoints").iterdir()) == ["sft-0", "sft-50"]
     folder.rewind([])
     assert folder.metrics() == folder.evals() == []
+
+
+def test_rewind_knows_branches_apart(tmp_path: Path) -> None:
+    """Two branches have the same stage and the same steps."""
+    folder = RunFolder.create(tmp_path / "run", {})
+    _event(folder, "sft", 100)
+    for segment in ("ppo-from-50", "ppo-from-100"):
+        for step in (0, 5):
+            _event(folder, segment, step)
+    folder.rewind([("sft", 100), ("ppo-from-50", 5), ("ppo-from-100", 0)])
+    wanted = [("sft", 100), ("ppo-from-50", 0), ("ppo-from-50", 5), ("ppo-from-100", 0)]
+    for rows in (folder.metrics(), folder.spectra(), folder.evals()):
+        assert [event_of(row) for row in rows] == wanted
+    assert folder.checkpoint_dir("ppo-from-50", 5).exists()
+    assert not folder.checkpoint_dir("ppo-from-100", 5).exists()
 
 
 def _begun_run(tmp_path: Path) -> RunFolder:
@@ -200,12 +218,14 @@ def test_rewind_refuses_to_remove_or_replace_the_users_work(
 
 def test_event_files_of_others_stay(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", {})
-    folder.tensorboard_dir.mkdir()
-    other = folder.tensorboard_dir / "events.out.tfevents.1.host.1.0"
+    events = folder.tensorboard_dir / "sft"
+    events.mkdir(parents=True)
+    other = events / "events.out.tfevents.1.host.1.0"
     other.write_text("mine")
+    row = {"stage": "sft", "step": 0, "global_step": 0}
     for _ in range(2):
-        TensorBoardLog(folder.tensorboard_dir, [], [], folder.manifest).close()
-        assert len(list(folder.tensorboard_dir.iterdir())) == 2
+        TensorBoardLog(folder.tensorboard_dir, [row], [], folder.manifest).close()
+        assert len(list(events.iterdir())) == 2
     assert other.read_text() == "mine"
 
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 import rlspec
 from rlspec.errors import CheckpointError, OptionError, RunFolderError, TensorError
-from rlspec.series import Series
-from rlspec.series import job as jobs
-from rlspec.series.checkpoints import Checkpoint, find_checkpoints, labels
-from rlspec.series.stacks import stack_bytes
+from rlspec.jobs.series import Series
+from rlspec.jobs.series import job as jobs
+from rlspec.jobs.series.checkpoints import Checkpoint, find_checkpoints, labels
+from rlspec.jobs.series.stacks import stack_bytes
 from rlspec.spectra import SpectralBasis, SpectralTracker
 from rlspec.spectra.table import COLUMNS
 
@@ -370,5 +370,5 @@ def test_a_data_frame_of_all_rows(run: Path) -> None:
 
 
 def test_without_pandas_the_message_says_what_to_install() -> None:
-    done = run_without("pandas", "from rlspec.series import Series; Series([]).to_pandas()")
+    done = run_without("pandas", "from rlspec.jobs.series import Series; Series([]).to_pandas()")
     assert done.stderr.splitlines()[-1].endswith("not installed: pip install 'rlspec[pandas]'")

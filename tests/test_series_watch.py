@@ -16,9 +16,9 @@ from restore_toys import rewrite, save_model, tune
 import rlspec
 from rlspec.cli.main import main
 from rlspec.errors import CheckpointError
-from rlspec.series import watch as watching
-from rlspec.series.job import Job
-from rlspec.series.watch import watch
+from rlspec.jobs.series import watch as watching
+from rlspec.jobs.series.job import Job
+from rlspec.jobs.series.watch import watch
 
 
 @pytest.fixture(autouse=True)

@@ -12,8 +12,8 @@ from transformers import DynamicCache
 
 from rlspec.train import KLProbe, PPOConfig, SFTConfig, padding, train_ppo, train_sft
 from rlspec.train.cache import Reader, keep_rows
+from rlspec.train.generate import generate
 from rlspec.train.padding import padding_is_inert
-from rlspec.train.rollout import generate
 from rlspec.train.sft import sft_batch
 
 LINEAR = {

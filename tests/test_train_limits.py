@@ -22,8 +22,8 @@ from rlspec.cli.main import main
 from rlspec.errors import CheckpointError, OptionError
 from rlspec.train import SFTConfig, train_sft
 from rlspec.train.encode import pad_id
+from rlspec.train.generate import generate
 from rlspec.train.limits import Needs, position_limit
-from rlspec.train.rollout import generate
 
 TABLES: dict[str, dict[str, Any]] = {
     "gpt2": {},

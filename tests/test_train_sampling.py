@@ -10,7 +10,8 @@ from rlspec.tasks.base import evaluation_problems
 from rlspec.train.batch import answer_forward, collate, split_by_length
 from rlspec.train.encode import decode_answer, encode_answer, encode_example, encode_prompt
 from rlspec.train.evaluate import evaluate
-from rlspec.train.rollout import generate, play
+from rlspec.train.generate import generate
+from rlspec.train.rollout import play
 from rlspec.train.sampling import choose, sampling_logprobs
 
 TOKENIZER = toy_tokenizer()

@@ -12,7 +12,7 @@ from train_toys import byte_tokenizer, toy_model
 from rlspec.cli.main import main
 from rlspec.errors import CheckpointError
 from rlspec.train.encode import decode_answer, encode_answer, encode_example, encode_prompt, stop_ids
-from rlspec.train.rollout import generate
+from rlspec.train.generate import generate
 from rlspec.train.template import Closing, closing, render
 
 QUESTION = [{"role": "user", "content": "cards 3 4 5 6"}]

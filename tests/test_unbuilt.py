@@ -51,6 +51,17 @@ def test_a_command_that_needs_the_extension_says_what_to_do(checkout: Path) -> N
     assert DO in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_weights_in_memory_are_measured_without_the_extension(checkout: Path) -> None:
+    code = (
+        "import torch; from rlspec import SpectralBasis, SpectralTracker\n"
+        "weights = {'model.layers.0.self_attn.q_proj.weight': torch.eye(4)}\n"
+        "basis = SpectralBasis.from_tensors(weights, modules='q', rank=2)\n"
+        "print(SpectralTracker(basis).measure(weights, step=1).rows[0]['delta_frobenius']); raise SystemExit"
+    )
+    done = run(checkout, first=code)
+    assert done.stdout == "0.0\n", done.stderr
+
+
 def test_an_extension_that_does_not_load_says_why(checkout: Path, tmp_path: Path) -> None:
     from rlspec import _C
 

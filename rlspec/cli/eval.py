@@ -55,7 +55,7 @@ def command(
         device=device,
         threads=threads,
     )
-    from rlspec.run.evaluation import evaluate_models, evaluation_lines
+    from rlspec.jobs.eval import evaluate_models, evaluation_lines
 
     result = evaluate_models(config, compare=compare, json_file=json_file)
     for line in evaluation_lines(result):

@@ -54,7 +54,7 @@ def command(checkpoints: tuple[Path, ...], base: Path, out: Path, watch: bool, *
         if watch:
             _watch(checkpoints, base, out, bar, settings)
             return
-        from rlspec.series import measure
+        from rlspec.jobs.series import measure
 
         series = measure(base, checkpoints, out=out, on_matrix=bar, **settings)
     except KeyboardInterrupt as stop:
@@ -69,8 +69,8 @@ def command(checkpoints: tuple[Path, ...], base: Path, out: Path, watch: bool, *
 
 def _watch(paths: tuple[Path, ...], base: Path, out: Path, bar: Any, settings: dict[str, Any]) -> None:
     from rlspec.cli.measure_text import series_lines
-    from rlspec.series.job import Job
-    from rlspec.series.watch import watch
+    from rlspec.jobs.series.job import Job
+    from rlspec.jobs.series.watch import watch
 
     def warn(message: str) -> None:
         bar.close()

@@ -8,8 +8,8 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
-from rlspec.report.data import mean
-from rlspec.series.result import CheckpointSpectra
+from rlspec.jobs.series.result import CheckpointSpectra
+from rlspec.run.rows import mean
 
 # Heading -> column whose mean over the matrices it is.
 _MEANS = {

@@ -58,6 +58,7 @@ _FOLDER = click.Path(path_type=Path)
 @click.option(
     "--memory-gib", default=2.0, show_default=True, help="Memory for tensors and decompositions, GiB."
 )
+@click.option("--device", default="auto", show_default=True, help="auto, cpu, cuda or cuda:<index>.")
 @click.option("--exact", is_flag=True, help="LAPACK in float64 for everything; slow.")
 @click.option("--resume", is_flag=True, help="Finish an interrupted restoration of the same inputs.")
 @click.option("--overwrite", is_flag=True, help="Replace --out where it exists.")

@@ -54,7 +54,12 @@ def _setting(name: str, kind: Any, text: str, default: str | None = None) -> Any
     "PPO learning rate.",
     f"{_DEFAULTS.ppo_learning_rate} for the embedded model, else 1e-06",
 )
-@_setting("ppo_from", int, "Start PPO from this tracked SFT step.", "the last")
+@_setting(
+    "ppo_from",
+    str,
+    "SFT steps to start PPO from, a branch each, as in 100,300.",
+    f"{','.join(map(str, _DEFAULTS.ppo_from or ()))} for the embedded model, else the last",
+)
 @_setting(
     "rank",
     str,
@@ -75,9 +80,9 @@ def _setting(name: str, kind: Any, text: str, default: str | None = None) -> Any
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out with its own settings.")
 def command(out: Path | None, config_file: Path | None, resume: bool, **flags: Any) -> None:
-    """Train a model on a task, SFT first and PPO from there, and track how its weights' singular values and
-    singular vectors move against the start. Leaves a run folder with report.html; Ctrl-C or SIGTERM leaves one
-    that --resume continues."""
+    """Train a model on a task, SFT first and PPO from one or more of its steps, and track how its weights' singular
+    values and singular vectors move against the start. Leaves a run folder with report.html; Ctrl-C or SIGTERM
+    leaves one that --resume continues."""
     given = {name: value for name, value in flags.items() if value is not None}
     from_file = read_config_file(config_file) if config_file else {}
 
@@ -85,7 +90,7 @@ def command(out: Path | None, config_file: Path | None, resume: bool, **flags: A
 
     config = resolve_settings(given, from_file, config_file=config_file, out=out, resume=resume)
 
-    from rlspec.run.experiment import Interrupted, run_track
+    from rlspec.jobs.track import Interrupted, run_track
 
     try:
         run_track(config, out, resume=resume)

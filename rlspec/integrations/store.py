@@ -17,15 +17,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from rlspec.errors import RunFolderError
 from rlspec.io.files import read_json_object, replacing, write_atomically
 from rlspec.io.index import SINGLE_FILE
+from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
 from rlspec.io.projections import find_projections
-from rlspec.run.jsonl import Row, append_rows, keep_rows, read_rows, repair
-from rlspec.spectra.sources import open_weights
+from rlspec.io.weights import open_weights
 
 
 class TrackingFolder:
@@ -98,12 +99,16 @@ class TrackingFolder:
         """
         weights = open_weights(model)
         config = weights.config()
-        names = {p.tensor: None for p in find_projections(weights.shapes(), modules, config)}
+        shapes = weights.shapes()
+        tensors: dict[str, Tensor] = {}
+        for projection, matrix in weights.stream(find_projections(shapes, modules, config)):
+            # Of a fused tensor what is not tracked stays zero.
+            if projection.tensor not in tensors:
+                tensors[projection.tensor] = torch.zeros(shapes[projection.tensor], dtype=matrix.dtype)
+            projection.put(tensors[projection.tensor], matrix.cpu())
         self.reference.mkdir(exist_ok=True)
         if config is not None:  # how fused projections are laid out
             write_atomically(self.reference / "config.json", json.dumps(config, default=str).encode())
-        # A copy of each: tensors that share their memory are refused there.
-        tensors = {name: weights.tensor(name).cpu().contiguous().clone() for name in names}
         with replacing(self.reference / SINGLE_FILE) as temporary:
             save_file(tensors, temporary, metadata={"format": "pt"})
 

@@ -20,10 +20,11 @@ from rlspec.errors import OptionError, RlspecError, RunFolderError, TensorError
 from rlspec.integrations.budget import Pace, parse_budget
 from rlspec.integrations.store import TrackingFolder
 from rlspec.io.index import CheckpointIndex
+from rlspec.io.jsonl import Row
 from rlspec.io.projections import parse_modules
 from rlspec.linalg.rank import Rank, RankLike
-from rlspec.report.data import by_event, mean
-from rlspec.run.jsonl import Row
+from rlspec.report.data import by_event
+from rlspec.run.rows import mean
 from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
 from rlspec.train.callbacks import undisturbed

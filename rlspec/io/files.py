@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlspec import _C
 from rlspec.errors import CheckpointError
 
 # How the names of the files end, beside the weights, that loaders of a model read.
@@ -84,6 +83,9 @@ def refuse_lfs_pointers(files: Iterable[Path]) -> None:
     Raises:
         CheckpointError: one is a pointer, or cannot be read.
     """
+    # Imported here: commands that need no compiled extension write files too, and say so where it is missing.
+    from rlspec import _C
+
     for path in files:
         if path.suffix not in _LOADED:
             continue

@@ -77,6 +77,12 @@ class OutputFiles:
         os.replace(output.temporary, path)
         sync_folder(path.parent)
 
+    def close(self) -> None:
+        """Let go of every file, finished or not, also where an error in flight still refers to this."""
+        with self._lock:
+            for output in self._outputs.values():
+                output.handle = None
+
     def _open(self, output: _Output, size: int | None) -> _C.OutputFile:
         self._close_idle()
         name = os.fsencode(output.temporary)

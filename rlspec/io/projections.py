@@ -15,6 +15,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -33,6 +34,9 @@ from rlspec.io.fused import (
 )
 from rlspec.io.quantised import unknown_scheme
 from rlspec.io.stacks import LanguageModel, Stack, in_tower, tell_apart, text_config
+
+if TYPE_CHECKING:  # it needs the compiled extension, which tensors in memory do not
+    from rlspec.io.index import CheckpointIndex
 
 #: The module names that may be asked for, in the order in which results list them.
 MODULES = ("q", "k", "v", "o", "mlp", "embed", "lm_head")
@@ -190,6 +194,12 @@ def language_model(names_to_shapes: Mapping[str, Shape], config: Config | None =
             known = tuple(shape) if modules_in(name, shape) else None
             stacks.setdefault(prefix, Stack(prefix)).add(int(match[1]), known)
     return tell_apart(stacks.values(), config)
+
+
+def model_of(index: CheckpointIndex) -> LanguageModel:
+    """The language model of a checkpoint on disk."""
+    shapes = {name: tuple(entry.shape) for name, entry in index.tensors.items()}
+    return language_model(shapes, read_config(index.path))
 
 
 def layer_of(name: str) -> int | None:

@@ -73,10 +73,12 @@ class CheckpointWriter:
         todo = [layout for layout in layouts if finished.get(layout.name) != layout.size]
         self._stop = threading.Event()
         self._lock = threading.Lock()
-        files = OutputFiles()
+        self._files = OutputFiles()
         try:
             self._check_space(todo)
-            self._shards = [_Shard(layout, self._staging, files, self._stop, self._lock) for layout in todo]
+            self._shards = [
+                _Shard(layout, self._staging, self._files, self._stop, self._lock) for layout in todo
+            ]
         except BaseException:
             self._staging.close()
             raise
@@ -191,6 +193,7 @@ class CheckpointWriter:
         """
         self._stop.set()
         self._thread.shutdown(cancel_futures=True)
+        self._files.close()
         self._staging.close(keep=keep)
 
     @property

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import TensorError
+from rlspec.linalg.dense import lapack_values
 
 # Above this departure from orthonormality the columns are not a rounded orthonormal basis, they are something else.
 # A basis rounded to bfloat16 departs by about 1e-2.
@@ -59,8 +60,8 @@ def _sines_and_cosines(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
         a, b = b, a
     a, b = _polish(a), _polish(b)
     cross = a.mT @ b
-    sines = torch.linalg.svdvals(b - a @ cross).clamp(0.0, 1.0)
-    cosines = torch.linalg.svdvals(cross).flip(-1).clamp(0.0, 1.0)
+    sines = lapack_values(b - a @ cross).clamp(0.0, 1.0)
+    cosines = lapack_values(cross).flip(-1).clamp(0.0, 1.0)
     return sines, cosines
 
 

@@ -40,8 +40,9 @@ def filter_sketch(apply: Operator, y: Tensor, edge: Tensor, degree: int) -> Tens
     Args:
         apply: ``C``, (b, n, l) to (b, n, l).
         y: (b, n, l).
-        edge: upper end of the part to suppress, (b, 1, 1), positive.
+        edge: upper end of the part to suppress, (b, 1, 1), positive, on the host.
     """
+    edge = edge.to(y.device)
     previous, current = y, apply(y) * (2 / edge) - y
     for _ in range(degree - 1):
         step = apply(current)
@@ -61,19 +62,20 @@ def filter_correction(
         apply: ``C``, (b, n, l) to (b, n, l).
         z: Ritz vectors, (b, n, l), sorted by descending Ritz value.
         residual: (b, n, l).
-        theta: Ritz values (b, l).
-        edge: (b, 1, 1), positive.
+        theta: Ritz values (b, l), on the host.
+        edge: (b, 1, 1), positive, on the host.
 
     Returns:
         (b, n, l), columns of length one, not orthogonal.
     """
     x = 2 * theta.to(z.dtype).unsqueeze(-2) / edge - 1
-    active = x > 1
-    count = int(active.sum(-1).max())
+    count = int((x > 1).sum(-1).max())
     if count == 0:
         return z
     count = aligned(count, z.shape[-1])
-    x = x[..., :count].clamp_min(1.0)
+    x, edge = x[..., :count].to(z.device), edge.to(z.device)
+    active = x > 1
+    x = x.clamp_min(1.0)
     residual = residual[..., :count]
     # With g_i = T_i(x) and correction D_i = T_i(C) z - g_i z, the scaled D_i/g_i needs only the ratios g_{i-1}/g_i.
     ratio = 1 / x
@@ -86,5 +88,5 @@ def filter_correction(
         step.addcmul_(residual, 4 / edge * following).addcmul_(previous, ratio * following, value=-1)
         previous, current, ratio = current, step, following
     out = z.clone()
-    out[..., :count] += torch.where(active[..., :count], current, torch.zeros_like(current))
+    out[..., :count] += torch.where(active, current, torch.zeros_like(current))
     return out / out.norm(dim=-2, keepdim=True)

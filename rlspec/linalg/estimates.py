@@ -10,15 +10,40 @@ Axes: ``b`` batch, ``n`` dimension, ``k`` wanted columns, ``p >= k`` columns of 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 
+@dataclass(frozen=True)
+class ResidualSizes:
+    """Lengths in the residual of Ritz vectors, float64: ``wanted`` (b,) of the first k columns together, ``others`` (b,
+    p - k) of each that follows, ``total`` (b,), ``coupling`` (b, p - k) of each row of Z2ᵀ R1; ``rows`` is n."""
+
+    rows: int
+    wanted: Tensor
+    others: Tensor
+    total: Tensor
+    coupling: Tensor
+
+
+def residual_sizes(residual: Tensor, coupling: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of :class:`ResidualSizes`, where the residual is.
+
+    Args:
+        residual: ``C Z - Z theta``, (b, n, p).
+        coupling: ``Z2ᵀ R1``, (b, p - k, k): what rounding leaves of an exact zero.
+        k: 1 <= k <= p.
+    """
+    others, rows = residual[..., k:].double().norm(dim=-2), coupling.double().norm(dim=-1)
+    return _length(residual[..., :k]), others, _length(residual), rows
+
+
 def ritz_bound(
-    theta: Tensor, residual: Tensor, coupling: Tensor, outside: Tensor, noise: Tensor, k: int
-) -> Tensor:
-    """Bound for Rayleigh-Ritz approximations to the leading eigenspace of a symmetric ``C``.
+    theta: Tensor, sizes: ResidualSizes, outside: Tensor, noise: Tensor, k: int
+) -> tuple[Tensor, Tensor]:
+    """Bounds for Rayleigh-Ritz approximations to the leading eigenspace of a symmetric ``C``.
 
     Let Z = [Z1 Z2] be the Ritz vectors (k and p - k of them), Z3 the rest of the space, and X1, X2, X3 the blocks of
     the true leading eigenspace. Rows 2 and 3 of the eigen-equation are Sylvester equations with separated spectra:
@@ -32,30 +57,30 @@ def ritz_bound(
 
     Args:
         theta: Ritz values (b, p), descending.
-        residual: ``C Z - Z theta``, (b, n, p).
-        coupling: ``Z2ᵀ R1``, (b, p - k, k): what rounding leaves of an exact zero.
+        sizes: of the residual ``C Z - Z theta``.
         outside: upper bound on the largest eigenvalue of C on the complement of Z, (b,).
         noise: bound on the length of a residual's own rounding error, (b,).
         k: 1 <= k <= p.
 
     Returns:
-        (b,) float64, infinite where the two equations certify nothing.
+        The bound for Z1, and the bound on the distance of the true leading eigenspace from the span of Z alone, which
+        asks for no gap at the cut; (b,) float64 each, infinite where nothing is certified.
     """
     theta = theta.double()
     noise = noise.double()
-    wanted = _length(residual[..., :k]) + noise
+    wanted = sizes.wanted + noise
     far = theta[:, k - 1] - outside.double() - noise
-    alone = torch.where(far > 0, wanted / far, torch.full_like(far, math.inf))
+    alone = _finite_or_infinite(torch.where(far > 0, wanted / far, torch.full_like(far, math.inf)))
     if theta.shape[-1] == k:
-        return _finite_or_infinite(alone)
+        return alone, alone
     near = theta[:, k - 1, None] - theta[:, k:] - noise[:, None]
     separated = (near > 0).all(-1) & (far > 0)
     weight = torch.where(near > 0, 1 / near.clamp_min(1e-300), torch.zeros_like(near))
-    lengths = residual[..., k:].double().norm(dim=-2) + noise[:, None]
+    lengths = sizes.others + noise[:, None]
     spread = (lengths * weight).square().sum(-1).sqrt()
     feedback = (lengths.square() * weight).sum(-1)
-    rounding = noise[:, None] / math.sqrt(residual.shape[-2])
-    mixed = (coupling.double().norm(dim=-1) + rounding) * weight
+    rounding = noise[:, None] / math.sqrt(sizes.rows)
+    mixed = (sizes.coupling + rounding) * weight
     mixing = mixed.norm(dim=-1)
     # |X2| <= spread |X3| + mixing, and far |X3| <= wanted + feedback |X3| + sum_i |r_i| |h_i| / (theta_k - theta_i)
     remaining = far - feedback
@@ -64,7 +89,7 @@ def ritz_bound(
     bound = torch.where(
         separated & (remaining > 0), (x2.square() + x3.square()).sqrt(), torch.full_like(x3, math.inf)
     )
-    return _finite_or_infinite(bound)
+    return _finite_or_infinite(bound), alone
 
 
 def perturbation_bound(sigma: Tensor, k: int, error: Tensor, *, whole: bool) -> Tensor:

@@ -1,36 +1,20 @@
-"""Gram matrices and orthonormalisation out of matrix products.
+"""Orthonormalisation out of matrix products.
 
 Axes: ``m`` rows, ``n`` columns, leading dimensions are a batch.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
-# Below this width a block costs more in calls than its symmetry saves.
-_SMALLEST_BLOCK = 384
+from rlspec.linalg.dense import householder
+from rlspec.linalg.products import gram
 
-
-def gram(a: Tensor, depth: int = 2) -> Tensor:
-    """``aᵀ a``, shape (..., n, n), with 5/8 of the products by computing off-diagonal blocks once.
-
-    Args:
-        a: shape (..., m, n).
-        depth: how often to halve the columns; torch exposes no ``syrk``.
-    """
-    n = a.shape[-1]
-    if depth == 0 or n < 2 * _SMALLEST_BLOCK:
-        return a.mT @ a
-    half = n // 2
-    out = a.new_empty(*a.shape[:-2], n, n)
-    left, right = a[..., :half], a[..., half:]
-    out[..., :half, :half] = gram(left, depth - 1)
-    out[..., half:, half:] = gram(right, depth - 1)
-    cross = left.mT @ right
-    out[..., :half, half:] = cross
-    out[..., half:, :half] = cross.mT
-    return out
+# The largest departure from orthonormal, entry by entry, of what a first pass got anywhere with.
+_SQUARED = 0.1
 
 
 def well_conditioned(y: Tensor) -> Tensor:
@@ -50,27 +34,35 @@ def well_conditioned(y: Tensor) -> Tensor:
 
 
 def orthonormal(y: Tensor) -> Tensor:
-    """An orthonormal basis of the columns of ``y`` (..., n, l): CholeskyQR twice, Householder where that fails."""
+    """An orthonormal basis of the columns of each ``y`` (..., n, l): CholeskyQR twice, Householder where that fails."""
+    q, good = _cholesky_qr(y)
+    q, again = _cholesky_qr(q, most=_SQUARED)
+    good = good & again
+    if not bool(good.all()):
+        q[~good] = householder(y[~good])[0]
+    return q
+
+
+def _cholesky_qr(y: Tensor, most: float = math.inf) -> tuple[Tensor, Tensor]:
+    """``y R⁻¹`` with RᵀR = yᵀy, and where that worked (...): the factor exists, and yᵀy departs from the identity by less
+    than ``most``."""
     moments = gram(y).to(torch.float64)
     upper, info = torch.linalg.cholesky_ex(moments, upper=True)
-    if bool((info == 0).all()):
-        q = torch.linalg.solve_triangular(upper.to(y.dtype), y, upper=True, left=False)
-        moments = gram(q).to(torch.float64)
-        eye = torch.eye(q.shape[-1], dtype=torch.float64, device=q.device)
-        # The second pass squares the departure, provided that the first one got anywhere.
-        if bool(((moments - eye).abs().amax(dim=(-2, -1)) < 0.1).all()):
-            upper = torch.linalg.cholesky(moments, upper=True)
-            return torch.linalg.solve_triangular(upper.to(y.dtype), q, upper=True, left=False)
-    return torch.linalg.qr(y)[0]
+    q = torch.linalg.solve_triangular(upper.to(y.dtype), y, upper=True, left=False)
+    eye = torch.eye(y.shape[-1], dtype=torch.float64, device=y.device)
+    return q, (info == 0) & ((moments - eye).abs().amax(dim=(-2, -1)) < most)
 
 
 def _shifted_cholesky(moments: Tensor, shift: float) -> Tensor:
-    """Upper Cholesky factor of ``moments + shift·max(diag)·I``, the shift raised until it succeeds."""
+    """Upper Cholesky factor of ``moments + shift·max(diag)·I``, each matrix's shift raised until it succeeds."""
     eye = torch.eye(moments.shape[-1], dtype=moments.dtype, device=moments.device)
     scale = moments.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    shifts = torch.full_like(scale, shift)
     while True:
-        upper, info = torch.linalg.cholesky_ex(moments + shift * scale * eye, upper=True)
-        if bool((info == 0).all()) or shift > 1:
+        upper, info = torch.linalg.cholesky_ex(moments + shifts * scale * eye, upper=True)
+        failed = (info != 0)[..., None, None]
+        if shift > 1 or not bool(failed.any()):
             return upper
         shift *= 100
+        shifts = torch.where(failed, shifts * 100, shifts)

@@ -5,6 +5,9 @@ times. At a share of 20 % of an attention weight's singular values the spectrum 
 hopelessly slowly. Here the sketch is half as wide again as the wanted space, each product counts as a degree of a
 Chebyshev polynomial, and every round after the first filters the correction only (see :mod:`.chebyshev`).
 
+On a device the blocks stay there, and matrices of a batch advance together: the host sees Ritz values and lengths, and
+decides. It waits three times before the first round and three times in each.
+
 Axes: ``b`` batch, ``m >= n`` rows and columns, ``k`` wanted, ``l`` sketch columns, ``p`` columns with known residual.
 """
 
@@ -18,10 +21,12 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.chebyshev import Operator, degree_for, filter_correction, filter_sketch, growth
-from rlspec.linalg.estimates import ritz_bound
-from rlspec.linalg.lanczos import norm_bound, random_start, spectrum_quantiles
-from rlspec.linalg.orth import gram, orthonormal, well_conditioned
-from rlspec.linalg.products import ALIGNED, transposed_product
+from rlspec.linalg.dense import pencil
+from rlspec.linalg.estimates import ResidualSizes, residual_sizes, ritz_bound
+from rlspec.linalg.lanczos import norm_bound, random_start, spectrum_quantiles, tridiagonal
+from rlspec.linalg.orth import orthonormal, well_conditioned
+from rlspec.linalg.products import ALIGNED, gram, transposed_product
+from rlspec.linalg.transfer import to_host
 
 _MAX_SKETCH_DEGREE = 6
 # Of the filter for columns that start near the wanted ones. What comes beside them is filtered as a sketch is: with less,
@@ -36,7 +41,8 @@ _MAX_LOG_TAKEOVER = math.log(300.0)
 
 @dataclass(frozen=True)
 class Leading:
-    """Leading triplets of a batch: u (b, m, k), s (b, k), v (b, n, k), bound (b,), accepted (b,) bool, rounds."""
+    """Leading triplets of a batch: u (b, m, k), s (b, k), v (b, n, k); on the host ``bound`` (b,) float64 and
+    ``accepted`` (b,) bool."""
 
     u: Tensor
     s: Tensor
@@ -84,7 +90,7 @@ def leading_svd(
     eps = torch.finfo(a.dtype).eps
     edge = torch.maximum(quantiles[:, 1], 4 * eps * top)
     edge = torch.where(edge > 0, edge, torch.ones_like(edge))  # a zero matrix has no edge
-    edge = edge.to(a.dtype)[:, None, None]
+    edge = edge.to(a.dtype)[:, None, None]  # on the host, like all that decisions are made from
 
     signs = torch.randint(0, 2, (b, n, width), generator=generator).to(a).mul_(2).sub_(1)
     given = 0 if start is None else start.shape[-1]
@@ -94,7 +100,7 @@ def leading_svd(
     y = well_conditioned(y)
     y, image, theta, q = _rayleigh_ritz(y, apply, lambda y, image: y.mT @ image, a.dtype)
     z = y @ q
-    residual = image @ q - z * theta.to(z.dtype).unsqueeze(-2)
+    residual = image @ q - z * theta.to(z).unsqueeze(-2)
 
     resolution = 100 * eps * theta[:, 0]
     before = torch.full_like(top, math.inf)
@@ -112,9 +118,9 @@ def leading_svd(
         if bool((accepted | ~resolved | stalled).all()) or rounds == max_rounds:
             break
         before = alone
-        residual = apply(z) - z * theta.to(z.dtype).unsqueeze(-2)
+        residual = apply(z) - z * theta.to(z).unsqueeze(-2)
     s = theta[:, :k].clamp_min(0).sqrt()
-    return Leading(u=u, s=s.to(a.dtype), v=z[..., :k], bound=bound, accepted=accepted, rounds=rounds)
+    return Leading(u=u, s=s.to(a), v=z[..., :k], bound=bound, accepted=accepted, rounds=rounds)
 
 
 def _operator(a: Tensor, width: int) -> Operator:
@@ -148,7 +154,8 @@ def _degree(theta: Tensor, residual: Tensor, edge: Tensor, k: int, tol: float) -
     edge = edge.reshape(-1, 1).double()
     wanted, middle = theta[:, :k].double(), theta[:, [(k + theta.shape[-1]) // 2]].double()
     distance = (wanted - edge).clamp_min(1e-3 * edge)
-    error = (residual[..., :k].norm(dim=-2).double() / distance).clamp(1e-7, 1.0)
+    (lengths,) = to_host([residual[..., :k].norm(dim=-2)])
+    error = (lengths.double() / distance).clamp(1e-7, 1.0)
     x, x_middle = ((2 * value / edge - 1).clamp_min(1.0 + 1e-3) for value in (wanted, middle))
     degree = degree_for(error * (_SAFETY / tol), x, _MAX_DEGREE)
     missing = error.clamp_min(8 * torch.finfo(residual.dtype).eps).log()
@@ -165,30 +172,17 @@ def _rayleigh_ritz(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Rayleigh-Ritz on columns that need not be orthonormal.
 
-    Returns the (orthonormalised if need be) columns y and their image, Ritz values (b, l) descending in float64, and
-    the coefficients q (b, l, l) of the Ritz vectors ``y q``.
+    Returns the (orthonormalised if need be) columns y and their image, Ritz values (b, l) descending in float64
+    on the host, and the coefficients q (b, l, l) of the Ritz vectors ``y q``.
     """
     try:
         image = image_of(y)
-        theta, q = _small_pencil(gram(y), stiffness_of(y, image), eigen_dtype)
+        theta, q = pencil(gram(y), stiffness_of(y, image), eigen_dtype)
     except torch.linalg.LinAlgError:
         y = orthonormal(y)
         image = image_of(y)
-        theta, q = _small_pencil(gram(y), stiffness_of(y, image), eigen_dtype)
+        theta, q = pencil(gram(y), stiffness_of(y, image), eigen_dtype)
     return y, image, theta, q.to(y.dtype)
-
-
-def _small_pencil(moments: Tensor, stiffness: Tensor, eigen_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Solve ``stiffness q = moments q theta`` (b, l, l), theta descending; the transformation runs in float64."""
-    moments, stiffness = moments.double(), stiffness.double()
-    lower, info = torch.linalg.cholesky_ex(moments)
-    if bool((info != 0).any()):
-        raise torch.linalg.LinAlgError("basis is singular to working precision")
-    half = torch.linalg.solve_triangular(lower, stiffness, upper=False)
-    core = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    theta, q = torch.linalg.eigh(((core + core.mT) / 2).to(eigen_dtype))
-    q = torch.linalg.solve_triangular(lower.mT, q.flip(-1).double(), upper=True)
-    return theta.flip(-1).double(), q
 
 
 def _measure(
@@ -196,15 +190,15 @@ def _measure(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Rayleigh-Ritz with A itself, and how good it is.
 
-    Returns u (b, m, k), all Ritz vectors z (b, n, l), theta (b, l) float64, the bound, and the bound on the distance
-    of the wanted vectors from the searched space alone, (b,) each.
+    Returns u (b, m, k), all Ritz vectors z (b, n, l), and on the host theta (b, l) float64, the bound, and the bound on
+    the distance of the wanted vectors from the searched space alone, (b,) each.
     """
     y, image, theta, q = _rayleigh_ritz(y, lambda y: a @ y, lambda _, image: gram(image), torch.float64)
     z = y @ q
     p = max(k, (k + y.shape[-1]) // 2 // ALIGNED * ALIGNED)
     image = image @ q[..., :p]
     s = theta[:, :p].clamp_min(0).sqrt().unsqueeze(-2)
-    safe = s.clamp_min(torch.finfo(a.dtype).tiny).to(a.dtype)
+    safe = s.clamp_min(torch.finfo(a.dtype).tiny).to(a)
     # Aᵀ(A z)/s - z s, then times s: rounding stays relative to sigma_1 sigma_j rather than sigma_1 squared.
     residual = ((a.mT @ (image / safe)) - z[..., :p] * safe) * safe
     eps = torch.finfo(a.dtype).eps
@@ -216,13 +210,14 @@ def _measure(
 
     # Lanczos vectors that start outside the searched space stay there when every product is cleared of it.
     start = clear(random_start(z.shape[0], z.shape[1], generator, a))
-    beyond = norm_bound(lambda w: clear(apply(w)), start, z.shape[1] - p)
-    beyond = beyond + 4 * eps * theta[:, 0]
+    steps = tridiagonal(lambda w: clear(apply(w)), start)
     coupling = inner[..., k:].mT @ residual[..., :k]
-    bound = ritz_bound(theta[:, :p], residual, coupling, beyond, noise, k)
-    alone = ritz_bound(theta[:, :k], residual[..., :k], coupling[:, :0], beyond, noise, k)
+    diagonal, off_diagonal, *sizes = to_host([*steps, *residual_sizes(residual, coupling, k)])
+    left_over = ResidualSizes(residual.shape[-2], *sizes)
+    beyond = norm_bound(diagonal, off_diagonal, z.shape[1] - p)
+    beyond = beyond + 4 * eps * theta[:, 0]
+    bound, alone = ritz_bound(theta[:, :p], left_over, beyond, noise, k)
     # Left vectors: what of A z lies outside the true left space is at most sigma_{k+1} sin/s_k, plus rounding.
-    stray = residual.double().square().sum(dim=(-2, -1)).sqrt()
-    ratio = ((theta[:, k] + stray) / theta[:, k - 1].clamp_min(1e-300)).sqrt().clamp_min(1.0)
+    ratio = ((theta[:, k] + left_over.total) / theta[:, k - 1].clamp_min(1e-300)).sqrt().clamp_min(1.0)
     rounding = eps * (math.sqrt(k) + 4 * (theta[:, 0] / theta[:, k - 1].clamp_min(1e-300)).sqrt())
     return image[..., :k] / safe[..., :k], z, theta, bound * ratio + rounding, alone

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
+from rlspec.linalg.dense import lapack_svd, leading_by_gram
 from rlspec.linalg.estimates import perturbation_bound
-from rlspec.linalg.exact import exact_svd, leading_by_gram
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.randomized import leading_svd, sketch_width
+from rlspec.linalg.scaling import powers_of_two
 from rlspec.linalg.shares import count_of_share
+from rlspec.linalg.transfer import index_on, to_device
 
 Method = Literal["auto", "exact", "randomized", "warm"]
 
@@ -70,7 +72,8 @@ def svd(
     """Leading ``rank`` singular triplets of every matrix of a batch.
 
     Args:
-        A: (..., m, n), dense, any floating dtype, finite. torch.autocast does not reach it.
+        A: (..., m, n), float64, float32, bfloat16 or float16, finite. On a device the iterative methods run there, and
+            "exact" on the host; results are on the device of ``A``.
         rank: triplets wanted, a count from 1 to min(m, n), or a share of min(m, n) in (0, 1]: 1 is one triplet,
             1.0 is all of them, as None is.
         method: "exact" decomposes densely. "randomized" is Chebyshev-filtered subspace iteration from a random
@@ -139,7 +142,7 @@ def _solve(
         return _exact(a, k)
     if sketch_width(k, n) >= n:
         return _with_note(_exact(a, k), f"{method}: the sketch would be as wide as the matrix, used exact")
-    scale = _powers_of_two(a)
+    scale = powers_of_two(a)
     work = a / scale[:, None, None]
     if work.dtype == torch.float32 and tol < _FLOAT32_TOL:
         work = work.double()
@@ -157,23 +160,25 @@ def _solve(
     s = (found.s * scale.to(found.s.dtype)[:, None]).to(a.dtype)
     u, v = found.u.to(a.dtype), found.v.to(a.dtype)
     bound = found.bound + math.sqrt(k) * torch.finfo(a.dtype).eps
-    result = SVDResult(u, s, v.mT, _residuals(a, scale, u, s, v), bound, method, found.rounds)
+    there = bound.to(a.device)
+    result = SVDResult(u, s, v.mT, _residuals(a, scale, u, s, v), there, method, found.rounds)
     if bool(((bound > 2 * tol) & found.accepted).any()):
         note = (
             "the gap at the cut is too small to certify tol; the vectors span it together with their cluster"
         )
         result = _with_note(result, note)
-    failed = (~found.accepted).nonzero().flatten()
-    if len(failed):
-        exact = _exact(a[failed], k)
+    failed = [i for i, good in enumerate(found.accepted.tolist()) if not good]
+    if failed:
+        index = index_on(failed, a)
+        exact = _exact(a[index], k)
         for mine, theirs in (
             (u, exact.U),
             (s, exact.S),
             (result.Vh, exact.Vh),
             (result.residuals, exact.residuals),
-            (bound, exact.subspace_bound),
+            (there, exact.subspace_bound),
         ):
-            mine[failed] = theirs
+            mine[index] = theirs
         note = f"{method}: {len(failed)} of {len(a)} did not reach tol in {found.rounds} rounds, used exact for those"
         result = _with_note(result, note)
         if len(failed) == len(a):
@@ -182,12 +187,16 @@ def _solve(
 
 
 def _exact(a: Tensor, k: int) -> SVDResult:
-    """Dense decomposition of (b, m, n), m >= n, truncated to k."""
+    """Dense decomposition of (b, m, n), m >= n, truncated to k; that of a device's matrices on the host, see `dense`."""
+    if a.is_cuda:
+        found = _exact(a.cpu(), k)
+        u, s, v, residuals = to_device((found.U, found.S, found.Vh.mT, found.residuals), a)
+        return SVDResult(u, s, v.mT, residuals, found.subspace_bound.to(a.device), found.method)
     b, m, n = a.shape
-    scale = _powers_of_two(a)
+    scale = powers_of_two(a)
     eps64, eps = torch.finfo(torch.float64).eps, torch.finfo(a.dtype).eps
     u, v = a.new_empty(b, m, k), a.new_empty(b, n, k)
-    s, bound = a.new_empty(b, k), torch.empty(b, dtype=torch.float64, device=a.device)
+    s, bound = a.new_empty(b, k), torch.empty(b, dtype=torch.float64)
     whole = k == m == n
     for i in range(b):  # dense routines gain nothing from a batch on a CPU, and a loop holds less memory
         if a.dtype == torch.float32:
@@ -199,18 +208,11 @@ def _exact(a: Tensor, k: int) -> SVDResult:
                 bound[i] = perturbation_bound(si.square(), k, error, whole=whole)
                 bound[i] += 0.0 if whole else math.sqrt(k) * eps
                 continue
-        ui, si, vhi = exact_svd(a[i])
+        ui, si, vhi = lapack_svd(a[i])
         u[i], s[i], v[i] = ui[:, :k], si[:k], vhi[:k].mT
         error = math.sqrt(m + n) * 2 * eps * si[:1].double()
         bound[i] = perturbation_bound(si[None], k, error, whole=whole)
     return SVDResult(u, s, v.mT, _residuals(a, scale, u, s, v), bound, "exact")
-
-
-def _powers_of_two(a: Tensor) -> Tensor:
-    """The largest power of two not above each matrix's largest entry, (b,): dividing by it is exact, and keeps Gram
-    matrices in range."""
-    largest = a.abs().amax(dim=(-2, -1)).double()
-    return torch.where(largest > 0, torch.exp2(largest.log2().floor()), torch.ones_like(largest)).to(a.dtype)
 
 
 def _residuals(a: Tensor, scale: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:

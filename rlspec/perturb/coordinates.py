@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlspec.linalg.dense import core_svd, on_host, singular_values, small_gram, values_of_gram
 from rlspec.linalg.products import transposed_product
-from rlspec.linalg.transfer import to_device, to_host
 from rlspec.perturb.batch import put, take
 from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import Reference
@@ -112,8 +112,7 @@ def diagonalise(left: Side, right: Side, core: Tensor, grams: tuple[Tensor, Tens
     """
     gram_left, gram_right = grams if grams is not None else (left.dot(left), right.dot(right))
     # On the host: a card may have no float64 to speak of, and its batched decompositions are loops.
-    turns = to_device(_diagonalising(*to_host([core, gram_left, gram_right])), core)
-    turn_left, sigma, turn_right = turns
+    turn_left, sigma, turn_right = on_host(_diagonalising, core, gram_left, gram_right)
     return Pair(left @ turn_left, right @ turn_right, sigma)
 
 
@@ -126,26 +125,6 @@ def _diagonalising(core: Tensor, gram_left: Tensor, gram_right: Tensor) -> tuple
     small = solve(lower_right, half.mT, upper=False).mT
     u, sigma, z = core_svd(small)
     return solve(lower_left.mT, u, upper=True), sigma, solve(lower_right.mT, z, upper=True)
-
-
-# The eigenvectors of a core's Gram matrix are float64's rounding times (σ_1/σ_w)² off.
-_CONDITION = 30.0
-
-
-def core_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """SVD ``a = u diag(s) zᵀ`` of (L, w, w) float64 cores: u, s, z, float64.
-
-    By the eigenvectors of aᵀa where the core is well conditioned, which a core of leading directions mostly is:
-    LAPACK's SVD takes twice as long.
-    """
-    values, vectors = torch.linalg.eigh(a.mT @ a)
-    if bool((values[..., 0] * _CONDITION**2 < values[..., -1]).any()):
-        u, s, zh = torch.linalg.svd(a)
-        return u, s, zh.mT
-    z = vectors.flip(-1)
-    image = a @ z
-    s = image.norm(dim=-2)
-    return image / s.unsqueeze(-2), s, z
 
 
 def scale(side: Side, factors: Tensor) -> Side:
@@ -186,7 +165,7 @@ def beyond(side: Side, k: int) -> Tensor:
     rows where there are fewer: a tenth of the size to bring to the host, where it is decomposed.
     """
     rows = side.rows(k, k).double()
-    return _gram(rows) if rows.is_cuda else rows
+    return small_gram(rows) if rows.is_cuda else rows
 
 
 def sines(outside: Tensor, k: int, *, squared: bool = False) -> Tensor:
@@ -198,29 +177,7 @@ def sines(outside: Tensor, k: int, *, squared: bool = False) -> Tensor:
     Args:
         outside: CPU, float64, as :func:`beyond` gives it. squared: it is the Gram matrix.
     """
-    found = _roots(outside) if squared else singular_values(outside)
+    found = values_of_gram(outside) if squared else singular_values(outside)
     if found.shape[-1] < k:
         found = torch.cat([found, found.new_zeros((*found.shape[:-1], k - found.shape[-1]))], dim=-1)
     return found[..., :k].clamp(0.0, 1.0)
-
-
-# Up to this many columns LAPACK is as fast as the Gram matrix.
-_DIRECT = 64
-
-
-def singular_values(a: Tensor) -> Tensor:
-    """Singular values of (L, q, k), descending, float64.
-
-    Wider ones than a few dozen columns go through the float64 Gram matrix, which squares their range: values
-    under 1e-8 of the largest are rounding. For the sines of a rotation that is 1e-8 of its largest angle.
-    """
-    a = a.double()
-    return torch.linalg.svdvals(a) if min(a.shape[-2:]) <= _DIRECT else _roots(_gram(a))
-
-
-def _gram(a: Tensor) -> Tensor:
-    return a.mT @ a if a.shape[-2] >= a.shape[-1] else a @ a.mT
-
-
-def _roots(gram: Tensor) -> Tensor:
-    return torch.linalg.eigvalsh(gram).flip(-1).clamp_min(0.0).sqrt()

@@ -19,6 +19,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from rlspec.linalg.products import transposed_product
 from rlspec.linalg.transfer import to_host
 from rlspec.ops import delta_matmul, delta_prep, delta_rmatmul
 from rlspec.perturb.batch import take
@@ -127,7 +128,7 @@ class DenseDelta:
         return self.values @ x
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        return self.values.mT @ y
+        return transposed_product(self.values, y)
 
     def to(self, dtype: torch.dtype) -> DenseDelta:
         return self if dtype == self.values.dtype else replace(self, values=self.values.to(dtype))

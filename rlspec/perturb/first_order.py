@@ -17,7 +17,7 @@ from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import FLOOR, Reference
 
 
-def rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+def sylvester_rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
     """Solve ``s2 P - Q s1 = -left`` and ``s2 Q - P s1 = -right`` elementwise.
 
     Args:
@@ -54,7 +54,7 @@ def first_order(
     a, b = delta.matmul(v[..., :w]), delta.rmatmul(u[..., :w])
     f, g21 = u.mT @ a, v[..., w:].mT @ b
     f11, f21 = f[..., :w, :], f[..., w:, :]
-    p, q = rotation(s2, s1, f21, g21)
+    p, q = sylvester_rotation(s2, s1, f21, g21)
     scale = s1.to(a.dtype).unsqueeze(-2)
     left_out = (a - u @ f) / scale if m > r else None
     right_out = (b - v @ torch.cat([f11.mT, g21], dim=-2)) / scale if n > r else None

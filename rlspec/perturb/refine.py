@@ -6,7 +6,7 @@ from torch import Tensor
 
 from rlspec.perturb.coordinates import Pair, Side, apply, diagonalise, scale
 from rlspec.perturb.delta import Delta
-from rlspec.perturb.first_order import rotation
+from rlspec.perturb.first_order import sylvester_rotation
 from rlspec.perturb.reference import Reference
 
 
@@ -27,7 +27,7 @@ def refine(reference: Reference, delta: Delta, pair: Pair) -> Pair:
         adjoint - scale(pair.right, pair.sigma),
     )
     w = pair.sigma.shape[-1]
-    turn_right, turn_left = rotation(
+    turn_right, turn_left = sylvester_rotation(
         reference.S[..., w:], pair.sigma, residual_left.tail, residual_right.tail
     )
     inverse = (1.0 / pair.sigma).to(turn_left.dtype).unsqueeze(-2)

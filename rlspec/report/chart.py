@@ -6,17 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 62, 16, 14, 40
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 62, 16, 18, 40
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points (x, y), optionally a band (x, low, high); ``colour`` is a CSS class c0 … c5."""
+    """One line: points (x, y), optionally a band (x, low, high); ``colour`` is a CSS class c0 … c5, ``dash`` one d0 … d3.
+
+    Lines of one label are one quantity in several segments of a run: the legend tells it once.
+    """
 
     label: str
     points: Sequence[tuple[float, float]]
     colour: str
     band: Sequence[tuple[float, float, float]] = field(default=())
+    dash: str = "d0"
+    where: str = ""  # the segment, for the texts of the dots
 
 
 @dataclass(frozen=True)
@@ -34,17 +39,17 @@ class Line:
 
     label: str
     colour: str
+    dash: str
     dots: Sequence[Place]
     outline: Sequence[Place]
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """A vertical line at ``x``, with what lies before and after it, e.g. where SFT ends and PPO begins."""
+    """A vertical line at ``x`` and what begins there, e.g. a branch of PPO."""
 
     x: float
-    before: str
-    after: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -56,8 +61,18 @@ class Chart:
     y_label: str
     x_ticks: Sequence[Place]
     y_ticks: Sequence[Place]
-    boundary: Boundary | None
+    boundaries: Sequence[Boundary]
     lines: Sequence[Line]
+
+    @property
+    def legend(self) -> Sequence[Line]:
+        """The lines that the legend shows: the first of each label."""
+        return list({line.label: line for line in reversed(self.lines)}.values())[::-1]
+
+    @property
+    def dashes(self) -> set[str]:
+        """Those of its lines."""
+        return {line.dash for line in self.lines}
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
@@ -80,12 +95,12 @@ def line_chart(
     x_range: tuple[float, float],
     height: int = 260,
     y_max: float | None = None,
-    boundary: Boundary | None = None,
+    boundaries: Sequence[Boundary] = (),
 ) -> Chart | None:
     """A line chart with a y axis from 0 to ``y_max``, or to a little above the largest value; None without points.
 
     Args:
-        boundary: its ``x`` in the units of the data.
+        boundaries: their ``x`` in the units of the data.
     """
     shown = [s for s in series if s.points]
     if not shown:
@@ -101,16 +116,17 @@ def line_chart(
 
     lines = []
     for s in shown:
-        dots = [place(x, y, f"{s.label}, step {x:g}: {y_format(y)}") for x, y in s.points]
+        name = ", ".join(part for part in (s.label, s.where, "step") if part)
+        dots = [place(x, y, f"{name} {x:g}: {y_format(y)}") for x, y in s.points]
         there = [place(x, high) for x, _, high in s.band]
         back = [place(x, low) for x, low, _ in reversed(s.band)]
-        lines.append(Line(s.label, s.colour, dots, there + back))
+        lines.append(Line(s.label, s.colour, s.dash, dots, there + back))
     return Chart(
         height=height,
         x_label=x_label,
         y_label=y_label,
         x_ticks=[place(x, 0, f"{x:g}") for x in ticks(low_x, high_x, 8)],
         y_ticks=[place(low_x, y, y_format(y)) for y in ticks(0, top)],
-        boundary=boundary and Boundary(place(boundary.x, 0).x, boundary.before, boundary.after),
+        boundaries=[Boundary(place(boundary.x, 0).x, boundary.text) for boundary in boundaries],
         lines=lines,
     )

@@ -1,44 +1,50 @@
-"""The charts of a run: accuracy, rotation, KL and loss over one axis of steps."""
+"""The charts of a run: accuracy, rotation, KL and loss over one axis; Branches leave the trunk where they began."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from rlspec.report.chart import Boundary, Chart, Series, line_chart
-from rlspec.report.data import Row, RunData, by_event, mean, rotation
+from rlspec.report.data import Row, RunData, by_event
+from rlspec.run.branches import rows_by_segment, segment_titles
+from rlspec.run.rows import mean, rotation
+from rlspec.run.segments import event_of
 
 _COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
+_DASHES = ("d1", "d2", "d3")  # of branches; the trunk's line is whole
 
 
 def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     """(title, chart) in the order of the page; None where nothing was measured."""
-    x_range, boundary = _axis(run)
-    x_label = "optimizer steps (PPO updates count their optimizer steps)" if boundary else "optimizer steps"
+    x_range, boundaries = _axis(run)
+    x_label = "optimizer steps from the base"
+    if len(run.segments) > 1:
+        x_label += " (PPO updates count their optimizer steps)"
     ood = run.metrics[-1].get("ood_shift")
     accuracies = [
-        _metric_series(run, "ID (as trained)", "id_accuracy", "c0", "id"),
-        _metric_series(run, f"OOD ({ood})", "ood_accuracy", "c1", "ood"),
+        *_metric_series(run, "ID (as trained)", "id_accuracy", "c0", "id"),
+        *_metric_series(run, f"OOD ({ood})", "ood_accuracy", "c1", "ood"),
     ]
     shifts = run.config.get("shifts")
     others = [s for s in shifts if s not in ("none", ood)] if isinstance(shifts, list) else []
     for colour, shift in zip(_COLOURS[2:], others):
-        accuracies.append(_metric_series(run, f"OOD ({shift})", f"{shift}_accuracy", colour, shift))
-    place = {(row["stage"], row["step"]): _x(row) for row in run.metrics}
+        accuracies += _metric_series(run, f"OOD ({shift})", f"{shift}_accuracy", colour, shift)
+    spectra = by_event(run.spectra)
     modules = list(dict.fromkeys(row["module"] for row in run.spectra))
-    rotations = []
+    rotations: list[Series] = []
     for colour, module in zip(_COLOURS[2:] + _COLOURS[:2], modules):
-        points = []
-        for event, rows in by_event(run.spectra).items():
-            value = mean(rotation(row) for row in rows if row["module"] == module)
-            if value is not None:
-                points.append((place[event], value))
-        rotations.append(Series(module, points, colour))
-    kl = [_metric_series(run, "KL(base ‖ current)", "kl_base_nats_per_token", "c3")]
+
+        def turned(row: Row, module: str = module) -> float | None:
+            return mean(rotation(r) for r in spectra.get(event_of(row), []) if r["module"] == module)
+
+        rotations += _series(run, module, colour, turned)
+    kl = _metric_series(run, "KL(base ‖ current)", "kl_base_nats_per_token", "c3")
     # PPO's loss mixes a clipped policy term with a value term: it is no measure of progress, so it is not drawn.
-    trained = [row for row in run.metrics if row["stage"] == "sft" and row.get("loss") is not None]
-    loss = [Series("SFT, cross entropy", [(_x(row), row["loss"]) for row in trained], "c0")]
+    loss = _series(
+        run, "SFT, cross entropy", "c0", lambda row: row.get("loss") if row["stage"] == "sft" else None
+    )
     charts: list[tuple[str, Sequence[Series], str, Callable[[float], str], int, float | None]] = [
-        ("Accuracy", accuracies, "deals solved", lambda v: f"{100 * v:.0f} %", 280, 1.0),
+        ("Accuracy", accuracies, "deals solved", lambda v: f"{100 * v:.0f} %", 300, 1.0),
         ("Rotation", rotations, "mean angle, rad", lambda v: f"{v:.3g}", 200, None),
         ("KL to the base", kl, "nats per token", lambda v: f"{v:.3g}", 170, None),
         ("Training loss", loss, "nats per token", lambda v: f"{v:.3g}", 170, None),
@@ -48,11 +54,28 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
             title,
             line_chart(
                 series, x_label=x_label, y_label=y_label, y_format=y_format, x_range=x_range, height=height,
-                y_max=y_max, boundary=boundary,
+                y_max=y_max, boundaries=boundaries,
             ),
         )
         for title, series, y_label, y_format, height, y_max in charts
     ]  # fmt: skip
+
+
+def branch_legend(run: RunData) -> list[tuple[str, str]]:
+    """(dash, segment in words) of every segment where there are several."""
+    titles = segment_titles(run.segments)
+    return [(dash, titles[name]) for name, dash in _dashes(run)] if len(run.segments) > 1 else []
+
+
+def _dashes(run: RunData) -> Iterable[tuple[str, str]]:
+    """(segment id, dash)."""
+    branches = 0
+    for segment in run.segments:
+        if segment.parent is None:
+            yield segment.id, "d0"
+        else:
+            yield segment.id, _DASHES[branches % len(_DASHES)]
+            branches += 1
 
 
 def _x(row: Row) -> float:
@@ -60,19 +83,35 @@ def _x(row: Row) -> float:
     return float(row["step"] if at is None else at)
 
 
-def _axis(run: RunData) -> tuple[tuple[float, float], Boundary | None]:
+def _axis(run: RunData) -> tuple[tuple[float, float], list[Boundary]]:
     xs = [_x(row) for row in run.metrics]
-    stages = list(dict.fromkeys(row["stage"] for row in run.metrics))
-    boundary = None
-    if len(stages) == 2:
-        first = next(row for row in run.metrics if row["stage"] == stages[1])
-        boundary = Boundary(_x(first), stages[0].upper(), stages[1].upper())
-    return (min(xs), max(max(xs), min(xs) + 1)), boundary
+    titles = segment_titles(run.segments)
+    groups = rows_by_segment(run.metrics)
+    boundaries = [
+        Boundary(_x(groups[segment.id][0]), titles[segment.id])
+        for segment in run.segments
+        if segment.parent is not None
+    ]
+    return (min(xs), max(max(xs), min(xs) + 1)), boundaries
 
 
-def _metric_series(run: RunData, label: str, key: str, colour: str, band: str | None = None) -> Series:
-    rows = [row for row in run.metrics if row.get(key) is not None]
-    points = [(_x(row), float(row[key])) for row in rows]
-    around = [(_x(row), row.get(f"{band}_low"), row.get(f"{band}_high")) for row in rows] if band else []
-    whole = [(x, low, high) for x, low, high in around if low is not None and high is not None]
-    return Series(label, points, colour, whole)
+def _series(
+    run: RunData, label: str, colour: str, value_of: Callable[[Row], float | None], band: str | None = None
+) -> list[Series]:
+    """A line per segment."""
+    titles, groups = segment_titles(run.segments), rows_by_segment(run.metrics)
+    found = []
+    for name, dash in _dashes(run):
+        rows = [(row, value) for row in groups[name] if (value := value_of(row)) is not None]
+        points = [(_x(row), float(value)) for row, value in rows]
+        around = (
+            [(_x(row), row.get(f"{band}_low"), row.get(f"{band}_high")) for row, _ in rows] if band else []
+        )
+        whole = [(x, low, high) for x, low, high in around if low is not None and high is not None]
+        where = titles[name] if len(titles) > 1 else ""
+        found.append(Series(label, points, colour, whole, dash, where))
+    return found
+
+
+def _metric_series(run: RunData, label: str, key: str, colour: str, band: str | None = None) -> list[Series]:
+    return _series(run, label, colour, lambda row: row.get(key), band)

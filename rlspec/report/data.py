@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,17 +15,24 @@ from typing import Any
 import yaml
 
 from rlspec.errors import RunFolderError
-
-Row = dict[str, Any]
+from rlspec.io.jsonl import Row, numbered_rows
+from rlspec.run.branches import tree_of
+from rlspec.run.segments import Event, Segment, event_of
 
 # The columns that the page reads.
-_TEXTS = ("stage", "module", "note", "ood_shift")
+_TEXTS = ("stage", "segment", "parent_segment", "module", "note", "ood_shift")
 _NUMBERS = re.compile(
-    r"(global_)?step|layer|rank|loss|nss_k|block_vectors|delta_relative|tracking_share|n|p_value|seconds_.*"
-    r"|.*_(accuracy|low|high|n|rad|mean|percentile|per_token)",
+    r"(global_|parent_)?step|layer|rank|loss|nss_k|block_vectors|delta_relative|tracking_share|n|p_value|gained|lost"
+    r"|more_in_(first|second)|seconds_.*"
+    r"|.*_(accuracy(_before|_after)?|gain|low|high|n|rad|mean|percentile|per_token)",
     re.DOTALL,
 )
 _LARGEST = 1e100
+# What each entry of the summary's tests and gains must hold.
+_TESTED = {
+    "tests": ("n", "p_value"),
+    "gains": ("n", "first_gain", "second_gain", "more_in_first", "more_in_second", "p_value"),
+}
 
 
 @dataclass(frozen=True)
@@ -37,6 +44,7 @@ class RunData:
     metrics: list[Row]
     spectra: list[Row]
     summary: Row
+    segments: list[Segment]
 
 
 def read_run(folder: Path | str) -> RunData:
@@ -58,11 +66,10 @@ def read_run(folder: Path | str) -> RunData:
     metrics = _rows(path / "metrics.jsonl")
     if not metrics:
         raise RunFolderError(f"{path / 'metrics.jsonl'}: no complete event yet; nothing to report")
-    complete = {(row["stage"], row["step"]) for row in metrics}
-    spectra = [
-        row for row in _rows(path / "spectra.jsonl", "module") if (row["stage"], row["step"]) in complete
-    ]
-    return RunData(path, config if isinstance(config, dict) else {}, metrics, spectra, _summary(path))
+    config = config if isinstance(config, dict) else {}
+    complete = {event_of(row) for row in metrics}
+    spectra = [row for row in _rows(path / "spectra.jsonl", "module") if event_of(row) in complete]
+    return RunData(path, config, metrics, spectra, _summary(path), tree_of(metrics, config))
 
 
 def _text(path: Path) -> str:
@@ -76,19 +83,11 @@ def _text(path: Path) -> str:
 
 def _rows(path: Path, *texts: str) -> list[Row]:
     """The rows of a file, each with ``stage``, ``step`` and the ``texts`` named."""
-    lines = _text(path).split("\n")
+    if not path.exists():
+        raise RunFolderError(f"{path}: no such file; is this a run folder?")
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines):  # a write that was cut short; the run itself repairs it when resumed
-                continue
-            raise RunFolderError(f"{place}: not JSON") from None
-        _check_event(place, row, *texts)
+    for number, row in numbered_rows(path):
+        _check_event(f"{path}, line {number}", row, *texts)
         rows.append(row)
     return rows
 
@@ -133,12 +132,14 @@ def _summary(folder: Path) -> Row:
     for name, event in _object(f"{path}, events", summary.get("events", {})).items():
         place = f"{path}, events, {_cut(name)}"
         _check_event(place, _object(place, event).get("metrics"))
-    for name, shifts in _object(f"{path}, tests", summary.get("tests", {})).items():
-        place = f"{path}, tests, {_cut(name)}"
-        for test in _object(place, shifts).values():
-            if any(_object(place, test).get(key) is None for key in ("n", "p_value")):
-                raise RunFolderError(f"{place}: wanted objects with n and p_value")
-            _check_values(place, test)
+    for kind in ("tests", "gains"):
+        for name, shifts in _object(f"{path}, {kind}", summary.get(kind, {})).items():
+            place = f"{path}, {kind}, {_cut(name)}"
+            for test in _object(place, shifts).values():
+                wanted = _TESTED[kind]
+                if any(_object(place, test).get(key) is None for key in wanted):
+                    raise RunFolderError(f"{place}: wanted objects with {', '.join(wanted)}")
+                _check_values(place, test)
     return summary
 
 
@@ -153,22 +154,11 @@ def _cut(value: Any) -> str:
     return f"{value!a:.60}"
 
 
-def mean(values: Iterable[float | None]) -> float | None:
-    """Mean of the values that are there, or None."""
-    there = [value for value in values if value is not None]
-    return sum(there) / len(there) if there else None
-
-
-def rotation(row: Row) -> float | None:
-    """A matrix's rotation: mean principal angle, averaged over the sides where it is defined; radians."""
-    return mean((row.get("angle_left_mean_rad"), row.get("angle_right_mean_rad")))
-
-
-def by_event(rows: Sequence[Row]) -> dict[tuple[str, int], list[Row]]:
-    """Rows grouped by (stage, step), in order."""
-    groups: dict[tuple[str, int], list[Row]] = {}
+def by_event(rows: Sequence[Row]) -> dict[Event, list[Row]]:
+    """Rows grouped by event, in order."""
+    groups: dict[Event, list[Row]] = {}
     for row in rows:
-        groups.setdefault((row["stage"], row["step"]), []).append(row)
+        groups.setdefault(event_of(row), []).append(row)
     return groups
 
 

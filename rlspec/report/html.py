@@ -15,10 +15,19 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.report import chart
-from rlspec.report.curves import curves
+from rlspec.report.curves import branch_legend, curves
 from rlspec.report.data import RunData, read_run
 from rlspec.report.maps import maps
-from rlspec.report.tables import configuration, correlations, figures, notes, nulls, shown, time_spent
+from rlspec.report.tables import (
+    configuration,
+    correlations,
+    figures,
+    notes,
+    nulls,
+    recoveries,
+    shown,
+    time_spent,
+)
 from rlspec.report.verdict import headlines, verdict
 
 
@@ -51,6 +60,8 @@ def render(run: RunData) -> str:
         "verdict": verdict(run),
         "cards": headlines(run),
         "charts": curves(run),
+        "branches": branch_legend(run),
+        "recoveries": recoveries(run),
         "maps": maps(run),
         "figures": figures(run),
         "deals": last.get("id_n") or last.get("ood_n"),

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from rlspec.report.data import Row, RunData, by_event, rotation
+from rlspec.report.data import Row, RunData, by_event
 from rlspec.report.heatmap import ColourBar, HeatMap, colour_bar, heatmap
+from rlspec.run.rows import rotation
 
 _MOST_COLUMNS = 60  # of a heat map; longer runs are thinned evenly
 
@@ -17,7 +18,7 @@ def maps(run: RunData) -> list[tuple[str, ColourBar, list[HeatMap]]]:
         return []
     stride = -(-len(groups) // _MOST_COLUMNS)
     kept = [g for i, g in enumerate(groups) if (len(groups) - 1 - i) % stride == 0]
-    columns = [f"{stage} {step}" for (stage, step), _ in kept]
+    columns = [f"{segment} {step}" for (segment, step), _ in kept]
     sections = []
     kinds: tuple[tuple[str, Callable[[Row], float | None], Callable[[float], str]], ...] = (
         ("Rotation (mean angle, rad)", rotation, lambda v: f"{v:.3g} rad"),

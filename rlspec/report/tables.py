@@ -6,8 +6,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
-from rlspec.report.data import Row, RunData, by_event, mean, rotation, spearman
-from rlspec.report.verdict import NAMES, accuracy, events, percent
+from rlspec.report.data import Row, RunData, by_event, spearman
+from rlspec.report.verdict import accuracy, branch_ends, paired, percent, turned
+from rlspec.run.branches import decisive_events, event_title, segment_titles
+from rlspec.run.rows import mean, rotation
+from rlspec.run.segments import event_of, segment_of
 
 Cells = list[list[str]]
 
@@ -16,17 +19,37 @@ def _number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
+def recoveries(run: RunData) -> Cells:
+    """Per branch: OOD and ID accuracy before and after, the paired OOD test, and the rotation from the base."""
+    titles = segment_titles(run.segments)
+    rows = []
+    for segment, start, before, after in branch_ends(run):
+        test = paired(run, start, f"{segment.id}_end") or {}
+        rows.append(
+            [
+                titles[segment.id],
+                accuracy(before, "ood"),
+                accuracy(after, "ood"),
+                f"{_number(test.get('gained'), '.0f')} / {_number(test.get('lost'), '.0f')}",
+                _number(test.get("p_value"), ".2g"),
+                f"{percent(before.get('id_accuracy'))} → {percent(after.get('id_accuracy'))}",
+                f"{_number(turned(run, before), '.4f')} → {_number(turned(run, after), '.4f')}",
+            ]
+        )
+    return rows
+
+
 def figures(run: RunData) -> Cells:
     """The decisive events: accuracies, KL, rotation, change of the singular values, size of the update."""
     spectra = by_event(run.spectra)
     rows = []
-    for name, metrics in events(run).items():
-        matrices = spectra.get((metrics["stage"], metrics["step"]), [])
+    for name, metrics in decisive_events(run.segments, run.metrics).items():
+        matrices = spectra.get(event_of(metrics), [])
         moved = mean(r.get("sigma_change_rel_mean") for r in matrices)
         rows.append(
             [
-                NAMES[name],
-                f"{metrics['stage']} {metrics['step']}",
+                event_title(name, run.segments),
+                f"{segment_of(metrics)} {metrics['step']}",
                 accuracy(metrics, "id"),
                 accuracy(metrics, "ood"),
                 _number(metrics.get("kl_base_nats_per_token"), ".3f"),
@@ -41,7 +64,7 @@ def figures(run: RunData) -> Cells:
 def nulls(run: RunData) -> Cells:
     """Per projection and event with null draws: the measured rotation beside those of chance and of rounding."""
     rows = []
-    for (stage, step), matrices in by_event(run.spectra).items():
+    for (segment, step), matrices in by_event(run.spectra).items():
         for module in dict.fromkeys(row["module"] for row in matrices):
             found = [r for r in matrices if r["module"] == module and r.get("null_random_rad") is not None]
             if not found or step == 0:
@@ -50,7 +73,7 @@ def nulls(run: RunData) -> Cells:
             rows.append(
                 [
                     module,
-                    f"{stage} {step}",
+                    f"{segment} {step}",
                     _number(mean(rotation(r) for r in found), ".4f"),
                     _number(mean(r["null_random_rad"] for r in found), ".4f"),
                     _number(mean(r.get("null_rounding_rad") for r in found), ".2g"),
@@ -77,9 +100,9 @@ def correlations(run: RunData) -> Cells:
         r for r in run.metrics if r["stage"] == "sft" and r.get("ood_accuracy") is not None and r["step"] > 0
     ]
     candidates: dict[str, Callable[[Row], float | None]] = {
-        "rotation": lambda r: mean(rotation(m) for m in spectra.get((r["stage"], r["step"]), [])),
-        "NSS_k": lambda r: mean(m.get("nss_k") for m in spectra.get((r["stage"], r["step"]), [])),
-        "‖ΔW‖/‖W‖": lambda r: mean(m.get("delta_relative") for m in spectra.get((r["stage"], r["step"]), [])),
+        "rotation": lambda r: mean(rotation(m) for m in spectra.get(event_of(r), [])),
+        "NSS_k": lambda r: mean(m.get("nss_k") for m in spectra.get(event_of(r), [])),
+        "‖ΔW‖/‖W‖": lambda r: mean(m.get("delta_relative") for m in spectra.get(event_of(r), [])),
         "KL to the base": lambda r: r.get("kl_base_nats_per_token"),
     }
     lines = []

@@ -1,18 +1,18 @@
-"""The run in plain words and in headline figures, from its data alone."""
+"""The run in plain words, from its data alone: the fall, what each branch won back, the limit, and the weights.
+
+What the tests do not show is not claimed: a difference that chance could explain is called one, and before a run is
+finished, when there are no tests yet, only figures are told.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from rlspec.report.data import Row, RunData, by_event
+from rlspec.run.branches import decisive_events, event_title, segment_titles, start_name
+from rlspec.run.rows import mean, rotation
+from rlspec.run.segments import Segment, event_of
 
-from rlspec.report.data import Row, RunData, by_event, mean, rotation
-
-NAMES = {
-    "sft_start": "base",
-    "sft_peak": "OOD peak of SFT",
-    "sft_end": "end of SFT",
-    "ppo_start": "start of PPO",
-    "ppo_end": "end of PPO",
-}
+ALPHA = 0.05  # a p-value under it is more than chance explains
+SAME_ROTATION = 0.01  # relative change under which a rotation has stayed
 
 
 def percent(value: float | None) -> str:
@@ -31,82 +31,188 @@ def accuracy(row: Row, prefix: str) -> str:
     )
 
 
-def events(run: RunData) -> dict[str, Row]:
-    """The decisive events' metrics rows, from the summary or, before there is one, from the rows so far."""
-    found = run.summary.get("events")
-    if found:
-        return {name: event["metrics"] for name, event in found.items() if name in NAMES}
-    chosen: dict[str, Row] = {}
-    for stage in ("sft", "ppo"):
-        rows = [row for row in run.metrics if row["stage"] == stage]
-        if rows and stage == "sft":
-            chosen["sft_start"] = rows[0]
-            if any(row.get("ood_accuracy") is not None for row in rows):
-                chosen["sft_peak"] = max(rows, key=lambda row: row.get("ood_accuracy") or 0.0)
-        if rows:
-            chosen[f"{stage}_end"] = rows[-1]
-    return chosen
-
-
 def headlines(run: RunData) -> list[tuple[str, str]]:
     """(figure, what it is) of the cards at the top of the page."""
     cards = [(percent(run.metrics[-1].get("id_accuracy")), "ID at the end")]
-    for name, row in events(run).items():
-        if name in ("sft_peak", "sft_end", "ppo_end"):
-            cards.append((percent(row.get("ood_accuracy")), f"OOD, {NAMES[name]}"))
+    for name, row in decisive_events(run.segments, run.metrics).items():
+        if not name.endswith("_start") and row.get("ood_accuracy") is not None:
+            cards.append(
+                (percent(row["ood_accuracy"]), f"OOD, {event_title(name, run.segments).removeprefix('OOD ')}")
+            )
     share = run.summary.get("tracking_share")
     if share is not None:
         cards.append((percent(share), "of the run's time spent tracking"))
     return cards
 
 
-def _test(run: RunData, pair: str) -> Row | None:
-    tests: dict[str, Any] = run.summary.get("tests", {}).get(pair, {})
-    shift = run.metrics[-1].get("ood_shift")
-    return tests.get(str(shift))
+def paired(run: RunData, before: str, after: str) -> Row | None:
+    """The OOD test between two decisive events, once the run is finished."""
+    shift = str(run.metrics[-1].get("ood_shift"))
+    return run.summary.get("tests", {}).get(f"{before}_to_{after}", {}).get(shift)
+
+
+def branch_ends(run: RunData) -> list[tuple[Segment, str, Row, Row]]:
+    """(branch, name of the event that it starts from, metrics there, metrics at its last event), in order."""
+    events = decisive_events(run.segments, run.metrics)
+    found = []
+    for segment in run.segments:
+        start = start_name(segment, events)
+        if segment.parent is not None and start in events:
+            found.append((segment, start, events[start], events[f"{segment.id}_end"]))
+    return found
+
+
+def turned(run: RunData, row: Row) -> float | None:
+    """Mean rotation from the base at an event, radians."""
+    return mean(rotation(r) for r in by_event(run.spectra).get(event_of(row), []))
 
 
 def verdict(run: RunData) -> str:
-    """What happened, in a few sentences; differences that could be chance are called so."""
-    found = events(run)
-    sentences = []
-    if "sft_end" in found and "sft_start" in found:
-        start, end = found["sft_start"], found["sft_end"]
-        sentences.append(
-            f"Supervised fine-tuning took accuracy on the task as trained (ID) from "
-            f"{percent(start.get('id_accuracy'))} to {percent(end.get('id_accuracy'))}."
+    """What happened, in a few sentences."""
+    sentences = [*_fall(run)]
+    for segment, start, before, after in branch_ends(run):
+        sentences += _recovery(run, segment, start, before, after)
+    return " ".join([*sentences, *_limit(run), *_weights(run)])
+
+
+def _fall(run: RunData) -> list[str]:
+    events = decisive_events(run.segments, run.metrics)
+    if "sft_start" not in events:
+        return []
+    start, end, peak = events["sft_start"], events["sft_end"], events.get("sft_peak")
+    told = [
+        f"Supervised fine-tuning (SFT) took accuracy on the task as trained (ID) from "
+        f"{percent(start.get('id_accuracy'))} to {percent(end.get('id_accuracy'))}."
+    ]
+    if peak is None or end.get("ood_accuracy") is None:
+        return told
+    top, left = peak["ood_accuracy"], end["ood_accuracy"]
+    ended = "ended" if run.summary else "is now"
+    words = f"On the changed task (OOD) it was best at step {peak['step']}, {percent(top)}, and {ended}"
+    if not top > left:
+        return [*told, f"{words} there: nothing was lost."]
+    words = f"{words} at {percent(left)}"
+    test = paired(run, "sft_peak", "sft_end")
+    if test is None:
+        return [*told, f"{words}."]
+    if test["p_value"] >= ALPHA:
+        return [
+            *told,
+            f"{words}: a difference that chance could explain (McNemar p = {test['p_value']:.2g}).",
+        ]
+    return [
+        *told,
+        f"{words}: {_points(top - left)} were lost, more than chance explains (McNemar p = {test['p_value']:.2g}; "
+        f"the best step was chosen on the same deals, which favours a fall).",
+    ]
+
+
+def _recovery(run: RunData, segment: Segment, start: str, before: Row, after: Row) -> list[str]:
+    name = _told(run, segment)
+    from_id, to_id = percent(before.get("id_accuracy")), percent(after.get("id_accuracy"))
+    low, high = before.get("ood_accuracy"), after.get("ood_accuracy")
+    if low is None or high is None:
+        return [f"{name} took ID from {from_id} to {to_id}."]
+    words = f"{name} {'took' if run.summary else 'has taken'} OOD from {percent(low)} to {percent(high)}"
+    ended = f"ID {'went' if run.summary else 'has gone'} from {from_id} to {to_id}."
+    test = paired(run, start, f"{segment.id}_end")
+    if test is None:
+        return [f"{words}.", ended]
+    p = f"McNemar p = {test['p_value']:.2g} on the same {test['n']} deals"
+    if test["p_value"] >= ALPHA:
+        return [f"{words}, a difference that chance could explain ({p}): no recovery is shown.", ended]
+    if high < low:
+        return [f"{words}: a further loss, more than chance explains ({p}).", ended]
+    return [
+        f"{words}, more than chance explains ({p}){_share_won_back(run, segment, start, before, after)}.",
+        ended,
+    ]
+
+
+def _share_won_back(run: RunData, segment: Segment, start: str, before: Row, after: Row) -> str:
+    """What a gain is of the loss before it, where a loss is shown."""
+    peak = decisive_events(run.segments, run.metrics).get("sft_peak")
+    fall = paired(run, "sft_peak", start)
+    if (
+        peak is None
+        or fall is None
+        or fall["p_value"] >= ALPHA
+        or not peak["ood_accuracy"] > before["ood_accuracy"]
+    ):
+        return "; that OOD had been lost before is not shown"
+    share = (after["ood_accuracy"] - before["ood_accuracy"]) / (peak["ood_accuracy"] - before["ood_accuracy"])
+    if share >= 1:
+        return ": all of what had been lost since the best step"
+    return f": {100 * share:.0f} % of what had been lost since the best step"
+
+
+def _limit(run: RunData) -> list[str]:
+    """Whether later branches gained as much as the first."""
+    branches = [segment for segment, *_ in branch_ends(run)]
+    shift = str(run.metrics[-1].get("ood_shift"))
+    told = []
+    for first, segment in zip(branches[:1] * len(branches), branches[1:]):
+        found = run.summary.get("gains", {}).get(f"{first.id}_and_{segment.id}", {}).get(shift)
+        if found is None or first.parent is None or segment.parent is None:
+            continue
+        a, b = found["first_gain"], found["second_gain"]
+        early, late = first.parent[1], segment.parent[1]
+        test = (
+            f"{found['more_in_first']} deals gained more from the early start, {found['more_in_second']} from the "
+            f"late one, sign test p = {found['p_value']:.2g}"
         )
-        peak = found.get("sft_peak")
-        if peak is not None and end.get("ood_accuracy") is not None:
-            top, left = peak.get("ood_accuracy") or 0.0, end["ood_accuracy"]
-            lost = (top - left) / top if top > 0 else 0.0
-            at = f"step {peak['step']}"
-            ended = "ended" if run.summary else "is now"
-            words = f"On the changed task (OOD) it was best at {at}, {percent(top)}, and {ended} at {percent(left)}"
-            sentences.append(
-                f"{words}: {percent(lost)} of the peak was lost."
-                if lost >= 0.1
-                else f"{words}: no loss to speak of."
+        if found["p_value"] >= ALPHA or a == b:
+            told.append(
+                f"Whether the start from step {late} gained less than that from step {early} is not shown: "
+                f"{_points(b)} against {_points(a)} ({test})."
             )
-    if "ppo_end" in found:
-        end = found["ppo_end"]
-        before = found.get("sft_end") or found.get("ppo_start") or run.metrics[0]
-        sentences.append(
-            f"Reinforcement learning (PPO) then left ID at {percent(end.get('id_accuracy'))} and OOD at "
-            f"{percent(end.get('ood_accuracy'))}, from {percent(before.get('ood_accuracy'))}."
+        else:
+            words = "less" if b < a else "more"
+            told.append(
+                f"With the same number of updates the start from step {late} gained {words} than that from step "
+                f"{early}: {_points(b)} against {_points(a)} ({test})."
+            )
+    return told
+
+
+def _weights(run: RunData) -> list[str]:
+    """How far the weights had turned after SFT, and whether PPO turned them back."""
+    told = []
+    titles = segment_titles(run.segments)
+    events = decisive_events(run.segments, run.metrics)
+    trunk = events[f"{run.segments[0].id}_end"]
+    angle = turned(run, trunk)
+    moved = mean(r.get("sigma_change_rel_mean") for r in by_event(run.spectra).get(event_of(trunk), []))
+    if angle is not None and moved is not None and trunk["step"] > 0:
+        told.append(
+            f"By the end of {titles[run.segments[0].id]} the leading singular vectors had turned "
+            f"by {angle:.3f} rad ({57.29578 * angle:.1f}°) from the base on average, while singular values had changed "
+            f"by {percent(moved)}."
         )
-        test = _test(run, "sft_end_to_ppo_end")
-        if test is not None:
-            p = test["p_value"]
-            likely = "a difference that chance explains" if p >= 0.05 else "more than chance explains"
-            sentences.append(f"On the same {test['n']} OOD deals that is {likely} (McNemar p = {p:.2g}).")
-    spectra = by_event(run.spectra)
-    if len(spectra) > 1:
-        last = list(spectra.values())[-1]
-        turned, moved = mean(rotation(r) for r in last), mean(r.get("sigma_change_rel_mean") for r in last)
-        if turned is not None and moved is not None:
-            sentences.append(
-                f"Meanwhile the leading singular vectors turned by {turned:.3f} rad ({57.29578 * turned:.1f}°) on "
-                f"average, while singular values changed by {percent(moved)}."
-            )
-    return " ".join(sentences)
+    groups: dict[str, list[str]] = {}
+    for segment, _, before, after in branch_ends(run):
+        low, high = turned(run, before), turned(run, after)
+        if low is None or high is None or after["step"] == 0:
+            continue
+        kind = "stayed" if abs(high - low) <= SAME_ROTATION * low else "grew" if high > low else "fell"
+        groups.setdefault(kind, []).append(f"{titles[segment.id]} ({low:.4f} to {high:.4f} rad)")
+    meaning = {
+        "grew": "the rotation from the base grew: PPO did not turn the weights back",
+        "fell": "the rotation from the base fell: PPO turned the weights back, part of the way",
+        "stayed": "the rotation from the base stayed where it was",
+    }
+    told += [f"In {_listed(names)} {meaning[kind]}." for kind, names in groups.items()]
+    return told
+
+
+def _told(run: RunData, segment: Segment) -> str:
+    title = segment_titles(run.segments)[segment.id]
+    return title.replace("PPO", "Reinforcement learning (PPO)", 1) if segment is run.segments[1] else title
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
+
+
+def _points(share: float) -> str:
+    return f"{100 * share:.1f} points"

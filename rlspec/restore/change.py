@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from rlspec.linalg.factor import full_svd
+from rlspec.linalg.dense import thin_svd
 from rlspec.linalg.transfer import to_host
 from rlspec.perturb.coordinates import Side
 from rlspec.perturb.delta import Delta, DenseDelta, frobenius
@@ -118,7 +118,7 @@ def _split(factor: Tensor, side: Side, start: int, stop: int) -> tuple[Tensor, T
 
 def _by_decomposition(base: MatrixBasis, tuned: Tensor, start: int, stop: int, mode: str) -> Change:
     """From a float64 decomposition of the tuned matrix, on the host."""
-    u, s, vh = full_svd(tuned.cpu().double())
+    u, s, vh = thin_svd(tuned.cpu().double())
     largest = max(float(base.S.norm()), float(s.norm()))
     u, s, v = u[:, start:stop], s[start:stop], vh[start:stop].mT
     u_base, v_base = base.U[:, start:stop].double(), base.Vh[start:stop].double().mT

@@ -54,6 +54,7 @@ def restore_checkpoint(
     rounding: Rounding = "nearest",
     seed: int = 0,
     exact: bool = False,
+    device: str = "auto",
     memory_gib: float = 2.0,
     resume: bool = False,
     overwrite: bool = False,
@@ -71,7 +72,7 @@ def restore_checkpoint(
         base: safetensors checkpoint, a folder in the layout of Hugging Face or a file.
         tuned: the same; or the folder of a LoRA adapter of PEFT trained on ``base``, which gives a full checkpoint.
         out: folder to make; must not be, hold or lie in one of the inputs.
-        rank, part, mode, strength, modules, layers, dtype, rounding, seed, exact: see
+        rank, part, mode, strength, modules, layers, dtype, rounding, seed, exact, device: see
             :class:`rlspec.restore.RestoreOptions`.
         memory_gib: bound on the memory used for tensors and decompositions, beyond the interpreter's own.
         resume: go on with an interrupted call of the same inputs and settings.
@@ -99,6 +100,7 @@ def restore_checkpoint(
         rounding=rounding,
         seed=seed,
         exact=exact,
+        device=device,
     )
     target = Target(Path(out), Path(base), Path(tuned), resume=resume, overwrite=overwrite)
     plan = plan_restore(target.base, target.tuned, options)

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from rlspec.errors import OptionError, TensorError
+from rlspec.io.module import ModuleTensors, strip_wrappers, unmerged_adapters
 from rlspec.io.projections import Projection
 from rlspec.io.quantised import companions, has_own_scheme
+from rlspec.io.weights import find_tensor
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import matrix_basis
@@ -18,8 +20,6 @@ from rlspec.restore.options import RestoreOptions
 from rlspec.restore.report import MatrixReport
 from rlspec.restore.tensors import restore_with
 from rlspec.spectra.basis import SpectralBasis
-from rlspec.spectra.module import ModuleTensors, strip_wrappers, unmerged_adapters
-from rlspec.spectra.sources import find_tensor
 
 
 @pinned_arithmetic()

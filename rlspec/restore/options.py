@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
+from rlspec.backend import choose_device
 from rlspec.errors import OptionError
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.restore.matrix import Mode, Rounding
@@ -44,6 +45,8 @@ class RestoreOptions:
         rounding: "nearest" or "stochastic" (unbiased: changes under half a unit survive on average).
         seed: of stochastic rounding; the draw depends on it and on the tensor's name, not on any order.
         exact: LAPACK in float64 throughout, no cache.
+        device: where matrices are computed: "auto" (the GPU if there is one), "cpu", "cuda" or "cuda:N"; decompositions
+            are the host's anyway. It is among the settings because another device rounds otherwise.
     """
 
     rank: RankLike = 0.2
@@ -56,11 +59,13 @@ class RestoreOptions:
     rounding: Rounding = "nearest"
     seed: int = 0
     exact: bool = False
+    device: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.modules, str):
             object.__setattr__(self, "modules", ",".join(self.modules))
         Rank.parse(self.rank)
+        object.__setattr__(self, "device", str(choose_device(self.device)))
         _choice("mode", self.mode, [mode for mode in MODES if "_" not in mode], MODES)
         _choice("dtype", self.dtype, get_args(Dtype))
         _choice("rounding", self.rounding, get_args(Rounding))

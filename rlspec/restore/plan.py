@@ -14,14 +14,14 @@ from typing import Literal
 import torch
 
 from rlspec.errors import CheckpointError
+from rlspec.io.adapter import Adapter, is_adapter
 from rlspec.io.index import CheckpointIndex, TensorEntry
-from rlspec.io.projections import Projection, counterpart, read_config
+from rlspec.io.projections import Projection, counterpart, model_of, read_config
 from rlspec.io.quantised import is_quantised
 from rlspec.io.stream import in_file_order
-from rlspec.restore.adapter import Adapter, is_adapter
+from rlspec.io.tied import find_tie, open_adapter, stored_alike, untied_config, with_head
 from rlspec.restore.options import RestoreOptions
-from rlspec.restore.select import Selection, model_of, select
-from rlspec.restore.tied import find_tie, open_adapter, stored_alike, untied_config, with_head
+from rlspec.restore.select import Selection, select
 
 Action = Literal["restore", "merge", "tied", "keep"]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -13,6 +13,7 @@ import torch
 
 from rlspec.errors import CheckpointError
 from rlspec.io.files import write_atomically
+from rlspec.io.jsonl import append_rows, read_rows, repair
 from rlspec.io.projections import Projection
 
 
@@ -130,22 +131,22 @@ class Journal:
     def __init__(self, path: Path) -> None:
         self._path = path
 
-    def append(self, rows: Iterable[MatrixReport]) -> None:
-        with _named(self._path), self._path.open("a", encoding="utf-8") as file:
-            # A newline first: a line that a kill cut off stays alone.
-            file.writelines("\n" + json.dumps(asdict(row)) for row in rows)
+    def append(self, rows: Sequence[MatrixReport]) -> None:
+        if rows:
+            with _named(self._path):
+                append_rows(self._path, map(asdict, rows))
 
     def read(self) -> dict[str, MatrixReport]:
-        """Name to report, the latest of each; a line cut off by a kill is left out."""
-        rows: dict[str, MatrixReport] = {}
+        """Name to report, the latest of each; a line cut off by a kill is removed."""
         with _named(self._path):
-            lines = self._path.read_text(encoding="utf-8", errors="replace") if self._path.exists() else ""
-        for line in lines.splitlines():
+            repair(self._path)
+        rows: dict[str, MatrixReport] = {}
+        for row in read_rows(self._path, CheckpointError):
             try:
-                row = MatrixReport(**json.loads(line))
-            except (ValueError, TypeError):
+                report = MatrixReport(**row)
+            except TypeError:  # of another version
                 continue
-            rows[row.name] = row
+            rows[report.name] = report
         return rows
 
     def clear(self) -> None:

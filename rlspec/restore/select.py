@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from rlspec.errors import OptionError, ProjectionError
 from rlspec.io.fused import Config
-from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import (
     MODULES,
     Projection,
@@ -20,7 +19,6 @@ from rlspec.io.projections import (
     modules_in,
     parse_modules,
     projections_of,
-    read_config,
 )
 from rlspec.io.stacks import LanguageModel, in_tower
 from rlspec.restore.options import RestoreOptions
@@ -86,12 +84,6 @@ def select(shapes: Mapping[str, Shape], options: RestoreOptions, config: Config 
     if not chosen:
         raise OptionError(_nothing(modules, options, pattern is not None, shapes))
     return Selection(chosen, reasons, tuple(unmatched), model.note)
-
-
-def model_of(index: CheckpointIndex) -> LanguageModel:
-    """The language model of a checkpoint on disk."""
-    shapes = {name: tuple(entry.shape) for name, entry in index.tensors.items()}
-    return language_model(shapes, read_config(index.path))
 
 
 def _known_modules(text: str) -> tuple[str, ...] | None:

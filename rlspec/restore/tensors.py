@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rlspec.errors import TensorError
 from rlspec.io.projections import check_finite
-from rlspec.linalg.exact import exact_svd
+from rlspec.linalg.dense import lapack_svd
 from rlspec.linalg.rank import Rank
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.matrix import RestoreResult, difference, is_plain_copy, restore_matrix
@@ -92,10 +92,11 @@ def restore_stored(
         else:
             try:
                 basis = base_factors(projection.name, there, options, cache_dir)
-                result = restore_with(basis, projection.name, here, step.dtype, options)
+                moved = here.to(options.device)
+                result = restore_with(basis, projection.name, moved, step.dtype, options)
             except TensorError as error:
                 raise TensorError(f"{projection.name}: {error}") from None
-            weight = result.weight
+            weight = result.weight.cpu()
             rows.append(MatrixReport.of(projection, shape, step.dtype, result))
         if projection.rows is None and not projection.transposed:
             return weight, rows
@@ -109,7 +110,7 @@ def restore_stored(
 def base_factors(label: str, weight: Tensor, options: RestoreOptions, cache_dir: Path | None) -> MatrixBasis:
     """The base's decomposition, from the cache where it is there."""
     weight = weight.contiguous()
-    factors = exact_svd(weight.double()) if options.exact else cached_factors(weight, cache_dir)
+    factors = lapack_svd(weight.double()) if options.exact else cached_factors(weight, cache_dir)
     return matrix_basis(label, weight, factors, Rank.parse(options.rank))
 
 

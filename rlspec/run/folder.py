@@ -6,16 +6,19 @@
     metrics.jsonl                      one row per event, written last: a row here means a complete event
     spectra.jsonl                      one row per event and matrix
     evals.jsonl                        one row per event and shift, with the outcome of every deal
-    spectra/<stage>-<step>.safetensors singular values and sines of the angles
-    checkpoints/<stage>-<step>/        Hugging Face folders (model and tokenizer)
-    resume/<stage>/                    the trainer's own state
-    tb/                                TensorBoard events
+    spectra/<segment>-<step>.safetensors   singular values and sines of the angles
+    checkpoints/<segment>-<step>/      Hugging Face folders (model and tokenizer)
+    resume/<segment>/                  the trainer's own state
+    tb/<segment>/                      TensorBoard events
     written.jsonl                      what of all this the run wrote itself: it removes nothing else
     summary.json, report.html          written at the end
+
+A segment is a stage, or one of the branches of a stage: :mod:`rlspec.run.segments`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,9 +29,10 @@ import yaml
 
 from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
-from rlspec.run.jsonl import Row, append_rows, keep_rows, read_rows, repair
+from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
 from rlspec.run.lock import take_lock
 from rlspec.run.manifest import Manifest
+from rlspec.run.segments import Event, event_of
 
 
 class RunFolder:
@@ -124,16 +128,21 @@ class RunFolder:
     def report_path(self) -> Path:
         return self.path / "report.html"
 
-    def arrays_path(self, stage: str, step: int) -> Path:
-        return self.path / "spectra" / f"{stage}-{step}.safetensors"
+    def arrays_path(self, segment: str, step: int) -> Path:
+        return self.path / "spectra" / f"{segment}-{step}.safetensors"
 
-    def checkpoint_dir(self, stage: str, step: int) -> Path:
-        return self.path / "checkpoints" / f"{stage}-{step}"
+    def checkpoint_dir(self, segment: str, step: int) -> Path:
+        return self.path / "checkpoints" / f"{segment}-{step}"
 
-    def resume_dir(self, stage: str) -> Path:
-        return self.path / "resume" / stage
+    def resume_dir(self, segment: str) -> Path:
+        return self.path / "resume" / segment
 
     # Contents.
+    @property
+    def run_id(self) -> str:
+        """What all rows of the run carry, and those of a run with other settings do not."""
+        return hashlib.sha256(self.config_path.read_bytes()).hexdigest()[:12]
+
     def settings(self) -> dict[str, Any]:
         """The settings in config.yaml.
 
@@ -165,10 +174,10 @@ class RunFolder:
         append_rows(self.evals_path, evals)
         append_rows(self.metrics_path, [metrics])
 
-    def rewind(self, points: Sequence[tuple[str, int]], to_write: Iterable[Path] = ()) -> None:
-        """Drop everything later than ``points``, the last step of each stage that the trainer still knows.
+    def rewind(self, points: Sequence[Event], to_write: Iterable[Path] = ()) -> None:
+        """Drop everything later than ``points``, the last step of each segment that the trainer still knows.
 
-        Stages that are not named lose all their events. Incomplete events (no metrics row) go as well, so
+        Segments that are not named lose all their events. Incomplete events (no metrics row) go as well, so
         that the continued run writes each row once. Of files, only those go that the run wrote and that are
         as it wrote them.
 
@@ -181,9 +190,10 @@ class RunFolder:
         last = dict(points)
 
         def known(row: Row) -> bool:
-            return row["step"] <= last.get(row["stage"], -1)
+            segment, step = event_of(row)
+            return step <= last.get(segment, -1)
 
-        complete = {(row["stage"], row["step"]) for row in self.metrics() if known(row)}
+        complete = {event_of(row) for row in self.metrics() if known(row)}
         kept = {path(*event) for event in complete for path in (self.arrays_path, self.checkpoint_dir)}
         written = self.manifest.paths(self.path / "spectra", self.path / "checkpoints")
         late = [path for path in written if path not in kept]
@@ -199,7 +209,7 @@ class RunFolder:
                 )
         keep_rows(self.metrics_path, known)
         for rows in (self.spectra_path, self.evals_path):
-            keep_rows(rows, lambda row: (row["stage"], row["step"]) in complete)
+            keep_rows(rows, lambda row: event_of(row) in complete)
         for path in late:
             self.manifest.remove(path)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from rlspec.run.jsonl import append_rows, keep_rows, read_rows, repair
+from rlspec.io.jsonl import append_rows, keep_rows, read_rows, repair
 
 # File within the thing ("" where it is a file itself) -> size in bytes, time of modification in whole seconds:
 # not every file system keeps more. None for a file that grows while the run goes on.

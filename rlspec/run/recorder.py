@@ -13,12 +13,13 @@ from pathlib import Path
 from safetensors.torch import save_file
 
 from rlspec.io.files import replacing
-from rlspec.report.data import mean, rotation
+from rlspec.io.jsonl import Row
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import eval_row, metrics_columns
 from rlspec.run.folder import RunFolder
-from rlspec.run.jsonl import Row
 from rlspec.run.progress import Progress
+from rlspec.run.rows import mean, rotation
+from rlspec.run.segments import Event, Segment, event_of, segment_of, weights_digest
 from rlspec.run.tensorboard import TensorBoardLog
 from rlspec.spectra import SpectralTracker
 from rlspec.tasks import Task
@@ -64,10 +65,11 @@ class Clock:
 
 @dataclass
 class EventRecorder(Callback):
-    """Measures the model at each event of a stage and commits the event to the run folder.
+    """Measures the model at each event of a segment and commits the event to the run folder.
 
-    Events that the folder already holds are skipped, so a continued run writes none twice. `global_step`, the
-    axis both stages share, counts optimizer steps; a PPO update counts as `ppo_steps_per_update` of them.
+    Events that the folder already holds are skipped, so a continued run writes none twice. `global_step`, the axis that
+    all segments share, counts the optimizer steps from the run's first weights to the event's, on the path through
+    the tree; a PPO update counts as `ppo_steps_per_update` of them.
     """
 
     config: TrackConfig
@@ -81,32 +83,38 @@ class EventRecorder(Callback):
     ppo_steps_per_update: int
 
     def __post_init__(self) -> None:
-        self._done = {(row["stage"], row["step"]) for row in self.folder.metrics()}
-        self._origin: tuple[str, int] | None = None
+        self._done = {event_of(row) for row in self.folder.metrics()}
+        self._run_id = self.folder.run_id
+        self._segment: Segment
         self._seconds_before = 0.0
 
-    def begin(self, *, seconds_training: float, origin: tuple[str, int] | None = None) -> None:
-        """Prepare for a stage.
+    def begin(self, segment: Segment, *, seconds_training: float) -> None:
+        """Prepare for a segment; step 0 of one that has a parent repeats the parent's figures.
 
         Args:
-            seconds_training: spent on the stages before it.
-            origin: (stage, step) whose weights this stage starts from; its step 0 then repeats those figures.
+            seconds_training: spent on the segments before it.
         """
+        self._segment = segment
+        self._origin: Row = {}
+        if segment.parent is not None:
+            (parent,) = (row for row in self.folder.metrics() if event_of(row) == segment.parent)
+            self._origin = dict(zip(("parent_segment", "parent_step"), segment.parent))
+            self._origin["parent_weights"] = parent.get("weights")
         self._seconds_before = seconds_training
-        self._origin = origin
 
     def on_start(self, state: StepState) -> None:
-        if (state.stage, 0) in self._done:
+        if (self._segment.id, 0) in self._done:
             return
-        if self._origin is not None:
-            self._repeat(state, *self._origin)
+        if self._segment.parent is not None:
+            self._repeat(state, self._segment.parent)
         else:
             self._record(state)
 
     def on_step(self, state: StepState) -> None:
         logs = {name: state.logs[name] for name in ("loss", "mean_reward") if name in state.logs}
         self.progress.step(state.step, **logs)
-        if self.config.is_event(state.stage, state.step) and (state.stage, state.step) not in self._done:
+        event = self._segment.id, state.step
+        if self.config.is_event(state.stage, state.step) and event not in self._done:
             self._record(state)
 
     def _record(self, state: StepState) -> None:
@@ -132,25 +140,30 @@ class EventRecorder(Callback):
                 evals.append({**place, **eval_row(result, turns=config.turns, seed=config.seed)})
         with clock.timed("kl"):
             kl = self.probe.measure(state.model)
+        weights: Row = {}
         with clock.timed("saving"):
             with self._writing_arrays(state) as temporary:
                 save_file(record.arrays, temporary)
             if config.keeps_checkpoint(state.stage, state.step):
-                checkpoint = self.folder.checkpoint_dir(state.stage, state.step)
+                checkpoint = self.folder.checkpoint_dir(self._segment.id, state.step)
                 record_it = partial(self.folder.manifest.record, checkpoint)
                 save_checkpoint(state.model, state.tokenizer, checkpoint, on_complete=record_it)
-        self._commit(state, self._figures(state, evals, kl), record.rows, evals)
+                if config.is_branch_point(state.stage, state.step):
+                    weights = {"weights": weights_digest(checkpoint)}
+        spectra = [{**self._belongs(), **row} for row in record.rows]
+        self._commit(state, {**self._figures(state, evals, kl), **weights}, spectra, evals)
 
-    def _repeat(self, state: StepState, stage: str, step: int) -> None:
-        """Commit the stage's step 0 with the figures of the event whose weights it starts from."""
-        here, there = self._place(state), (stage, step)
+    def _repeat(self, state: StepState, parent: Event) -> None:
+        """Commit the segment's step 0 with the figures of the event whose weights it starts from."""
+        here = self._place(state)
 
         def moved(rows: Sequence[Row]) -> list[Row]:
-            return [{**row, **here} for row in rows if (row["stage"], row["step"]) == there]
+            return [{**row, **here} for row in rows if event_of(row) == parent]
 
-        spectra = [{**row, "stage": state.stage, "step": 0} for row in moved(self.folder.spectra())]
+        ids = {**self._belongs(), "stage": state.stage, "step": 0}
+        spectra = [{**row, **ids} for row in self.folder.spectra() if event_of(row) == parent]
         with self._writing_arrays(state) as temporary:
-            shutil.copyfile(self.folder.arrays_path(stage, step), temporary)
+            shutil.copyfile(self.folder.arrays_path(*parent), temporary)
         (source,) = moved(self.folder.metrics())
         evals = moved(self.folder.evals())
         figures = self._figures(state, evals, source["kl_base_nats_per_token"])
@@ -159,7 +172,7 @@ class EventRecorder(Callback):
     @contextmanager
     def _writing_arrays(self, state: StepState) -> Iterator[Path]:
         """Context for writing an event's array file, there whole or not at all: yields where to."""
-        path = self.folder.arrays_path(state.stage, state.step)
+        path = self.folder.arrays_path(self._segment.id, state.step)
         path.parent.mkdir(parents=True, exist_ok=True)
         with replacing(path) as temporary:
             yield temporary
@@ -169,20 +182,23 @@ class EventRecorder(Callback):
         # The row's seconds are cumulative; those of a single step would not fit among them.
         logs = {name: value for name, value in state.logs.items() if not name.startswith("seconds")}
         accuracies = metrics_columns(evals, self.config.ood_shift)
-        return {**self._place(state), **logs, **accuracies, "kl_base_nats_per_token": kl}
+        return {**self._place(state), **self._origin, **logs, **accuracies, "kl_base_nats_per_token": kl}
+
+    def _belongs(self) -> Row:
+        """Which run and which segment a row belongs to."""
+        return {"run": self._run_id, "segment": self._segment.id}
 
     def _place(self, state: StepState) -> Row:
-        global_step = state.step
-        if state.stage == "ppo":
-            before = self.config.sft_steps if "sft" in self.config.stages else 0
-            global_step = before + self.ppo_steps_per_update * state.step
-        return {"stage": state.stage, "step": state.step, "global_step": global_step}
+        start = 0 if self._segment.parent is None else self._segment.parent[1]
+        pace = self.ppo_steps_per_update if state.stage == "ppo" else 1
+        global_step = start + pace * state.step
+        return {**self._belongs(), "stage": state.stage, "step": state.step, "global_step": global_step}
 
     def _commit(self, state: StepState, figures: Row, spectra: list[Row], evals: list[Row]) -> None:
         training = self._seconds_before + state.seconds_training
         metrics = {**figures, "seconds_training": training, **self.clock.columns()}
         self.folder.commit(metrics, spectra=spectra, evals=evals)
-        self._done.add((state.stage, state.step))
+        self._done.add(event_of(metrics))
         self.tensorboard.add(metrics, spectra)
         line = event_line(metrics, spectra, state.total, self.config.ood_shift)
         self.progress.say(f"{line}  {self.progress.eta(state.step)}".rstrip())
@@ -190,7 +206,7 @@ class EventRecorder(Callback):
 
 def event_line(metrics: Row, spectra: Sequence[Row], total: int, ood_shift: str | None) -> str:
     """An event's main figures in one line."""
-    parts = [f"{metrics['stage']} {metrics['step']:>{len(str(total))}}/{total}"]
+    parts = [f"{segment_of(metrics)} {metrics['step']:>{len(str(total))}}/{total}"]
     for label, key, form in (
         ("loss", "loss", "{:.3f}"),
         ("reward", "mean_reward", "{:+.2f}"),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rlspec.errors import OptionError, RunFolderError
-from rlspec.run.config import EMBEDDED, TrackConfig, checked_types
+from rlspec.run.config import EMBEDDED, STAGES, TrackConfig, checked_types
 from rlspec.run.folder import RunFolder
 
 
@@ -38,14 +38,38 @@ def resolve_settings(
     if out is None:
         raise OptionError("resume=True needs out=, the folder of the run to continue")
     folder = RunFolder(out)
-    stored = TrackConfig.from_settings(folder.settings(), source=str(folder.config_path))
-    refuse_other_settings(stored, replace(stored, **asked), folder)
+    stored = stored_settings(folder)
+    try:
+        wanted = replace(stored, **asked)
+    except OptionError:
+        # One that differs may not go with the others; that it differs is what matters here.
+        _refuse_others(stored, asked, folder)
+        raise
+    refuse_other_settings(stored, wanted, folder)
     return stored
+
+
+def stored_settings(folder: RunFolder) -> TrackConfig:
+    """The config of the run in ``folder``.
+
+    Raises:
+        OptionError: A setting that this version does not know or take.
+        RunFolderError: There is no run.
+    """
+    settings = folder.settings()
+    # Before a run could have branches, PPO that was not told where to start from started from SFT's end.
+    if settings.get("ppo_from", ()) is None and settings.get("stages") == list(STAGES):
+        settings["ppo_from"] = settings.get("sft_steps")
+    return TrackConfig.from_settings(settings, source=str(folder.config_path))
 
 
 def refuse_other_settings(stored: TrackConfig, wanted: TrackConfig, folder: RunFolder) -> None:
     """Raise RunFolderError naming each setting of ``wanted`` that is not as in the folder's config.yaml."""
-    pairs = [(f.name, getattr(stored, f.name), getattr(wanted, f.name)) for f in fields(TrackConfig)]
+    _refuse_others(stored, {f.name: getattr(wanted, f.name) for f in fields(TrackConfig)}, folder)
+
+
+def _refuse_others(stored: TrackConfig, wanted: Mapping[str, Any], folder: RunFolder) -> None:
+    pairs = [(name, getattr(stored, name), new) for name, new in wanted.items()]
     differences = [f"{name}={_shown(old)!r}, not {_shown(new)!r}" for name, old, new in pairs if old != new]
     if differences:
         raise RunFolderError(f"{folder.config_path} has other settings: {'; '.join(differences)}")
@@ -60,4 +84,4 @@ def _absolute(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _shown(value: Any) -> Any:
-    return ",".join(value) if isinstance(value, tuple) else value
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value

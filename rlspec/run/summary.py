@@ -3,42 +3,44 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from rlspec.report.data import mean, rotation
+from rlspec.io.jsonl import Row
+from rlspec.run.branches import decisive_events, event_title, pairs_to_test, segment_titles, start_name
 from rlspec.run.config import TrackConfig
-from rlspec.run.evaluation import describe_test, paired_test
+from rlspec.run.evaluation import compare_gains, describe_test, paired_test
 from rlspec.run.folder import RunFolder
-from rlspec.run.jsonl import Row
-
-Event = tuple[str, int]
+from rlspec.run.rows import mean, rotation
+from rlspec.run.segments import Event, Segment, event_of
 
 
 def summarize(config: TrackConfig, folder: RunFolder) -> Row:
     """The contents of summary.json.
 
-    ``events`` names the decisive ones (start, OOD peak of SFT, end of each stage) with their metrics row and,
-    per module, their spectra; ``tests`` are McNemar tests between them on the same deals. The peak is chosen
-    by the outcomes that it is tested on, so its test flatters the peak; ``note`` says so.
+    ``segments`` is the tree. ``events`` names the decisive ones (start, OOD peak of SFT, end of each segment, start of
+    each branch) with their metrics row and, per module, their spectra; ``tests`` are McNemar tests between them
+    on the same deals. The peak is chosen by the outcomes that it is tested on, so its test flatters the peak; ``note``
+    says so. ``gains`` compares the gain of the first branch with that of each later one.
     """
     metrics, spectra, evals = folder.metrics(), folder.spectra(), folder.evals()
-    chosen = _decisive_events(config, metrics)
-    by_event = {(row["stage"], row["step"]): row for row in metrics}
-    events = {
-        name: {"metrics": by_event[event], "spectra": module_means(spectra, event)}
-        for name, event in chosen.items()
-    }
-    pairs = [
-        (before, after)
-        for before, after in (("sft_peak", "sft_end"), ("sft_end", "ppo_end"), ("ppo_start", "ppo_end"))
-        if before in chosen and after in chosen
-    ]
-    tests = {f"{a}_to_{b}": _tests(evals, chosen[a], chosen[b]) for a, b in pairs}
+    chosen = decisive_events(config.segments, metrics)
+    pairs = pairs_to_test(config.segments, chosen)
+    branches = [segment for segment in config.segments if segment.parent is not None]
+    ends = [(chosen[start_name(segment, chosen)], chosen[f"{segment.id}_end"]) for segment in branches]
     last = metrics[-1]
     return {
+        "run": folder.run_id,
         "settings": config.to_settings(),
-        "events": events,
-        "tests": tests,
+        "segments": [_segment_row(segment) for segment in config.segments],
+        "events": {
+            name: {"metrics": row, "spectra": module_means(spectra, event_of(row))}
+            for name, row in chosen.items()
+        },
+        "tests": {f"{a}_to_{b}": _tests(evals, chosen[a], chosen[b]) for a, b in pairs},
+        "gains": {
+            f"{branches[0].id}_and_{later.id}": _gains(evals, ends[0], moved)
+            for later, moved in zip(branches[1:], ends[1:])
+        },
         "note": "the OOD peak is chosen on the deals that its test uses, so that test favours a fall from it",
         "seconds": {
             name.removeprefix("seconds_"): last[name] for name in last if name.startswith("seconds_")
@@ -47,26 +49,22 @@ def summarize(config: TrackConfig, folder: RunFolder) -> Row:
     }
 
 
-def _decisive_events(config: TrackConfig, metrics: Sequence[Row]) -> dict[str, Event]:
-    """Name -> (stage, step)."""
-    chosen: dict[str, Event] = {}
-    for stage in config.stages:
-        rows = [row for row in metrics if row["stage"] == stage]
-        # PPO's start is SFT's end unless it began at an earlier checkpoint or there was no SFT.
-        if stage == "sft" or "sft" not in config.stages or config.ppo_from not in (None, config.sft_steps):
-            chosen[f"{stage}_start"] = (stage, rows[0]["step"])
-        if stage == "sft" and config.ood_shift is not None:
-            peak = max(rows, key=lambda row: row["ood_accuracy"])
-            chosen["sft_peak"] = (stage, peak["step"])
-        chosen[f"{stage}_end"] = (stage, rows[-1]["step"])
-    return chosen
+def _segment_row(segment: Segment) -> Row:
+    parent, step = segment.parent or (None, None)
+    return {
+        "segment": segment.id,
+        "stage": segment.stage,
+        "steps": segment.steps,
+        "parent_segment": parent,
+        "parent_step": step,
+    }
 
 
 def module_means(spectra: Sequence[Row], event: Event) -> dict[str, dict[str, float | None]]:
     """Per module, the mean over its matrices of the main spectral figures at one event; None if undefined."""
     by_module: dict[str, list[Row]] = defaultdict(list)
     for row in spectra:
-        if (row["stage"], row["step"]) == event:
+        if event_of(row) == event:
             by_module[row["module"]].append(row)
     names = ("angle_left_mean_rad", "angle_right_mean_rad", "sigma_change_rel_max", "delta_relative")
     means: dict[str, dict[str, float | None]] = {}
@@ -76,35 +74,37 @@ def module_means(spectra: Sequence[Row], event: Event) -> dict[str, dict[str, fl
     return means
 
 
-def _tests(evals: Sequence[Row], before: Event, after: Event) -> dict[str, Row]:
+def _by_shift(evals: Sequence[Row], event: Row) -> dict[str, Row]:
+    return {row["shift"]: row for row in evals if event_of(row) == event_of(event)}
+
+
+def _tests(evals: Sequence[Row], before: Row, after: Row) -> dict[str, Row]:
     """Shift -> McNemar test between two events."""
-    at = {(row["stage"], row["step"], row["shift"]): row for row in evals}
-    shifts = [shift for stage, step, shift in at if (stage, step) == before]
-    return {shift: paired_test(at[before + (shift,)], at[after + (shift,)]) for shift in shifts}
+    start, end = _by_shift(evals, before), _by_shift(evals, after)
+    return {shift: paired_test(start[shift], end[shift]) for shift in start}
 
 
-_NAMES = {
-    "sft_start": "start",
-    "sft_peak": "OOD peak",
-    "sft_end": "SFT end",
-    "ppo_start": "PPO start",
-    "ppo_end": "PPO end",
-}
+def _gains(evals: Sequence[Row], first: tuple[Row, Row], second: tuple[Row, Row]) -> dict[str, Row]:
+    """Shift -> comparison of the gains of two branches."""
+    (a, b), (c, d) = ([_by_shift(evals, event) for event in pair] for pair in (first, second))
+    return {shift: compare_gains((a[shift], b[shift]), (c[shift], d[shift])) for shift in a}
 
 
 def summary_lines(summary: Row) -> list[str]:
-    """What `rlspec track` prints at its end."""
+    """What `rlspec track` prints at its end: the decisive events, the tests between them, and where the time went."""
+    segments = _segments(summary)
+    titles = {name: event_title(name, segments) for name in summary["events"]}
+    width = max(map(len, ("event", *titles.values())))
+    steps = {name: f"{event['metrics']['step']}" for name, event in summary["events"].items()}
     ood = next(iter(summary["events"].values()))["metrics"].get("ood_shift")
     ood_title = f"OOD ({ood})" if ood else "OOD"
-    head = (
-        f"{'event':<10}{'step':>9}{'loss':>8}  {'ID':<22}{ood_title:<22}{'KL':>7}{'rotation':>10}{'sigma':>9}"
-    )
+    head = f"{'event':<{width}}{'step':>6}{'loss':>8}  {'ID':<22}{ood_title:<22}{'KL':>7}{'rotation':>10}{'sigma':>9}"
     lines = ["", head]
     for name, event in summary["events"].items():
         row = event["metrics"]
         spectra = event["spectra"].values()
         lines.append(
-            f"{_NAMES[name]:<10}{row['stage'] + ' ' + str(row['step']):>9}"
+            f"{titles[name]:<{width}}{steps[name]:>6}"
             f"{_number(row.get('loss'), '.3f'):>8}  "
             f"{_share(row, 'id'):<22}{_share(row, 'ood'):<22}"
             f"{_number(row['kl_base_nats_per_token'], '.3f'):>7}"
@@ -112,15 +112,16 @@ def summary_lines(summary: Row) -> list[str]:
             f"{_number(mean(module['sigma_change_rel_max'] for module in spectra), '.2%'):>9}"
         )
     lines.append(
-        "KL: nats per answer token from the start's model; rotation: mean principal angle to the start, "
-        "rad; sigma: largest relative change of a singular value; both means over matrices"
+        "step: within its segment; KL: nats per answer token from the base; rotation: mean principal angle to the "
+        "base, rad; sigma: largest relative change of a singular value; both means over matrices"
     )
     lines.append("")
     for pair, tests in summary["tests"].items():
-        before, after = (_NAMES[name] for name in pair.split("_to_"))
+        before, after = (titles[name] for name in pair.split("_to_"))
         lines += [f"{before} -> {after}, {describe_test(test)}" for test in tests.values()]
-    if "sft_peak_to_sft_end" in summary["tests"]:
+    if any("_peak_to_" in pair for pair in summary["tests"]):
         lines.append(f"({summary['note']})")
+    lines += _gain_lines(summary["gains"], segment_titles(segments))
     seconds = summary["seconds"]
     lines.append("")
     lines.append(
@@ -128,6 +129,27 @@ def summary_lines(summary: Row) -> list[str]:
         f"{seconds['evaluating']:.0f}, tracking {seconds['tracking']:.1f} ({summary['tracking_share']:.1%} "
         f"of the wall time), KL {seconds['kl']:.1f}, saving {seconds['saving']:.1f}"
     )
+    return lines
+
+
+def _segments(summary: Row) -> list[Segment]:
+    found = []
+    for row in summary["segments"]:
+        parent = None if row["parent_segment"] is None else (row["parent_segment"], row["parent_step"])
+        found.append(Segment(row["segment"], row["stage"], row["steps"], parent))
+    return found
+
+
+def _gain_lines(gains: Mapping[str, Mapping[str, Row]], titles: Mapping[str, str]) -> list[str]:
+    lines = []
+    for pair, by_shift in gains.items():
+        first, second = (titles[name] for name in pair.split("_and_"))
+        lines += [
+            f"gain of {first} against {second}, shift {row['shift']}: {100 * row['first_gain']:+.1f} against "
+            f"{100 * row['second_gain']:+.1f} points ({row['more_in_first']} deals gained more in the first, "
+            f"{row['more_in_second']} in the second, sign test p = {row['p_value']:.2g})"
+            for row in by_shift.values()
+        ]
     return lines
 
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rlspec.run.jsonl import Row
+from rlspec.io.jsonl import Row
 from rlspec.run.manifest import Manifest
+from rlspec.run.segments import Event, event_of, segment_of
 
 _SPECTRA = ("angle_left_mean_rad", "angle_right_mean_rad", "sigma_change_rel_max", "delta_relative")
 # Columns of a metrics row that place it rather than measure something.
-_PLACE = ("step", "global_step")
+_PLACE = ("step", "global_step", "parent_step")
 
 MISSING = "no TensorBoard events: pip install 'rlspec[tensorboard]' for them; everything else is written"
 
@@ -25,9 +26,10 @@ def installed() -> bool:
 
 
 class TensorBoardLog:
-    """Scalars on the run's one step axis (`global_step`).
+    """Scalars on the run's one step axis (`global_step`), in one folder per segment: TensorBoard draws each as a curve
+    of its own, and a branch leaves the trunk where it began.
 
-    The event file is written anew from the rows of the events so far, because TensorBoard's files cannot be cut
+    The event files are written anew from the rows of the events so far, because TensorBoard's files cannot be cut
     back: a resumed run leaves no doubled or stale points. Event files of others in the folder stay. Without TensorBoard
     nothing is written, and nothing fails.
     """
@@ -35,32 +37,39 @@ class TensorBoardLog:
     def __init__(
         self, folder: Path, metrics: Iterable[Row], spectra: Iterable[Row], manifest: Manifest
     ) -> None:
-        self._writer: Any = None
+        self._folder, self._manifest = folder, manifest
+        self._writers: dict[str, Any] = {}
         if not installed():
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         for path in manifest.paths(folder):
             manifest.remove(path)
-        folder.mkdir(exist_ok=True)
-        others = set(folder.iterdir())
-        self._writer = SummaryWriter(str(folder))
-        for path in set(folder.iterdir()) - others:
-            manifest.record(path)
-        by_event: dict[tuple[str, int], list[Row]] = defaultdict(list)
+        by_event: dict[Event, list[Row]] = defaultdict(list)
         for row in spectra:
-            by_event[row["stage"], row["step"]].append(row)
+            by_event[event_of(row)].append(row)
         for row in metrics:
-            self.add(row, by_event[row["stage"], row["step"]])
+            self.add(row, by_event[event_of(row)])
+
+    def _writer(self, segment: str) -> Any:
+        if segment not in self._writers:
+            from torch.utils.tensorboard import SummaryWriter
+
+            folder = self._folder / segment
+            folder.mkdir(parents=True, exist_ok=True)
+            others = set(folder.iterdir())
+            self._writers[segment] = SummaryWriter(str(folder))
+            for path in set(folder.iterdir()) - others:
+                self._manifest.record(path)
+        return self._writers[segment]
 
     def add(self, metrics: Row, spectra: Iterable[Row]) -> None:
         """Write one event: each number of its metrics row, and the mean spectral figures of each module."""
-        if self._writer is None:
+        if not installed():
             return
+        writer = self._writer(segment_of(metrics))
         stage, step = metrics["stage"], metrics["global_step"]
         for name, value in metrics.items():
             if isinstance(value, (int, float)) and name not in _PLACE:
-                self._writer.add_scalar(f"{_group(name)}/{name}", value, step)
+                writer.add_scalar(f"{_group(name)}/{name}", value, step)
         by_module: dict[str, list[Row]] = defaultdict(list)
         for row in spectra:
             by_module[row["module"]].append(row)
@@ -68,13 +77,13 @@ class TensorBoardLog:
             for name in _SPECTRA:
                 values = [row[name] for row in rows if row.get(name) is not None]
                 if values:
-                    self._writer.add_scalar(f"spectra_{module}/{name}", fmean(values), step)
-        self._writer.add_text("stage", f"{stage} {metrics['step']}", step)
-        self._writer.flush()
+                    writer.add_scalar(f"spectra_{module}/{name}", fmean(values), step)
+        writer.add_text("stage", f"{stage} {metrics['step']}", step)
+        writer.flush()
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        for writer in self._writers.values():
+            writer.close()
 
 
 def _group(name: str) -> str:

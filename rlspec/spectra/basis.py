@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError
 from rlspec.io.coverage import partly_found
-from rlspec.io.projections import Projection, find_projections, language_model, parse_modules
+from rlspec.io.projections import Projection, check_finite, find_projections, language_model, parse_modules
+from rlspec.io.weights import WeightSource, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.cache import cached_factors
-from rlspec.spectra.sources import WeightSource, open_weights, read_matrix
 
 _LOG = logging.getLogger(__name__)
 Progress = Callable[[int, int], None]  # called with (matrices done, matrices in all)
@@ -131,8 +131,8 @@ class SpectralBasis:
         if len(model.own) > 1:
             _LOG.warning(model.note)
         matrices, devices = [], {}
-        for done, projection in enumerate(projections, start=1):
-            found = read_matrix(weights, projection)
+        stream = weights.stream(weights.in_file_order(projections))
+        for done, (projection, found) in enumerate(stream, start=1):
             devices[projection.name] = _place(device, found, source)
             matrices.append(reference_matrix(projection.name, found, rule, cache_dir))
             if progress is not None:
@@ -160,7 +160,12 @@ class SpectralBasis:
 def reference_matrix(
     name: str, weight: Tensor, rank: Rank, cache_dir: str | Path | None = None
 ) -> MatrixBasis:
-    """Decompose one matrix (m, n), finite, on any device; what is kept of it is a copy on the host."""
+    """Decompose one matrix (m, n), on any device; what is kept of it is a copy on the host.
+
+    Raises:
+        TensorError: it holds NaN or infinity.
+    """
+    check_finite(name, weight)
     weight = weight.cpu().contiguous().clone()
     return matrix_basis(name, weight, cached_factors(weight, cache_dir), rank)
 

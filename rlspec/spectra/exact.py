@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.angles import principal_sines
-from rlspec.linalg.exact import exact_svd
-from rlspec.linalg.factor import SMALL, full_svd
+from rlspec.linalg.dense import SMALL, lapack_values, thin_svd
 from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import Reference
 from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
@@ -20,7 +19,7 @@ from rlspec.spectra.metrics import arcsine_rounding, effective_rank
 
 def exact_norm(delta: Delta) -> Tensor:
     """(L,) ||ΔW||_2 on the host, from all singular values in float64."""
-    return torch.linalg.matrix_norm(delta.dense().double().cpu(), ord=2)
+    return lapack_values(delta.dense().double().cpu())[..., 0]
 
 
 def measure_exact(
@@ -41,7 +40,7 @@ def measure_exact(
     k = reference.k
     m, n = reference.shape
     change = delta.stats
-    u, s, vh = _decompose(delta.weight().cpu())
+    u, s, vh = thin_svd(delta.weight().cpu())
     same = (change.delta_frobenius == 0).unsqueeze(-1)
     s = torch.where(same, reference.S, s)
     u_ref, v_ref = reference.U.double(), reference.Vh.double().mT
@@ -78,18 +77,6 @@ def measure_exact(
         engine=("exact",) * delta.shape[0],
         arithmetic=("float64",) * delta.shape[0],
         notes=(None,) * delta.shape[0],
-    )
-
-
-def _decompose(weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Thin SVDs of (L, m, n) float64, small ones as a batch."""
-    if min(weight.shape[-2:]) <= SMALL:
-        return exact_svd(weight)
-    parts = [full_svd(matrix) for matrix in weight]
-    return (
-        torch.stack([p[0] for p in parts]),
-        torch.stack([p[1] for p in parts]),
-        torch.stack([p[2] for p in parts]),
     )
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from rlspec.errors import OptionError, TensorError
 from rlspec.io.projections import Projection, check_finite
+from rlspec.io.weights import WeightSource, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.perturb.delta import DenseDelta
 from rlspec.perturb.matrix import MatrixBasis
@@ -22,7 +23,6 @@ from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.nulls import null_rotations
-from rlspec.spectra.sources import Weights, WeightSource, open_weights, read_matrix
 from rlspec.spectra.table import Row, empty_row, measured_rows, put_nulls
 
 Engine = Literal["delta", "exact"]
@@ -99,7 +99,10 @@ class SpectralTracker:
         if factors not in get_args(Factors):
             raise OptionError(f"unknown factors {factors!r}; valid: {', '.join(get_args(Factors))}")
         self.factors = factor_place(basis) if factors == "auto" else factors
-        self._groups = tuple(_groups(basis, engine, self.factors))
+        # By layer: what a fused tensor holds for other groups does not wait for long.
+        place = {projection.name: at for at, projection in enumerate(basis.projections)}
+        groups = _groups(basis, engine, self.factors)
+        self._groups = sorted(groups, key=lambda group: place[group.projections[0].name])
 
     def measure(
         self, source: WeightSource, *, step: int, stage: str = "", null_draws: int = 0
@@ -123,11 +126,11 @@ class SpectralTracker:
 
     def _measure(self, source: WeightSource, step: int, stage: str, null_draws: int) -> SpectralRecord:
         started = time.perf_counter()
-        weights = open_weights(source)
+        stream = open_weights(source).stream([p for group in self._groups for p in group.projections])
         record = SpectralRecord(stage=stage, step=step, rows=[])
         rows: dict[str, Row] = {}
         for group in self._groups:
-            stacked = _stacked(weights, group)
+            stacked = _stacked(stream, group)
             pairs = list(zip(group.projections, group.matrices, strict=True))
             if group.rank == 0:
                 rows.update({p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs})
@@ -192,12 +195,15 @@ def factor_place(basis: SpectralBasis) -> Literal["device", "host"]:
     return "device"
 
 
-def _stacked(weights: Weights, group: _Group) -> Tensor:
-    """The current weights of a group, (L, m, n) on its device."""
+def _stacked(stream: Iterator[tuple[Projection, Tensor]], group: _Group) -> Tensor:
+    """The current weights of a group, which are the next of the stream, (L, m, n) on its device."""
     found = []
-    for projection, matrix in zip(group.projections, group.matrices, strict=True):
+    # In this order zip asks the stream for no weight beyond the group's.
+    for matrix, (projection, weight) in zip(group.matrices, stream):
         # On a device the sums tell of NaN and infinity without making the host wait for each matrix.
-        weight = read_matrix(weights, projection, check=group.device.type == "cpu").to(group.device)
+        if group.device.type == "cpu":
+            check_finite(projection.name, weight)
+        weight = weight.to(group.device)
         if tuple(weight.shape) != matrix.shape:
             raise TensorError(
                 f"{projection.name}: the reference is {matrix.shape[0]}x{matrix.shape[1]}, this weight is "

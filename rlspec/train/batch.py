@@ -12,7 +12,8 @@ Axes: B rows, P prompt columns, T answer columns, V vocabulary, H hidden width.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -102,19 +103,39 @@ def answer_forward(model: Any, batch: AnswerBatch, *, hidden: bool = False) -> t
         options["position_ids"] = position_ids(batch.attention_mask)
     if accepts(model, "logits_to_keep"):
         options["logits_to_keep"] = width + 1
-    captured: list[Tensor] = []
-    hook = None
-    if hidden:
-        head = model.get_output_embeddings()
-        hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-    try:
+    with head_inputs(model, hidden) as captured:
         output = model(batch.input_ids, attention_mask=batch.attention_mask, **options)
-    finally:
-        if hook is not None:
-            hook.remove()
     # The last column predicts the token after the answer, which nobody asked for.
     logits = output.logits[:, -width - 1 : -1]
     return logits, captured[0][:, -width - 1 : -1] if hidden else None
+
+
+@contextmanager
+def head_inputs(model: Any, wanted: bool = True) -> Iterator[list[Tensor]]:
+    """Context whose list gets the hidden states that each forward pass feeds its output head, if ``wanted``."""
+    captured: list[Tensor] = []
+    if not wanted:
+        yield captured
+        return
+    head = model.get_output_embeddings()
+    hook = head.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
+    try:
+        yield captured
+    finally:
+        hook.remove()
+
+
+@contextmanager
+def counted_tokens(model: Any) -> Iterator[list[int]]:
+    """Context whose list gets the tokens, padding included, of each forward pass."""
+    counts: list[int] = []
+    hook = model.get_input_embeddings().register_forward_pre_hook(
+        lambda _, inputs: counts.append(inputs[0].numel())
+    )
+    try:
+        yield counts
+    finally:
+        hook.remove()
 
 
 def autocast(device: torch.device, dtype: Literal["auto", "float32", "bf16"]) -> torch.autocast:

@@ -25,29 +25,31 @@ MEMORIES = ("past_key_values", "cache_params")
 class Reader:
     """A model at work on one batch. Columns that the mask hides are read, and must not matter."""
 
-    def __init__(self, model: Any, mask: Tensor) -> None:
-        """``mask``: int64 (B, every column there will be), 0 on padding."""
+    def __init__(self, model: Any, mask: Tensor, cache: DynamicCache | None = None) -> None:
+        """``mask``: int64 (B, every column there will be), 0 on padding. ``cache``: keys and values of the first
+        columns, which were read before.
+        """
         self._model = model
         self._mask = mask
         self._positions = position_ids(mask) if accepts(model, "position_ids") else None
         self._options: dict[str, Any] = {"logits_to_keep": 1} if accepts(model, "logits_to_keep") else {}
-        self._end = 0  # columns read
+        self.end = 0 if cache is None else cache.get_seq_length()  # columns read
         self._read = mask.new_empty(len(mask), 0)  # their ids, as long as nothing remembers them
-        self._memory: str | None = None
-        self._cache: Any = None
+        self._memory: str | None = None if cache is None else "past_key_values"
+        self._cache: Any = cache
 
     def logits(self, ids: Tensor) -> Tensor:
         """Logits (B, V) that follow the next columns, int64 (B, N), of the batch."""
-        first = self._end == 0
-        self._end += ids.shape[1]
+        first = self.end == 0
+        self.end += ids.shape[1]
         if self._memory is None:
             self._read = ids = torch.cat([self._read, ids], dim=1)
         options = dict(self._options)
         if self._positions is not None:
-            options["position_ids"] = self._positions[:, self._end - ids.shape[1] : self._end]
+            options["position_ids"] = self._positions[:, self.end - ids.shape[1] : self.end]
         # Mamba takes a mask of the columns it is given, and later ones are never padding.
         if first or self._memory != "cache_params":
-            options["attention_mask"] = self._mask[:, : self._end]
+            options["attention_mask"] = self._mask[:, : self.end]
         if self._memory is not None:
             options[self._memory] = self._cache
         output = self._model(ids, use_cache=first or self._memory is not None, **options)
@@ -59,6 +61,17 @@ class Reader:
 
     def _remembers(self, output: Any, name: str) -> bool:
         return getattr(output, name, None) is not None and accepts(self._model, name)
+
+    def layers(self) -> list[tuple[Tensor, Tensor]] | None:
+        """Keys and values, (B, heads, L, width) each, of every layer; None where the model's memory is, or may
+        be, more than these: states, or a window's last columns.
+        """
+        layers = getattr(self._cache, "layers", None) if type(self._cache) is DynamicCache else None
+        if not layers or any(
+            type(layer).__name__ != "DynamicLayer" or layer.keys is None for layer in layers
+        ):
+            return None
+        return [(layer.keys, layer.values) for layer in layers]
 
     def keep(self, rows: Tensor) -> bool:
         """Go on with these rows, int64 (fewer,), alone; False where the model's memory allows no such thing."""

@@ -46,7 +46,7 @@ class SFTConfig:
 
     steps: int = 640
     batch_size: int = 64
-    micro_batch_size: int = 64  # rows of one forward pass; the split changes rounding only
+    micro_batch_size: int = 64  # examples of one forward pass; the split changes rounding only
     learning_rate: float = 3e-4
     weight_decay: float = 0.0
     warmup_ratio: float = 0.3  # slow at first, so that the early rise of OOD accuracy can be seen
@@ -90,8 +90,8 @@ class PPOConfig:
     updates: int = 40
     turns_per_update: int = 256
     epochs: int = 4
-    mini_batch_size: int = 64  # turns of one optimizer step
-    micro_batch_size: int = 64  # turns of one forward pass; the split changes rounding only
+    mini_batch_size: int = 64  # turns of one optimizer step, about: conversations are not split
+    micro_batch_size: int = 64  # conversations of one forward pass; the split changes rounding only
     level: Literal["turn", "token"] = "turn"  # an action is a whole answer (the paper), or one token
     learning_rate: float = 5e-5
     value_learning_rate: float = 1e-3  # of the value head alone

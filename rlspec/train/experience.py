@@ -1,11 +1,13 @@
 """What PPO learns from: the turns of an update, with rewards, values and advantages per action.
 
 An action is a whole answer (level "turn") or one token (level "token"). Both are rows of (N, A) tensors with
-a mask: A = 1 for turns, A = the longest answer for tokens. N counts turns, in the order they were played.
+a mask: A = 1 for turns, A = the longest answer for tokens. N counts turns, in the order they were played:
+those of an episode follow each other, and with them those of a trace (:mod:`rlspec.train.traces`).
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -14,31 +16,29 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from rlspec.tasks.base import training_problem
-from rlspec.train.batch import answer_forward, autocast, collate
+from rlspec.train.batch import autocast
 from rlspec.train.config import PPOConfig
 from rlspec.train.encode import pad_id
+from rlspec.train.forward import answer_logits, answer_tokens, forward_passes
 from rlspec.train.gae import gae
 from rlspec.train.modes import evaluation_mode
-from rlspec.train.padding import forward_passes
-from rlspec.train.rollout import Episode, play
+from rlspec.train.rollout import Episode, Turn, play
 from rlspec.train.sampling import token_logprobs
 from rlspec.train.schedule import derived_seed
+from rlspec.train.traces import Trace, conversation
 from rlspec.train.value_head import ValueHead
 
 if TYPE_CHECKING:
     from rlspec.tasks.base import Task
-
-Pair = tuple[list[int], list[int]]  # prompt ids, answer ids
 
 
 @dataclass(frozen=True)
 class Experience:
     """The turns of one update. Tensors are float32 (N, A) on the model's device."""
 
-    pairs: list[Pair]
+    traces: list[Trace]  # one answer a row of the tensors
     mask: Tensor  # bool, True on actions
     logprobs: Tensor  # as sampled
     values: Tensor
@@ -72,6 +72,7 @@ def collect(
             generator=generator,
             batch_size=config.rollout_batch_size,
             dtype=config.dtype,
+            states=task.max_answer_tokens if config.level == "token" else 1,
         )
         turns = sum(len(episode.turns) for episode in episodes)
         turns_each = turns / len(episodes)
@@ -89,24 +90,37 @@ def turn_rewards(episodes: Sequence[Episode], turn_limit_reward: float) -> list[
 
 
 def score_actions(
-    model: Any, head: ValueHead | None, pairs: Sequence[Pair], pad: int, config: PPOConfig
+    model: Any, head: ValueHead | None, traces: Sequence[Trace], pad: int, config: PPOConfig
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-    """Log-probabilities, values (None without a head), mask and tokens per action, (B, A), of some turns.
+    """Log-probabilities, values (None without a head), mask and tokens per action, (B, A), of the B turns of
+    some traces.
 
     The value of an action is read where the action begins: at the prompt's last token for a turn.
     """
+    lengths = [end - first for trace in traces for first, end in trace.answers]
     device = next(model.parameters()).device
-    batch = collate(pairs, pad, device)
     with autocast(device, config.dtype):
-        logits, hidden = answer_forward(model, batch, hidden=head is not None)
-    logprobs = token_logprobs(logits, batch.answers, config.temperature, config.top_p)
-    logprobs = logprobs.masked_fill(~batch.answer_mask, 0.0)
+        logits, hidden = answer_logits(model, traces, pad, hidden=head is not None)
+    flat = token_logprobs(logits, answer_tokens(traces, device), config.temperature, config.top_p)
     values = head(hidden) if head is not None and hidden is not None else None
+    mask = _mask(lengths, device)
+    logprobs = _scatter(flat, mask)
     if config.level == "token":
-        return logprobs, values, batch.answer_mask, batch.answer_mask.float()
-    tokens = batch.answer_mask.sum(1, keepdim=True).float()
-    values = None if values is None else values[:, :1]
+        return logprobs, None if values is None else _scatter(values, mask), mask, mask.float()
+    tokens = mask.sum(1, keepdim=True).float()
+    values = None if values is None else _scatter(values, mask)[:, :1]
     return logprobs.sum(1, keepdim=True), values, torch.ones_like(tokens, dtype=torch.bool), tokens
+
+
+def _mask(lengths: Sequence[int], device: Any) -> Tensor:
+    """bool (len(lengths), longest), True on the first columns of each row."""
+    ends = torch.tensor(lengths, device=device)[:, None]
+    return torch.arange(max(lengths), device=device) < ends
+
+
+def _scatter(flat: Tensor, mask: Tensor) -> Tensor:
+    """One number for each True of the mask, row by row, as a tensor of its shape; 0 elsewhere."""
+    return torch.zeros(mask.shape, dtype=flat.dtype, device=flat.device).masked_scatter(mask, flat)
 
 
 def prepare(
@@ -125,13 +139,18 @@ def prepare(
     ``first`` starts the value head at the mean return, so that the model isn't bent to learn a constant.
     """
     turns = [turn for episode in episodes for turn in episode.turns]
-    pairs = [(turn.prompt_ids, turn.answer_ids) for turn in turns]
-    pad = pad_id(model, tokenizer)
-    _, values, mask = _score_all(model, head, pairs, pad, config)
-    logprobs = _per_action([turn.logprobs for turn in turns], config).to(values)
+    traces = [
+        trace
+        for episode in episodes
+        for trace in conversation((turn.prompt_ids, turn.answer_ids) for turn in episode.turns)
+    ]
+    device = next(model.parameters()).device
+    logprobs, mask = _sampled(turns, config, device)
+    values = _values(head, turns, mask)
     rewards, discounts = _rewards_and_discounts(episodes, turn_limit_reward, mask, config)
     if reference is not None:
-        rewards -= config.kl_coef * (logprobs - _score_all(reference, None, pairs, pad, config)[0])
+        scored = _score_all(reference, traces, pad_id(model, tokenizer), config)
+        rewards -= config.kl_coef * (logprobs - scored)
 
     # Row by row, the mask lists the actions in the order they were taken.
     if first:
@@ -143,38 +162,42 @@ def prepare(
     returns, advantages = torch.zeros_like(values), torch.zeros_like(values)
     returns[mask] = flat + values[mask]
     advantages[mask] = (flat - flat.mean()) / (flat.std(correction=0) + 1e-8)
-    return Experience(pairs, mask, logprobs, values, advantages, returns)
+    return Experience(traces, mask, logprobs, values, advantages, returns)
 
 
 @torch.no_grad()
-def _score_all(
-    model: Any, head: ValueHead | None, pairs: Sequence[Pair], pad: int, config: PPOConfig
-) -> tuple[Tensor, Tensor, Tensor]:
-    """:func:`score_actions` for any number of turns: log-probabilities, values (0 without a head) and mask,
-    all (N, A).
-    """
-    passes = forward_passes(model, pairs, config.micro_batch_size, pad)
-    with evaluation_mode(model):
-        parts = [score_actions(model, head, [pairs[row] for row in rows], pad, config) for rows in passes]
-    width = max(part[0].shape[1] for part in parts)
-    order = torch.tensor([row for rows in passes for row in rows]).argsort()
-
-    def join(tensors: list[Tensor]) -> Tensor:
-        return torch.cat([F.pad(tensor, (0, width - tensor.shape[1])) for tensor in tensors])[order]
-
-    return (
-        join([logprobs for logprobs, *_ in parts]),
-        join([torch.zeros_like(logprobs) if values is None else values for logprobs, values, *_ in parts]),
-        join([mask for _, _, mask, _ in parts]),
-    )
+def _values(head: ValueHead, turns: Sequence[Turn], mask: Tensor) -> Tensor:
+    """Values, (N, A), of the hidden states that the answers were sampled from."""
+    return _scatter(head(torch.cat([turn.states for turn in turns]).to(mask.device)), mask)
 
 
-def _per_action(logprobs: Sequence[Sequence[float]], config: PPOConfig) -> Tensor:
-    """Log-probabilities of the sampled tokens as those of actions, (N, A)."""
+def _sampled(turns: Sequence[Turn], config: PPOConfig, device: Any) -> tuple[Tensor, Tensor]:
+    """Log-probabilities of the actions as they were sampled, and their mask, (N, A)."""
     if config.level == "turn":
-        return torch.tensor([[math.fsum(row)] for row in logprobs])
-    width = max(map(len, logprobs))
-    return torch.tensor([[*row, *[0.0] * (width - len(row))] for row in logprobs])
+        logprobs = torch.tensor([[math.fsum(turn.logprobs)] for turn in turns], device=device)
+        return logprobs, torch.ones_like(logprobs, dtype=torch.bool)
+    mask = _mask([len(turn.logprobs) for turn in turns], device)
+    flat = [logprob for turn in turns for logprob in turn.logprobs]
+    return _scatter(torch.tensor(flat, device=device), mask), mask
+
+
+@torch.no_grad()
+def _score_all(model: Any, traces: Sequence[Trace], pad: int, config: PPOConfig) -> Tensor:
+    """Log-probabilities, (N, A), of the actions of any number of traces."""
+    rows = turn_rows(traces)
+    parts: dict[int, Tensor] = {}
+    with evaluation_mode(model):
+        for split in forward_passes(model, traces, config.micro_batch_size, pad):
+            logprobs, *_ = score_actions(model, None, [traces[i] for i in split], pad, config)
+            parts.update(zip((row for i in split for row in rows[i]), logprobs))
+    ordered = [parts[row] for row in range(len(parts))]
+    return torch.nn.utils.rnn.pad_sequence(ordered, batch_first=True)
+
+
+def turn_rows(traces: Sequence[Trace]) -> list[range]:
+    """The rows of each trace's turns in the tensors of an experience."""
+    ends = list(itertools.accumulate(len(trace.answers) for trace in traces))
+    return [range(end - len(trace.answers), end) for end, trace in zip(ends, traces)]
 
 
 def _rewards_and_discounts(

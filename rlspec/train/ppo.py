@@ -1,7 +1,8 @@
 """Proximal policy optimisation on verified answers, at the level of turns (the paper) or of tokens.
 
 Where this departs from the textbook: the value head starts at the first rollouts' mean return; the model
-stays in eval mode throughout, for dropout would make the first ratio differ from 1.
+stays in eval mode throughout, for dropout would make the first ratio differ from 1; mini-batches are drawn by
+whole conversations, whose turns share their forward pass, not by turns.
 """
 
 from __future__ import annotations
@@ -16,16 +17,18 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError
+from rlspec.train.batch import counted_tokens
 from rlspec.train.callbacks import Callback
 from rlspec.train.config import PPOConfig
 from rlspec.train.encode import pad_id
-from rlspec.train.experience import Experience, collect, prepare, score_actions, turn_rewards
+from rlspec.train.experience import Experience, collect, prepare, score_actions, turn_rewards, turn_rows
+from rlspec.train.forward import forward_passes
 from rlspec.train.loop import TrainResult, run_steps
 from rlspec.train.losses import kl_estimates, policy_losses, value_losses
 from rlspec.train.on_policy import check_on_policy
 from rlspec.train.optimizer import make_adamw, set_share
-from rlspec.train.padding import forward_passes
 from rlspec.train.schedule import derived_seed, learning_rate_at
+from rlspec.train.traces import Trace
 from rlspec.train.value_head import ValueHead
 
 if TYPE_CHECKING:
@@ -82,7 +85,7 @@ def train_ppo(
             mean_return=sum(rewards) / len(episodes),
             success_rate=sum(episode.solved for episode in episodes) / len(episodes),
             turns=float(len(rewards)),
-            answer_tokens=sum(len(answer) for _, answer in experience.pairs) / len(rewards),
+            answer_tokens=sum(trace.answer_tokens for trace in experience.traces) / len(rewards),
             seconds_sampling=seconds_sampling,
         )
         return logs
@@ -110,44 +113,65 @@ def improve(
     step: int,
 ) -> dict[str, float]:
     """Several epochs of clipped updates on one update's experience; logs are means over its steps."""
-    turns = len(experience.pairs)
-    mini_batches = max(1, round(turns / config.mini_batch_size))
     generator = torch.Generator().manual_seed(derived_seed(config.seed, "ppo", "shuffle", step))
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     sums: dict[str, float] = {}
     deviation = math.nan
+    steps = forwarded = 0
+    # Measured beforehand, so that the passes that measure are not counted.
+    forward_passes(model, experience.traces, config.micro_batch_size, pad)
     for epoch in range(config.epochs):
-        # Split evenly: a small rest would take a full step on a noisy gradient.
-        order = torch.randperm(turns, generator=generator)
-        for index, rows in enumerate(torch.tensor_split(order, mini_batches)):
+        for index, chosen in enumerate(mini_batches(experience.traces, config.mini_batch_size, generator)):
             fresh = epoch == 0 and index == 0
-            logs, log_ratio, tokens = _accumulate(model, head, experience, rows, pad, config)
+            with counted_tokens(model) as counts:
+                logs, log_ratio, tokens = _accumulate(model, head, experience, chosen, pad, config)
+            forwarded += sum(counts)
             if fresh:
                 deviation = check_on_policy(log_ratio, tokens, config)
             norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             logs["grad_norm"] = norm.item()
+            steps += 1
             for name, value in logs.items():
                 sums[name] = sums.get(name, 0.0) + value
-    means = {name: value / (config.epochs * mini_batches) for name, value in sums.items()}
-    return {**means, "ratio_first_epoch_max_dev": deviation}
+    means = {name: value / steps for name, value in sums.items()}
+    # Of the tokens of the conversations, each counted once an epoch: padding adds, common prefixes take away.
+    distinct = config.epochs * sum(len(trace.ids) for trace in experience.traces)
+    return {**means, "ratio_first_epoch_max_dev": deviation, "tokens_forwarded_ratio": forwarded / distinct}
+
+
+def mini_batches(traces: Sequence[Trace], turns: int, generator: torch.Generator) -> list[list[int]]:
+    """Numbers of the traces of each mini-batch of an epoch, in random order, about ``turns`` turns each.
+
+    The turns are split evenly: a small rest would take a full step on a noisy gradient.
+    """
+    total = sum(len(trace.answers) for trace in traces)
+    count = max(1, round(total / turns))
+    batches: list[list[int]] = [[] for _ in range(count)]
+    before = 0
+    for i in torch.randperm(len(traces), generator=generator).tolist():
+        # By the middle of the trace, so that long ones lie where most of them belongs.
+        batches[(2 * before + len(traces[i].answers)) * count // (2 * total)].append(i)
+        before += len(traces[i].answers)
+    return [batch for batch in batches if batch]
 
 
 def _accumulate(
-    model: Any, head: ValueHead, experience: Experience, rows: Tensor, pad: int, config: PPOConfig
+    model: Any, head: ValueHead, experience: Experience, chosen: Sequence[int], pad: int, config: PPOConfig
 ) -> tuple[dict[str, float], Tensor, Tensor]:
     """Gradients of one mini-batch, one forward pass at a time; its mean losses, and the log-ratio and the
     tokens of each action.
     """
-    actions = experience.mask[rows].sum().item()
+    every = turn_rows(experience.traces)
+    actions = experience.mask[[row for i in chosen for row in every[i]]].sum().item()
     totals = dict.fromkeys(("loss", "policy_loss", "value_loss", "approx_kl", "clip_fraction"), 0.0)
     log_ratios: list[Tensor] = []
     lengths: list[Tensor] = []
-    chosen = [experience.pairs[row] for row in rows.tolist()]
-    for split in forward_passes(model, chosen, config.micro_batch_size, pad):
-        part = rows[split]
-        logprobs, values, mask, tokens = score_actions(model, head, [chosen[i] for i in split], pad, config)
+    traces = [experience.traces[i] for i in chosen]
+    for split in forward_passes(model, traces, config.micro_batch_size, pad):
+        part = [row for i in split for row in every[chosen[i]]]
+        logprobs, values, mask, tokens = score_actions(model, head, [traces[i] for i in split], pad, config)
         assert values is not None
         # The columns past this part's longest answer are empty.
         old, old_values, advantages, returns = (

@@ -11,19 +11,18 @@ import torch
 from torch.nn import functional as F
 
 from rlspec.tasks.base import training_problem
-from rlspec.train.batch import answer_forward, autocast, collate
+from rlspec.train.batch import autocast
 from rlspec.train.callbacks import Callback
 from rlspec.train.config import SFTConfig
 from rlspec.train.encode import encode_example, pad_id
+from rlspec.train.forward import answer_logits, answer_tokens, forward_passes
 from rlspec.train.loop import TrainResult, run_steps
 from rlspec.train.optimizer import make_adamw, set_share
-from rlspec.train.padding import forward_passes
 from rlspec.train.schedule import learning_rate_at
+from rlspec.train.traces import Pair, single
 
 if TYPE_CHECKING:
     from rlspec.tasks.base import Task
-
-Pair = tuple[list[int], list[int]]  # prompt ids, answer ids
 
 
 def train_sft(
@@ -58,17 +57,16 @@ def train_sft(
         )
         set_share(optimizer, share)
         pairs = sft_batch(tokenizer, task, config, step, exclude)
-        answer_tokens = sum(len(answer) for _, answer in pairs)
+        traces = [single(*pair) for pair in pairs]
+        count = sum(trace.answer_tokens for trace in traces)
         loss = 0.0
-        for rows in forward_passes(model, pairs, config.micro_batch_size, pad):
-            batch = collate([pairs[row] for row in rows], pad, device)
+        for rows in forward_passes(model, traces, config.micro_batch_size, pad):
+            chosen = [traces[row] for row in rows]
             with autocast(device, config.dtype):
-                logits, _ = answer_forward(model, batch)
-            total = F.cross_entropy(
-                logits.float()[batch.answer_mask], batch.answers[batch.answer_mask], reduction="sum"
-            )
+                logits, _ = answer_logits(model, chosen, pad)
+            total = F.cross_entropy(logits.float(), answer_tokens(chosen, device), reduction="sum")
             # Divided by the tokens of the whole batch, so that the split into micro-batches weighs nothing.
-            part = total / answer_tokens
+            part = total / count
             part.backward()
             loss += part.item()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)

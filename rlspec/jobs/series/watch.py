@@ -8,8 +8,8 @@ from pathlib import Path
 
 from rlspec.errors import CheckpointError, ProjectionError, TensorError
 from rlspec.io.index import distributed_format
-from rlspec.series.checkpoints import Checkpoint, Files, checkpoints_below, find_checkpoints
-from rlspec.series.job import Job, OnMatrix
+from rlspec.jobs.series.checkpoints import Checkpoint, Files, checkpoints_below, find_checkpoints
+from rlspec.jobs.series.job import Job, OnMatrix
 
 #: Seconds between two looks. A checkpoint is whole when all its files are there and have not changed between them.
 INTERVAL = 10.0

@@ -1,10 +1,11 @@
-"""The main job: train in stages, measure at each event, and leave a run folder that tells the story."""
+"""The main job: train segment by segment, measure at each event, and leave a run folder that tells the story."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ import click
 import torch
 
 from rlspec.backend import choose_device
+from rlspec.errors import RunFolderError
+from rlspec.io.jsonl import Row
 from rlspec.io.projections import parse_modules
-from rlspec.report.html import write_report
-from rlspec.run.config import EMBEDDED, TrackConfig
-from rlspec.run.folder import RunFolder
-from rlspec.run.loading import (
+from rlspec.jobs.loading import (
     check_checkpoint,
     conversation_needs,
     evaluation_keys,
@@ -25,9 +25,15 @@ from rlspec.run.loading import (
     load_tokenizer,
     model_folder,
 )
+from rlspec.report.data import read_run
+from rlspec.report.html import write_report
+from rlspec.report.verdict import verdict
+from rlspec.run.config import EMBEDDED, TrackConfig
+from rlspec.run.folder import RunFolder
 from rlspec.run.progress import Progress
 from rlspec.run.recorder import Clock, EventRecorder
-from rlspec.run.settings import refuse_other_settings
+from rlspec.run.segments import Event, Segment, event_of, segment_of, weights_digest
+from rlspec.run.settings import refuse_other_settings, stored_settings
 from rlspec.run.summary import summarize, summary_lines
 from rlspec.run.tensorboard import MISSING, TensorBoardLog, installed
 from rlspec.signals import interrupt
@@ -59,7 +65,7 @@ class _Inputs:
 
 
 def run_track(config: TrackConfig, out: Path | str | None = None, *, resume: bool = False) -> Path:
-    """Run the stages of ``config`` and track the model's spectra; returns the run folder.
+    """Run the segments of ``config`` and track the model's spectra; returns the run folder.
 
     Args:
         config: every setting of the run.
@@ -74,8 +80,7 @@ def run_track(config: TrackConfig, out: Path | str | None = None, *, resume: boo
     clock = Clock()
     path = Path(out) if out is not None else Path("runs") / time.strftime("track-%Y%m%d-%H%M%S")
     if resume:
-        stored = RunFolder(path).settings()
-        refuse_other_settings(TrackConfig.from_settings(stored, source=str(path)), config, RunFolder(path))
+        refuse_other_settings(stored_settings(RunFolder(path)), config, RunFolder(path))
     else:
         RunFolder(path).refuse_existing()
     progress = Progress()
@@ -111,49 +116,71 @@ def _read_inputs(config: TrackConfig) -> _Inputs:
 
 
 def _run(config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress) -> None:
-    finished = _finished_stages(config, folder)
-    interrupted = _interrupted_stage(config, folder, len(finished))
-    folder.rewind([*finished, *interrupted], _paths_to_write(config, folder))
-    for stage, _ in finished:
-        # The stage's last checkpoint holds its weights; the optimizer's state is of no more use.
-        remove_resume_point(folder.resume_dir(stage))
+    complete = {event_of(row) for row in folder.metrics()}
+    # The last event of a segment is complete, and with it the last checkpoint.
+    finished = [segment for segment in config.segments if segment.end in complete]
+    unfinished = [segment for segment in config.segments if segment not in finished]
+    for segment in unfinished:
+        if segment.parent and segment.parent[0] in [whole.id for whole in finished]:
+            _check_parent(folder, segment)
+    interrupted = _interrupted_segment(folder, unfinished)
+    folder.rewind([*(segment.end for segment in finished), *interrupted], _paths_to_write(config, folder))
+    for segment in finished:
+        # The last checkpoint holds its weights; the optimizer's state is of no more use.
+        remove_resume_point(folder.resume_dir(segment.id))
     metrics = folder.metrics()
     if metrics:
         clock.restore(metrics[-1])
-    if len(finished) < len(config.stages):
-        _run_stages(config, folder, inputs, clock, progress, len(finished))
+    if unfinished:
+        _run_segments(config, folder, inputs, clock, progress, unfinished)
     progress.stop()
     summary = summarize(config, folder)
     folder.write_summary(summary)
     for line in summary_lines(summary):
         click.echo(line)
+    click.echo("")
+    click.echo(textwrap.fill(verdict(read_run(folder.path)), width=110))
+    click.echo("")
     click.echo(f"report  {write_report(folder.path)}")
 
 
-def _finished_stages(config: TrackConfig, folder: RunFolder) -> list[tuple[str, int]]:
-    """(stage, last step) of the stages whose last event is complete, and with it their last checkpoint."""
-    complete = {(row["stage"], row["step"]) for row in folder.metrics()}
-    ends = [(stage, config.steps(stage)) for stage in config.stages]
-    return [end for end in ends if end in complete]
-
-
-def _interrupted_stage(config: TrackConfig, folder: RunFolder, finished: int) -> list[tuple[str, int]]:
-    """(stage, step) that the trainer's resume state stands at, if a stage was begun and not finished."""
-    for stage in config.stages[finished:]:
-        step = resume_step(folder.resume_dir(stage))
+def _interrupted_segment(folder: RunFolder, unfinished: Sequence[Segment]) -> list[Event]:
+    """What the trainer's resume state stands at, if a segment was begun and not finished."""
+    for segment in unfinished:
+        step = resume_step(folder.resume_dir(segment.id))
         if step is not None:
-            return [(stage, step)]
+            return [(segment.id, step)]
     return []
+
+
+def _check_parent(folder: RunFolder, segment: Segment) -> None:
+    """Refuse to start a branch from other weights than those that its parent's event measured.
+
+    Raises:
+        RunFolderError: The checkpoint is missing, or holds others.
+    """
+    assert segment.parent is not None
+    (parent,) = (row for row in folder.metrics() if event_of(row) == segment.parent)
+    checkpoint = folder.checkpoint_dir(*segment.parent)
+    found = ""
+    if not checkpoint.is_dir():
+        found = "it is missing"
+    elif parent.get("weights") not in (None, weights_digest(checkpoint)):
+        found = "its weights are not those that this run wrote"
+    if found:
+        raise RunFolderError(
+            f"{checkpoint}: {found}; {segment.id} starts from them: put them back to continue"
+        )
 
 
 def _paths_to_write(config: TrackConfig, folder: RunFolder) -> Iterator[Path]:
     """Array file and checkpoint of every event."""
-    for stage in config.stages:
-        for step in range(config.steps(stage) + 1):
-            if config.is_event(stage, step):
-                yield folder.arrays_path(stage, step)
-                if config.keeps_checkpoint(stage, step):
-                    yield folder.checkpoint_dir(stage, step)
+    for segment in config.segments:
+        for step in range(segment.steps + 1):
+            if config.is_event(segment.stage, step):
+                yield folder.arrays_path(segment.id, step)
+                if config.keeps_checkpoint(segment.stage, step):
+                    yield folder.checkpoint_dir(segment.id, step)
 
 
 def _basis(config: TrackConfig, inputs: _Inputs, progress: Progress) -> SpectralBasis:
@@ -170,10 +197,15 @@ def _basis(config: TrackConfig, inputs: _Inputs, progress: Progress) -> Spectral
         progress.stop()
 
 
-def _run_stages(
-    config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress, finished: int
+def _run_segments(
+    config: TrackConfig,
+    folder: RunFolder,
+    inputs: _Inputs,
+    clock: Clock,
+    progress: Progress,
+    segments: Sequence[Segment],
 ) -> None:
-    """Run the stages after the first ``finished`` ones."""
+    """Run ``segments``, of which the first may have been begun."""
     ppo = ppo_config(config)
     # The reference of every measurement is the model that the run started from, in a continued run as well.
     with clock.timed("tracking"):
@@ -198,27 +230,29 @@ def _run_stages(
         ppo.epochs * math.ceil(ppo.turns_per_update / ppo.mini_batch_size),
     )
     try:
-        for stage in config.stages[finished:]:
-            origin = None
-            before = 0.0
-            if stage == "ppo" and "sft" in config.stages:
-                start = config.sft_steps if config.ppo_from is None else config.ppo_from
-                origin = ("sft", start)
-                before = folder.metrics()[-1]["seconds_training"]
+        for segment in segments:
+            if segment.parent is not None:
+                _check_parent(folder, segment)
                 inputs.model = None  # two models in memory would be one too many
-                inputs.model = load_model(folder.checkpoint_dir("sft", start), inputs.device)
-            recorder.begin(seconds_training=before, origin=origin)
-            progress.start(stage, resume_step(folder.resume_dir(stage)) or 0, config.steps(stage))
-            result = _train(stage, config, ppo, inputs, recorder, folder)
+                inputs.model = load_model(folder.checkpoint_dir(*segment.parent), inputs.device)
+            recorder.begin(segment, seconds_training=_seconds_before(folder.metrics(), segment))
+            progress.start(segment.id, resume_step(folder.resume_dir(segment.id)) or 0, segment.steps)
+            result = _train(segment, config, ppo, inputs, recorder, folder)
             if result.signal is not None:
                 raise interrupt(result.signal)
-            remove_resume_point(folder.resume_dir(stage))
+            remove_resume_point(folder.resume_dir(segment.id))
     finally:
         tensorboard.close()
 
 
+def _seconds_before(metrics: Sequence[Row], segment: Segment) -> float:
+    """Spent training on the segments before this one; the trainer knows what it has spent on this one."""
+    others = [row["seconds_training"] for row in metrics if segment_of(row) != segment.id]
+    return others[-1] if others else 0.0
+
+
 def _train(
-    stage: str,
+    segment: Segment,
     config: TrackConfig,
     ppo: PPOConfig,
     inputs: _Inputs,
@@ -228,9 +262,9 @@ def _train(
     shared: dict[str, Any] = {
         "exclude": inputs.exclude,
         "callbacks": [recorder],
-        "resume_dir": folder.resume_dir(stage),
+        "resume_dir": folder.resume_dir(segment.id),
     }
-    if stage == "sft":
+    if segment.stage == "sft":
         return train_sft(inputs.model, inputs.tokenizer, inputs.task, sft_config(config), **shared)
     return train_ppo(inputs.model, inputs.tokenizer, inputs.task, ppo, **shared)
 

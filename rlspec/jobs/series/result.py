@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, overload
 
 from rlspec.errors import MissingPackageError
-from rlspec.run.jsonl import Row
+from rlspec.io.jsonl import Row
 
 
 @dataclass(frozen=True)

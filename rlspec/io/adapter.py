@@ -21,6 +21,7 @@ from rlspec.errors import CheckpointError
 from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import conv1d_layer, counterpart, modules_in
+from rlspec.io.stream import read_tensor
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -126,8 +127,6 @@ class Adapter:
 
     def _read_factors(self, update: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The two factors in the order that makes rows of the left one rows of the stored tensor."""
-        from rlspec.io.stream import read_tensor
-
         a, b = (read_tensor(self.index, factor).to(dtype) for factor in (update.a, update.b))
         return (a.mT, b.mT) if update.transposed else (b, a)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rlspec.series.job import measure
-from rlspec.series.result import CheckpointSpectra, Series
+from rlspec.jobs.series.job import measure
+from rlspec.jobs.series.result import CheckpointSpectra, Series
 
 __all__ = ["CheckpointSpectra", "Series", "measure"]

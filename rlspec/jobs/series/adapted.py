@@ -6,9 +6,9 @@ from pathlib import Path
 
 from torch import Tensor
 
+from rlspec.io.adapter import Adapter
 from rlspec.io.stream import read_tensor
-from rlspec.restore.adapter import Adapter
-from rlspec.spectra.sources import CheckpointWeights
+from rlspec.io.weights import CheckpointWeights
 
 
 class AdaptedWeights(CheckpointWeights):
@@ -19,7 +19,7 @@ class AdaptedWeights(CheckpointWeights):
         self._adapter = adapter
         self.where = f"the adapter {adapter.index.path.parent} on {base}"
 
-    def read(self, found: str) -> Tensor:
-        saved = self._adapter.saved(found)
-        weight = super().read(found) if saved is None else read_tensor(self._adapter.index, saved)
-        return self._adapter.add_update(found, 0, weight)
+    def _decoded(self, name: str, stored: Tensor) -> Tensor:
+        saved = self._adapter.saved(name)
+        weight = super()._decoded(name, stored) if saved is None else read_tensor(self._adapter.index, saved)
+        return self._adapter.add_update(name, 0, weight)

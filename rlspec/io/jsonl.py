@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rlspec.errors import RunFolderError
+from rlspec.errors import RlspecError, RunFolderError
 from rlspec.io.files import write_atomically
 
 Row = dict[str, Any]
@@ -62,25 +62,36 @@ def repair(path: Path) -> int:
     return len(data) - whole
 
 
-def read_rows(path: Path) -> list[Row]:
-    """The rows of ``path``, none if it is missing. A cut-off last line is skipped.
+def read_rows(path: Path, error: type[RlspecError] = RunFolderError) -> list[Row]:
+    """The rows of ``path``, see :func:`numbered_rows`."""
+    return [row for _, row in numbered_rows(path, error)]
+
+
+def numbered_rows(path: Path, error: type[RlspecError] = RunFolderError) -> Iterator[tuple[int, Row]]:
+    """Line numbers from 1 and rows of ``path``, none if it is missing. Empty lines and a cut-off last one are skipped.
+
+    Args:
+        error: what is raised.
 
     Raises:
-        RunFolderError: A whole line that is not a JSON object; the message names file and line.
+        RlspecError: The file cannot be read, or a whole line is not a JSON object; the message names file and line.
     """
-    if not path.exists():
-        return []
-    rows: list[Row] = []
-    lines = path.read_bytes().split(b"\n")
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return
+    except OSError as problem:
+        raise error(f"{path}: cannot be read: {problem.strerror or problem}") from None
     for number, line in enumerate(lines[:-1], start=1):
+        if not line.strip():
+            continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise RunFolderError(f"{path}, line {number}: not JSON ({error})") from None
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as problem:
+            raise error(f"{path}, line {number}: not JSON ({problem})") from None
         if not isinstance(row, dict):
-            raise RunFolderError(f"{path}, line {number}: a row must be a JSON object")
-        rows.append(row)
-    return rows
+            raise error(f"{path}, line {number}: a row must be a JSON object")
+        yield number, row
 
 
 def keep_rows(path: Path, wanted: Callable[[Row], bool]) -> int:

@@ -16,15 +16,15 @@ import torch
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError, RlspecError, TensorError
 from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.io.weights import CheckpointWeights, find_tensor
+from rlspec.jobs.series.checkpoints import Checkpoint, Files, find_checkpoints
+from rlspec.jobs.series.result import Series
+from rlspec.jobs.series.stacks import stacks
+from rlspec.jobs.series.table import SpectraTable
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.restore.estimate import memory_bytes
-from rlspec.series.checkpoints import Checkpoint, Files, find_checkpoints
-from rlspec.series.result import Series
-from rlspec.series.stacks import stacks
-from rlspec.series.table import SpectraTable
 from rlspec.spectra.basis import SpectralBasis, reference_matrix
-from rlspec.spectra.sources import CheckpointWeights, find_tensor, read_matrix
 from rlspec.spectra.tracker import Engine, SpectralTracker
 
 #: called with (matrices measured, matrices in all, checkpoint, matrix)
@@ -179,7 +179,8 @@ class Job:
 
     def _basis(self, stack: Sequence[Projection]) -> SpectralBasis:
         matrices = [
-            reference_matrix(p.name, read_matrix(self.weights, p), self.rank, self.cache_dir) for p in stack
+            reference_matrix(projection.name, weight, self.rank, self.cache_dir)
+            for projection, weight in self.weights.stream(stack)
         ]
         devices = {p.name: self.device for p in stack}
         return SpectralBasis(stack, matrices, self.rank, devices=devices)

@@ -18,9 +18,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlspec
 from rlspec.errors import TensorError
+from rlspec.io.module import strip_wrappers
 from rlspec.io.projections import find_projections
-from rlspec.spectra.module import strip_wrappers
-from rlspec.spectra.sources import open_weights, read_matrix
+from rlspec.io.weights import open_weights
 
 Q0 = "model.layers.0.self_attn.q_proj.weight"
 ALL = "q,k,v,o,mlp,embed"
@@ -37,7 +37,7 @@ def matrices(source: Any, modules: str = ALL) -> dict[str, torch.Tensor]:
     """Every matrix as the tracker and the basis read it."""
     weights = open_weights(source)
     found = find_projections(weights.shapes(), modules, weights.config())
-    return {projection.name: read_matrix(weights, projection) for projection in found}
+    return {projection.name: matrix for projection, matrix in weights.stream(found)}
 
 
 def same(source: Any, right: nn.Module, *, rtol: float = 0.0) -> None:
@@ -287,7 +287,7 @@ def test_weights_without_values_are_named(base: LlamaForCausalLM, tmp_path: Path
             with pytest.raises(TensorError, match=f"{Q0}: {told}"):
                 tracker.measure(source, step=1)
             with pytest.raises(TensorError, match=f"{Q0}: {told}"):
-                read_matrix(open_weights(source), basis.projections[0])
+                list(open_weights(source).stream(basis.projections[:1]))
     partitioned = copy.deepcopy(base)
     for parameter in partitioned.parameters():  # as DeepSpeed's ZeRO leaves them
         parameter.ds_shape, parameter.data = parameter.shape, torch.empty(0)  # type: ignore[attr-defined]

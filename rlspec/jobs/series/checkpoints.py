@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlspec.errors import CheckpointError
+from rlspec.io.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, is_adapter
 from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, distributed_format
-from rlspec.restore.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, is_adapter
-from rlspec.series.adapted import AdaptedWeights
-from rlspec.spectra.sources import CheckpointWeights
+from rlspec.io.weights import CheckpointWeights
+from rlspec.jobs.series.adapted import AdaptedWeights
 
 # checkpoint-500, sft-300, global_step_300, step500, iter_0000500: a number at the end, after a separator or such a word.
 _NUMBERED = re.compile(r"(?:(.*?)[-_.]|.*(?:step|iter|checkpoint|ckpt|epoch))(\d{1,18})", re.IGNORECASE)

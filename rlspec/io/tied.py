@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import CheckpointError
+from rlspec.io.adapter import Adapter
 from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex
-from rlspec.io.projections import config_file, modules_in
+from rlspec.io.projections import config_file, model_of, modules_in
 from rlspec.io.stacks import text_sections
-from rlspec.restore.adapter import Adapter
-from rlspec.restore.select import model_of
+from rlspec.io.stream import stream_rows
 
 _SETTING = "tie_word_embeddings"
 # What the modules are called that hold an embedding, and beside which the head lies.
@@ -71,8 +71,6 @@ def with_head(index: CheckpointIndex, tie: Tie | None) -> CheckpointIndex:
 
 def stored_alike(index: CheckpointIndex, tie: Tie) -> bool:
     """Whether embedding and head are one matrix: stored once, or twice with the same bytes."""
-    from rlspec.io.stream import stream_rows
-
     if not tie.stored:
         return True
     embed, head = index.tensors[tie.embed], index.tensors[tie.head]

@@ -17,10 +17,10 @@ from typing import IO, Any
 
 from rlspec.errors import CheckpointError, RunFolderError
 from rlspec.io.files import read_json_object, write_atomically, write_error
-from rlspec.run.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_rows
+from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_rows
+from rlspec.jobs.series.checkpoints import Checkpoint, Files, in_order, labels
+from rlspec.jobs.series.result import CheckpointSpectra, Series
 from rlspec.run.lock import take_lock
-from rlspec.series.checkpoints import Checkpoint, Files, in_order, labels
-from rlspec.series.result import CheckpointSpectra, Series
 
 _VERSION = 1
 

@@ -1,0 +1,266 @@
+"""Weights by name, whatever holds them: a module, a mapping of tensors, or a checkpoint folder on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rlspec.errors import TensorError
+from rlspec.io.fused import Config
+from rlspec.io.module import ModuleTensors, module_config, strip_wrappers, with_adapters
+from rlspec.io.projections import Projection, counterparts, read_config
+from rlspec.io.quantised import block_size, companions, dequantised
+
+# What reading a folder ahead may hold, where its largest tensor does not need more.
+READ_AHEAD_BYTES = 1 << 27
+# What two tensors may take in the reader's memory beside their own bytes.
+_SLACK_BYTES = 1 << 15
+
+
+def open_weights(source: WeightSource) -> Weights:
+    """Give any weight source the same face."""
+    if isinstance(source, Weights):
+        return source
+    if isinstance(source, nn.Module):
+        return _ModuleWeights(source)
+    if isinstance(source, Mapping):
+        return _TensorMapping(source)
+    return CheckpointWeights(Path(source))
+
+
+def find_tensor(name: str, names: Collection[str], where: str, kind: str = "tensor") -> str:
+    """The tensor that ``name`` stands for among ``names``, which may differ in the prefix.
+
+    Args:
+        where, kind: what messages call the place and what is looked for.
+
+    Raises:
+        TensorError: there is none, or several, as where two models lie in one module.
+    """
+    found = counterparts(name, names)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise TensorError(
+            f"{name}: {len(found)} {kind}s in {where} could be it, {found[0]} and {found[1]}; give the model that is "
+            "meant alone"
+        )
+    raise TensorError(f"{name}: no such {kind} in {where}")
+
+
+class Weights:
+    """Named tensors of one source, read one after the other."""
+
+    #: what messages call the source
+    where = "the weights given"
+    #: whether parts of a tensor that wait for their turn are copied, so that the tensor itself may go
+    _copies_parts = False
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name to shape of every tensor, as it is stored."""
+        raise NotImplementedError
+
+    def config(self) -> Config | None:
+        """The model's configuration, which tells how fused projections are laid out; None where there is none."""
+        raise NotImplementedError
+
+    def in_file_order(self, projections: Iterable[Projection]) -> list[Projection]:
+        """Projections as their tensors lie on disk; of weights in memory, as given."""
+        return list(projections)
+
+    def stream(self, projections: Sequence[Projection]) -> Iterator[tuple[Projection, Tensor]]:
+        """The matrices of projections in the order given; a tensor that holds several of them is read once.
+
+        Fused tensors are sliced, transposed layouts (GPT-2's Conv1D) turned round, sharded tensors gathered, scaled fp8
+        is dequantised to float32, adapters are added. A checkpoint's tensors are read ahead; drop a matrix, or copy it,
+        before many others are asked for.
+
+        Yields:
+            Each projection and its weight (m, n), out x in, detached; it may share memory with its owner. Whether its
+            values are finite is not looked at.
+
+        Raises:
+            TensorError: there is no tensor of that name, or none that can be told, before anything is read; in
+                iteration: a tensor has no values, is no floating matrix, or holds codes that cannot be read as numbers.
+        """
+        names = [find_tensor(projection.tensor, self._names(), self.where) for projection in projections]
+        return self._matrices(projections, names)
+
+    def _matrices(
+        self, projections: Sequence[Projection], names: Sequence[str]
+    ) -> Iterator[tuple[Projection, Tensor]]:
+        places: dict[str, list[int]] = {}
+        for place, name in enumerate(names):
+            places.setdefault(name, []).append(place)
+        stored = self._tensors_of(list(places))
+        waiting: dict[int, Tensor] = {}
+        for place, (projection, name) in enumerate(zip(projections, names, strict=True)):
+            if place not in waiting:
+                waiting.update(self._parts(name, next(stored), projections, places[name]))
+            yield projection, waiting.pop(place)
+
+    def _parts(
+        self, name: str, stored: Tensor, projections: Sequence[Projection], places: Sequence[int]
+    ) -> dict[int, Tensor]:
+        """The matrices that a tensor holds, by their places among the projections."""
+        whole = self._decoded(name, stored)
+        if whole.ndim != 2 or not whole.is_floating_point():
+            raise TensorError(
+                f"{name}: expected a floating-point matrix, found {whole.dtype} {tuple(whole.shape)}"
+            )
+        copied = self._copies_parts and len(places) > 1
+        parts = ((place, projections[place].take(whole)) for place in places)
+        return {place: part.clone() if copied else part for place, part in parts}
+
+    def _names(self) -> Collection[str]:
+        raise NotImplementedError
+
+    def _load(self, name: str) -> Tensor:
+        """One tensor as it is stored."""
+        raise NotImplementedError
+
+    def _tensors_of(self, names: Sequence[str]) -> Iterator[Tensor]:
+        """Tensors as they are stored, in order."""
+        return map(self._load, names)
+
+    def _decoded(self, name: str, stored: Tensor) -> Tensor:
+        """A stored tensor as the numbers that the model computes with."""
+        beside = self._companions.get(name, [])
+        checked = _with_values(name, stored)
+        return dequantised(name, checked, beside, lambda n: _with_values(n, self._load(n)), self._block)
+
+    @cached_property
+    def _companions(self) -> dict[str, list[str]]:
+        return companions(self._names())
+
+    @cached_property
+    def _block(self) -> tuple[int, int] | None:
+        return block_size(self.config())
+
+
+class _TensorMapping(Weights):
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        self._tensors = {strip_wrappers(name): t for name, t in tensors.items() if isinstance(t, Tensor)}
+
+    def config(self) -> Config | None:
+        return None
+
+    def _names(self) -> Collection[str]:
+        return self._tensors.keys()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return _shapes(self._tensors)
+
+    def _load(self, name: str) -> Tensor:
+        return _gathered(self._tensors[name].detach())
+
+
+class _ModuleWeights(Weights):
+    where = "the model given"
+
+    def __init__(self, module: nn.Module) -> None:
+        self._held = ModuleTensors(module, module.state_dict())
+        self._config = module_config(module)
+
+    def config(self) -> Config | None:
+        return self._config
+
+    def _names(self) -> Collection[str]:
+        return self._held.tensors.keys()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return _shapes(self._held.tensors)
+
+    def _load(self, name: str) -> Tensor:
+        return self._held.value(name)
+
+    def _decoded(self, name: str, stored: Tensor) -> Tensor:
+        weight = super()._decoded(name, stored)
+        layer = self._held.adapter(name)
+        return weight if layer is None else with_adapters(name, layer, weight)
+
+
+class CheckpointWeights(Weights):
+    """A safetensors checkpoint on disk, its headers read once."""
+
+    _copies_parts = True
+
+    def __init__(self, folder: Path) -> None:
+        # Here and below: the reader needs the compiled extension, tensors in memory do not.
+        from rlspec.io.index import CheckpointIndex
+
+        self._index = CheckpointIndex.open(folder)
+        self.where = f"the checkpoint {folder}"
+
+    def config(self) -> Config | None:
+        return read_config(self._index.path)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tuple(entry.shape) for name, entry in self._index.tensors.items()}
+
+    def in_file_order(self, projections: Iterable[Projection]) -> list[Projection]:
+        from rlspec.io.stream import in_file_order
+
+        place = {entry.name: at for at, entry in enumerate(in_file_order(self._index))}
+        # One that is not there is refused when it is to be read.
+        return sorted(projections, key=lambda projection: place.get(projection.tensor, -1))
+
+    def _names(self) -> Collection[str]:
+        return self._index.tensors.keys()
+
+    def _load(self, name: str) -> Tensor:
+        from rlspec.io.stream import read_tensor
+
+        return read_tensor(self._index, name)
+
+    def _tensors_of(self, names: Sequence[str]) -> Iterator[Tensor]:
+        from rlspec.io.stream import TensorStream
+
+        largest = max((e.end - e.start for e in map(self._index.tensors.__getitem__, names)), default=0)
+        # One that is in use, one that is read meanwhile.
+        memory = max(READ_AHEAD_BYTES, 2 * largest + _SLACK_BYTES)
+        with TensorStream(self._index, names, memory_bytes=memory) as stream:
+            for _ in names:
+                yield next(stream).tensor  # which no name here keeps while the next one is asked for
+
+    def _parts(
+        self, name: str, stored: Tensor, projections: Sequence[Projection], places: Sequence[int]
+    ) -> dict[int, Tensor]:
+        try:
+            return super()._parts(name, stored, projections, places)
+        except TensorError as error:
+            raise TensorError(f"{self._index.tensors[name].shard}: {error}") from None
+
+
+WeightSource = nn.Module | Mapping[str, Tensor] | str | Path | Weights
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Tied tensors count once, under the first of their names, as in the checkpoint that would be saved."""
+    seen = set()
+    shapes = {}
+    for name, tensor in tensors.items():
+        if not (tensor.is_meta or tensor.layout != torch.strided or hasattr(tensor, "full_tensor")):
+            memory = (tensor.data_ptr(), tuple(tensor.shape), tensor.stride())
+            if tensor.numel() > 0 and memory in seen:
+                continue
+            seen.add(memory)
+        shapes[name] = tuple(tensor.shape)
+    return shapes
+
+
+def _gathered(tensor: Tensor) -> Tensor:
+    """The whole of a DTensor of FSDP2 or tensor parallelism; any other tensor as it is."""
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def _with_values(name: str, tensor: Tensor) -> Tensor:
+    if tensor.is_meta:
+        raise TensorError(f"{name}: on the meta device, it has no values; load the weights first")
+    if tensor.layout != torch.strided:
+        raise TensorError(f"{name}: a sparse tensor ({tensor.layout}); give its to_dense()")
+    return tensor

@@ -1,0 +1,49 @@
+"""A run is a tree: a trunk, and branches that start from the weights of one of its steps.
+
+Rows of runs from before there were branches carry no segment; there each stage was one, and gave it its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+Event = tuple[str, int]  # id of a segment, step within it
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Steps of one stage in a row, from one set of weights."""
+
+    id: str  # names its checkpoints and array files: <id>-<step>
+    stage: str  # what trains: "sft" or "ppo"
+    steps: int
+    parent: Event | None = None  # whose weights it starts from; None: the model that the run was given
+
+    @property
+    def end(self) -> Event:
+        return self.id, self.steps
+
+
+def segment_of(row: Mapping[str, Any]) -> str:
+    """The id of the segment that a row belongs to."""
+    found = row.get("segment")
+    return row["stage"] if found is None else found
+
+
+def event_of(row: Mapping[str, Any]) -> Event:
+    """The event that a row belongs to."""
+    return segment_of(row), row["step"]
+
+
+def weights_digest(checkpoint: Path) -> str:
+    """SHA-256 over the weights of a checkpoint: what tells whether a branch starts from those that it says."""
+    digest = hashlib.sha256()
+    for path in sorted(checkpoint.glob("*.safetensors")):
+        with path.open("rb") as file:
+            while part := file.read(1 << 22):
+                digest.update(part)
+    return digest.hexdigest()

@@ -1,0 +1,82 @@
+"""Rows as JSON lines: one reader for the run, its report and a restoration's journal."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+from report_toys import make_run
+
+from rlspec.errors import CheckpointError, RlspecError, RunFolderError
+from rlspec.io.jsonl import append_rows, read_rows
+from rlspec.report.data import read_run
+from rlspec.restore.report import Journal, MatrixReport
+from rlspec.run.folder import RunFolder
+
+ROW = MatrixReport("n", "n", "q", 0, 4, 3, "float32", 2, 0.1, 0.2, 1e-9, 0.5, 12, None, "exact", "né")
+
+
+def reports(count: int) -> list[MatrixReport]:
+    return [MatrixReport(**asdict(ROW) | {"name": f"{i}"}) for i in range(count)]
+
+
+@pytest.mark.parametrize("line", [b"{oops", b"[1]", b'{"a": "\xff"}', b"[" * 9000, b"1" * 9000])
+@pytest.mark.parametrize(
+    ("read", "kind"),
+    [
+        (lambda path: RunFolder(path.parent).metrics(), RunFolderError),
+        (lambda path: read_run(path.parent), RunFolderError),
+        (lambda path: Journal(path).read(), CheckpointError),
+    ],
+    ids=["run", "report", "journal"],
+)
+def test_every_reader_tells_of_a_damaged_line_alike(
+    read: Callable[[Path], Any], kind: type[RlspecError], line: bytes, tmp_path: Path
+) -> None:
+    path = make_run(tmp_path / "run") / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(first + b"\n" + line + b"\n" + b"".join(rest))
+    with pytest.raises(kind) as error:
+        read(path)
+    assert type(error.value) is kind and "\n" not in str(error.value)
+    assert str(error.value).startswith(f"{path}, line 3: ")  # the empty line counts and does no harm
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    with pytest.raises(RunFolderError, match=f"{tmp_path}: cannot be read: Is a directory"):
+        read_rows(tmp_path)
+    with pytest.raises(CheckpointError, match=f"{tmp_path}: "):
+        Journal(tmp_path).read()
+
+
+def test_a_journal_cut_at_any_byte_goes_on_with_the_whole_rows(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    *done, new = reports(3)
+    Journal(path).append(done)
+    data = path.read_bytes()
+    for length in range(len(data) + 1):
+        path.write_bytes(data[:length])
+        whole = done[: data[:length].count(b"\n")]
+        assert Journal(path).read() == {row.name: row for row in whole}
+        Journal(path).append([new])
+        assert list(Journal(path).read().values()) == [*whole, new]
+
+
+def test_going_on_behind_a_cut_line_unread_would_be_noticed(tmp_path: Path) -> None:
+    """The broken twin: reading is what removes the cut line."""
+    path = tmp_path / "journal.jsonl"
+    path.write_bytes(b'{"na')
+    Journal(path).append(reports(1))
+    with pytest.raises(CheckpointError, match="line 1: not JSON"):
+        Journal(path).read()
+
+
+def test_a_row_of_another_version_is_left_out_and_the_latest_counts(tmp_path: Path) -> None:
+    path = tmp_path / "journal.jsonl"
+    append_rows(path, [{"name": "old", "layers": 3}, asdict(ROW) | {"k": 1}, asdict(ROW)])
+    assert Journal(path).read() == {"n": ROW}
+    assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["old", "n", "n"]
