@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from integration_toys import assert_same_training, examples, losses, plain_trainer
+from restore_toys import save_model
 from torch import nn
 from train_toys import toy_model
 from transformers import TrainerCallback
@@ -20,6 +21,7 @@ from transformers import TrainerCallback
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.errors import CheckpointError, OptionError
 from rlspec.integrations.budget import Pace, parse_budget
+from rlspec.integrations.store import TrackingFolder
 from rlspec.integrations.transformers import LOGGED, SpectralCallback
 from rlspec.spectra.table import COLUMNS
 
@@ -373,3 +375,18 @@ def test_the_toys_have_losses_that_differ(tmp_path: Path) -> None:
     trainer = plain_trainer(tmp_path)
     trainer.train()
     assert len({line["loss"] for line in losses(trainer) if "loss" in line}) == 4 and len(examples()) == 32
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_the_reference_that_is_kept_is_the_models(kind: str, tmp_path: Path) -> None:
+    """Fused tensors of which only a part is tracked, too."""
+    model = save_model(tmp_path / "model", kind)
+    folder = TrackingFolder(tmp_path / "out", {})
+    folder.start()
+    folder.save_reference(model, ("q", "v"))
+    kept, right = (
+        SpectralBasis.from_checkpoint(tmp_path / name, modules="q,v") for name in ("out/reference", "model")
+    )
+    assert [p.name for p in kept.projections] == [p.name for p in right.projections]
+    for projection in right.projections:
+        assert torch.equal(kept.matrix(projection.name).W, right.matrix(projection.name).W)

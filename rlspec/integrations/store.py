@@ -101,7 +101,10 @@ class TrackingFolder:
         config = weights.config()
         shapes = weights.shapes()
         tensors: dict[str, Tensor] = {}
-        for projection, matrix in weights.stream(find_projections(shapes, modules, config)):
+        found = find_projections(shapes, modules, config)
+        if any(projection.tensor.endswith("qkv_proj.weight") for projection in found):
+            found = find_projections(shapes, (*modules, "o"), config)  # tells how that tensor is split
+        for projection, matrix in weights.stream(found):
             # Of a fused tensor what is not tracked stays zero.
             if projection.tensor not in tensors:
                 tensors[projection.tensor] = torch.zeros(shapes[projection.tensor], dtype=matrix.dtype)
