@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rlspec import tasks as tasks
     from rlspec import train as train
+    from rlspec.jobs.series import measure as measure
     from rlspec.linalg.svd import svd as svd
     from rlspec.restore import restore_ as restore_
     from rlspec.restore import restore_checkpoint as restore_checkpoint
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 _ATTRIBUTES = {
     "SpectralBasis": "rlspec.spectra",
     "SpectralTracker": "rlspec.spectra",
+    "measure": "rlspec.jobs.series",
     "restore_": "rlspec.restore",
     "restore_checkpoint": "rlspec.restore",
     "restore_matrix": "rlspec.restore",
@@ -31,6 +33,7 @@ _SUBPACKAGES = ("tasks", "train")
 __all__ = [
     "SpectralBasis",
     "SpectralTracker",
+    "measure",
     "restore_",
     "restore_checkpoint",
     "restore_matrix",

@@ -157,7 +157,37 @@ def _cache_root(folder: Path) -> Path:
     return folder
 
 
+# How the files of checkpoints that each process wrote its part of are called, in the folder or one below it; what writes
+# them, and what makes one checkpoint of them.
+_DISTRIBUTED = {
+    "*.distcp": (
+        "a checkpoint of torch.distributed.checkpoint",
+        "write its weights as safetensors first, for example with accelerate's merge-weights",
+    ),
+    "model_world_size_*_rank_*.pt": (
+        "FSDP's parts of a model, as verl saves them",
+        "merge them with verl's model_merger first",
+    ),
+    "*_model_states.pt": (
+        "DeepSpeed's parts of a model",
+        "merge them first with the zero_to_fp32.py that DeepSpeed puts beside them, its safe_serialization on",
+    ),
+}
+
+
+def distributed_format(folder: Path) -> str | None:
+    """What to say of a folder with a checkpoint in parts, one of each process; None where there is none."""
+    for pattern, (what, advice) in _DISTRIBUTED.items():
+        for place in (pattern, f"*/{pattern}"):
+            found = min(folder.glob(place), default=None)
+            if found is not None:
+                return f"{folder}: holds {what} ({found.relative_to(folder)}), which is not read; {advice}"
+    return None
+
+
 def _nothing_to_read(folder: Path) -> str:
+    if (distributed := distributed_format(folder)) is not None:
+        return distributed
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
     if pickles:
         return (

@@ -44,6 +44,11 @@ def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         os.fsync(file.fileno())
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Put ``rows`` in the place of what is in ``path``, at once."""
+    write_atomically(path, _encode(rows))
+
+
 def repair(path: Path) -> int:
     """Cut a partly written last line off ``path``; returns the number of bytes removed (0 if it is whole)."""
     if not path.exists():
@@ -94,5 +99,5 @@ def keep_rows(path: Path, wanted: Callable[[Row], bool]) -> int:
     rows = read_rows(path)
     kept = [row for row in rows if wanted(row)]
     if len(kept) < len(rows):
-        write_atomically(path, _encode(kept))
+        write_rows(path, kept)
     return len(rows) - len(kept)

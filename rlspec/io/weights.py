@@ -15,9 +15,6 @@ from rlspec.io.module import ModuleTensors, module_config, strip_wrappers, with_
 from rlspec.io.projections import Projection, counterparts, read_config
 from rlspec.io.quantised import block_size, companions, dequantised
 
-WeightSource = nn.Module | Mapping[str, Tensor] | str | Path
-
-
 # What reading a folder ahead may hold, where its largest tensor does not need more.
 READ_AHEAD_BYTES = 1 << 27
 # What two tensors may take in the reader's memory beside their own bytes.
@@ -26,11 +23,13 @@ _SLACK_BYTES = 1 << 15
 
 def open_weights(source: WeightSource) -> Weights:
     """Give any weight source the same face."""
+    if isinstance(source, Weights):
+        return source
     if isinstance(source, nn.Module):
         return _ModuleWeights(source)
     if isinstance(source, Mapping):
         return _TensorMapping(source)
-    return _Checkpoint(Path(source))
+    return CheckpointWeights(Path(source))
 
 
 def find_tensor(name: str, names: Collection[str], where: str, kind: str = "tensor") -> str:
@@ -185,7 +184,9 @@ class _ModuleWeights(Weights):
         return weight if layer is None else with_adapters(name, layer, weight)
 
 
-class _Checkpoint(Weights):
+class CheckpointWeights(Weights):
+    """A safetensors checkpoint on disk, its headers read once."""
+
     _copies_parts = True
 
     def __init__(self, folder: Path) -> None:
@@ -233,6 +234,9 @@ class _Checkpoint(Weights):
             return super()._parts(name, stored, projections, places)
         except TensorError as error:
             raise TensorError(f"{self._index.tensors[name].shard}: {error}") from None
+
+
+WeightSource = nn.Module | Mapping[str, Tensor] | str | Path | Weights
 
 
 def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:

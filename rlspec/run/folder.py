@@ -18,7 +18,6 @@ A segment is a stage, or one of the branches of a stage: :mod:`rlspec.run.segmen
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -31,6 +30,7 @@ import yaml
 from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
+from rlspec.run.lock import take_lock
 from rlspec.run.manifest import Manifest
 from rlspec.run.segments import Event, event_of
 
@@ -91,13 +91,7 @@ class RunFolder:
             raise RunFolderError(f"{self.path} already exists; choose another folder")
 
     def _take_lock(self) -> None:
-        lock = (self.path / ".lock").open("ab")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.close()
-            raise RunFolderError(f"{self.path} is in use by another rlspec process") from None
-        self._lock = lock
+        self._lock = take_lock(self.path)
 
     def close(self) -> None:
         """Release the lock."""

@@ -133,10 +133,8 @@ class SpectralBasis:
         matrices, devices = [], {}
         stream = weights.stream(weights.in_file_order(projections))
         for done, (projection, found) in enumerate(stream, start=1):
-            check_finite(projection.name, found)
             devices[projection.name] = _place(device, found, source)
-            weight = found.cpu().contiguous().clone()
-            matrices.append(matrix_basis(projection.name, weight, cached_factors(weight, cache_dir), rule))
+            matrices.append(reference_matrix(projection.name, found, rule, cache_dir))
             if progress is not None:
                 progress(done, len(projections))
         return cls(projections, matrices, rule, partly_found(projections, shapes), devices=devices)
@@ -157,6 +155,19 @@ class SpectralBasis:
 
     def __len__(self) -> int:
         return len(self.projections)
+
+
+def reference_matrix(
+    name: str, weight: Tensor, rank: Rank, cache_dir: str | Path | None = None
+) -> MatrixBasis:
+    """Decompose one matrix (m, n), on any device; what is kept of it is a copy on the host.
+
+    Raises:
+        TensorError: it holds NaN or infinity.
+    """
+    check_finite(name, weight)
+    weight = weight.cpu().contiguous().clone()
+    return matrix_basis(name, weight, cached_factors(weight, cache_dir), rank)
 
 
 def _place(device: torch.device | str, weight: Tensor, source: WeightSource) -> torch.device:

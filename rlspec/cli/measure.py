@@ -1,0 +1,88 @@
+"""`rlspec measure`: the spectra of checkpoints on disk against their base."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rlspec.cli.exits import stopped
+
+_FOLDER = click.Path(path_type=Path)
+
+
+@click.command("measure", short_help="Measure checkpoints on disk against their base.")
+@click.argument("checkpoints", nargs=-1, required=True, type=_FOLDER)
+@click.option("--base", type=_FOLDER, required=True, help="The reference: a safetensors folder or file.")
+@click.option("--out", type=_FOLDER, required=True, help="Folder for spectra.jsonl; what is there goes on.")
+@click.option(
+    "--modules", default="q,k,v", show_default=True, help="Matrices: q, k, v, o, mlp, embed, lm_head."
+)
+@click.option(
+    "--rank",
+    default="0.2",
+    show_default=True,
+    help="Directions of each matrix: a share (1.0 is all), a count (1 is one), energy:0.9 or gap:0.2.",
+)
+@click.option(
+    "--engine",
+    default="delta",
+    show_default=True,
+    help="delta (fast, with bounds) or exact (full decompositions).",
+)
+@click.option(
+    "--null-draws",
+    default=0,
+    show_default=True,
+    help="Random updates of the same norm that each rotation is compared with.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
+@click.option(
+    "--memory-gib", default=4.0, show_default=True, help="Memory for tensors and decompositions, GiB."
+)
+@click.option("--watch", is_flag=True, help="Go on with the checkpoints that appear, until Ctrl-C.")
+def command(checkpoints: tuple[Path, ...], base: Path, out: Path, watch: bool, **settings: Any) -> None:
+    """Measure CHECKPOINTS (safetensors, LoRA adapters, or folders of those) against the base, one matrix at a time.
+
+    Leaves a row for each checkpoint and matrix in OUT/spectra.jsonl and prints a table of means. What the table holds is
+    not measured again; an interrupted command goes on when it is given again."""
+    from rlspec.cli.measure_text import Bar, heading, series_lines
+
+    bar = Bar()
+    try:
+        if watch:
+            _watch(checkpoints, base, out, bar, settings)
+            return
+        from rlspec.jobs.series import measure
+
+        series = measure(base, checkpoints, out=out, on_matrix=bar, **settings)
+    except KeyboardInterrupt as stop:
+        bar.close()
+        click.echo("Stopped; what is measured is kept, the same command goes on", err=True)
+        raise SystemExit(stopped(stop)) from None
+    finally:
+        bar.close()
+    for line in (*series_lines(series), heading()):
+        click.echo(line)
+
+
+def _watch(paths: tuple[Path, ...], base: Path, out: Path, bar: Any, settings: dict[str, Any]) -> None:
+    from rlspec.cli.measure_text import series_lines
+    from rlspec.jobs.series.job import Job
+    from rlspec.jobs.series.watch import watch
+
+    def warn(message: str) -> None:
+        bar.close()
+        click.echo(f"passed over: {message}", err=True)
+
+    job = Job.open(base, out=out, **settings)
+    try:
+        for added in watch(job, paths, on_matrix=bar, warn=warn):
+            bar.close()
+            for line in series_lines(
+                spectra for spectra in job.table.series() if spectra.checkpoint in added
+            ):
+                click.echo(line)
+    finally:
+        job.table.close()

@@ -1,0 +1,236 @@
+"""Track the spectra of a model inside transformers' Trainer and those built on it, TRL's among them.
+
+``Trainer(..., callbacks=[SpectralCallback(every=50, out="spectra")])``. The training does not notice: random state, modes
+and gradients stay as they are, what goes wrong in here is told once and ends the tracking, not the training.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import Trainer, TrainerCallback
+
+from rlspec.errors import OptionError, RlspecError, RunFolderError, TensorError
+from rlspec.integrations.budget import Pace, parse_budget
+from rlspec.integrations.store import TrackingFolder
+from rlspec.io.index import CheckpointIndex
+from rlspec.io.jsonl import Row
+from rlspec.io.projections import parse_modules
+from rlspec.linalg.rank import Rank, RankLike
+from rlspec.report.data import by_event
+from rlspec.run.rows import mean
+from rlspec.spectra.basis import SpectralBasis
+from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
+from rlspec.train.callbacks import undisturbed
+
+_LOG = logging.getLogger(__name__)
+_STAGE = "train"
+#: What the trainer's own loggers get: name there -> column whose mean over the matrices it is.
+LOGGED = {
+    "spectra/rotation_left_rad": "angle_left_mean_rad",
+    "spectra/rotation_right_rad": "angle_right_mean_rad",
+    "spectra/sigma_change_rel": "sigma_change_rel_mean",
+    "spectra/delta_relative": "delta_relative",
+}
+
+
+class SpectralCallback(TrainerCallback):
+    """Measures the weights at step 0, every ``every`` optimizer steps and at the last one.
+
+    Rows go to ``out/spectra.jsonl`` and :attr:`records`, the means of :data:`LOGGED` to the trainer's own loggers
+    (TensorBoard, W&B, …) and its ``state.log_history``. LoRA adapters of PEFT count with their weight, W + s B A. Of
+    several processes with a copy of the model each, the first measures. The reference is decomposed when the training
+    begins, which takes time once (decompositions are cached, see ``$RLSPEC_CACHE``); its factors stay on the host.
+
+    From there on an error of any kind is told in one warning and ends the tracking alone, see :attr:`disabled`. Among
+    them are models whose weights are spread over processes (FSDP, ZeRO-3, tensor parallel): measure their saved
+    checkpoints. Only wrong arguments raise.
+
+    Args:
+        every: optimizer steps between measurements.
+        base: the reference: a safetensors checkpoint folder; None for the weights when the training begins.
+        modules: which projections, see ``SpectralBasis.from_model``.
+        rank: leading directions to follow, see ``Rank``.
+        out: folder for the rows; None keeps them in memory alone. A resumed training goes on in it and measures no step
+            twice; with ``base=None`` it is also where the reference is kept, so such a training needs it to be resumed.
+            A training that starts anew sets the files of the one before aside, under names with a number.
+        budget: the share of the training's time that all this may take, such as ``"1%"`` or ``0.01``, the reference
+            included: measurements wait until there is time for them. None: no limit.
+
+    Raises:
+        OptionError: an argument out of range, an unknown module.
+        CheckpointError: ``base`` is no checkpoint.
+    """
+
+    def __init__(
+        self,
+        every: int = 50,
+        *,
+        base: str | Path | None = None,
+        modules: str | Iterable[str] = "q,k,v",
+        rank: RankLike = 0.2,
+        out: str | Path | None = None,
+        budget: str | float | None = None,
+    ) -> None:
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise OptionError(f"every={every!r} must be a whole number of steps, at least 1")
+        self.every = every
+        self.base = None if base is None else Path(base)
+        if self.base is not None:
+            CheckpointIndex.open(self.base)  # told before the training, not in it
+        self.modules = parse_modules(modules)
+        self.rank = Rank.parse(rank)
+        self.out = None if out is None else Path(out)
+        self.budget = budget
+        self.pace = Pace(parse_budget(budget))
+        #: one per measurement, in order, without arrays; those of a resumed training's earlier parts too
+        self.records: list[SpectralRecord] = []
+        #: why tracking ended before the training did; None while all is well
+        self.disabled: str | None = None
+        self._tracker: SpectralTracker | None = None
+        self._folder: TrackingFolder | None = None
+        self._trainer: Trainer | None = None
+        self._due = self._told = False
+
+    # What the trainer calls.
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if not state.is_world_process_zero:
+            return
+        self.records, self.disabled, self._due, self._told = [], None, False, False
+        self._tracker, self._trainer = None, _calling_trainer(self)
+        model: nn.Module = kwargs["model"]
+        self.pace.begin()
+        try:
+            with undisturbed(model), self.pace.spending(once=True):
+                _refuse_sharded(model, getattr(args, "world_size", 1))
+                self._tracker = self._begin(model, state.global_step)
+        except Exception as error:
+            self._disable(error)
+        if state.global_step == 0:
+            self._measure(model, state, control)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self._tracker is None:
+            return
+        done = any(record.step == state.global_step for record in self.records)
+        if (state.global_step % self.every == 0 or state.global_step == state.max_steps) and not done:
+            self._due = True
+        if self._due and self.pace.allows():
+            self._measure(kwargs["model"], state, control)
+        elif self._due and not self._told:
+            self._told = True
+            _LOG.warning(
+                "tracking took %.3g of %.3g s so far: the measurement of step %d waits (budget=%r), later ones may too",
+                self.pace.spent,
+                self.pace.elapsed,
+                state.global_step,
+                self.budget,
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._tracker = self._trainer = None  # the factors' memory, and a cycle
+
+    # What they come to.
+    def _begin(self, model: nn.Module, step: int) -> SpectralTracker:
+        """Open the folder, find the reference and decompose it."""
+        if self.out is not None:
+            settings = {
+                "base": None if self.base is None else str(self.base.resolve()),
+                "modules": list(self.modules),
+                "rank": str(self.rank),
+            }
+            self._folder = TrackingFolder(self.out, settings)
+            if step == 0:
+                aside = self._folder.start()
+                if aside:
+                    _LOG.warning("an earlier training's files are now %s", ", ".join(map(str, aside)))
+                if self.base is None:
+                    self._folder.save_reference(model, self.modules)
+            else:
+                rows = self._folder.resume(step)
+                self.records = [SpectralRecord(s, at, group) for (s, at), group in by_event(rows).items()]
+        base = self.base
+        if base is None and step > 0:
+            base = None if self._folder is None else self._folder.reference
+            if base is None or not base.is_dir():
+                where = "without out=" if base is None else f"and {base} is not there"
+                raise RunFolderError(
+                    f"resumed at step {step} {where}, so the weights that the training began with are not known; give "
+                    "them as base="
+                )
+        options: dict[str, Any] = {"modules": self.modules, "rank": self.rank}
+        if base is None:
+            basis = SpectralBasis.from_model(model, **options)
+        else:
+            basis = SpectralBasis.from_checkpoint(base, device=_device(model), **options)
+        # On a device every byte is the training's.
+        return SpectralTracker(basis, arrays=False, factors="host")
+
+    def _measure(self, model: nn.Module, state: Any, control: Any) -> None:
+        """One event: measured, kept, logged."""
+        if self._tracker is None:
+            return
+        self._due = False
+        try:
+            with undisturbed(model), self.pace.spending():
+                record = self._tracker.measure(model, step=state.global_step, stage=_STAGE)
+                if self._folder is not None:
+                    self._folder.append(record.rows)
+                self.records.append(record)
+                self._log(record.rows, control)
+        except Exception as error:
+            self._disable(error)
+
+    def _log(self, rows: list[Row], control: Any) -> None:
+        trainer = self._trainer
+        if trainer is None:
+            return
+        means = {name: mean(row[column] for row in rows) for name, column in LOGGED.items()}
+        logs = {name: value for name, value in means.items() if value is not None}
+        # The base class's: those of TRL would add the averages that they gather for their own next line, and begin anew.
+        # It also takes the trainer's wish to log this step for fulfilled.
+        should_log = control.should_log
+        Trainer.log(trainer, logs)
+        control.should_log = trainer.control.should_log = should_log
+
+    def _disable(self, error: Exception) -> None:
+        name = "" if isinstance(error, RlspecError) else f"{type(error).__name__}: "
+        self.disabled = f"{name}{' '.join(str(error).split())}"
+        self._tracker = self._trainer = None
+        _LOG.warning("tracking of the spectra ends here, the training goes on: %s", self.disabled)
+
+
+def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
+    """The trainer that is calling this callback; None where something else is.
+
+    A trainer hands its callbacks everything but itself, and only it knows its loggers.
+    """
+    frame = sys._getframe(1)
+    while frame is not None:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
+            return caller
+        frame = frame.f_back  # type: ignore[assignment]
+    return None
+
+
+def _refuse_sharded(model: nn.Module, world_size: int) -> None:
+    """Refuse a model whose weights this process has parts of: gathering them takes all processes."""
+    if world_size == 1:
+        return
+    for name, parameter in model.named_parameters():
+        if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_shape") or "_fsdp_wrapped" in name:
+            raise TensorError(
+                f"{name}: spread over {world_size} processes (FSDP, ZeRO-3 or tensor parallel), which is not gathered "
+                "inside a training; measure the checkpoints that it saves"
+            )
+
+
+def _device(model: nn.Module) -> torch.device:
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -1,0 +1,25 @@
+"""A LoRA adapter on its base, as weights: W + s B A, formed for the tensor that is asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from rlspec.io.adapter import Adapter
+from rlspec.io.stream import read_tensor
+from rlspec.io.weights import CheckpointWeights
+
+
+class AdaptedWeights(CheckpointWeights):
+    """The weights of a base checkpoint with an adapter's updates, float32 or wider where there is one."""
+
+    def __init__(self, base: Path, adapter: Adapter) -> None:
+        super().__init__(base)
+        self._adapter = adapter
+        self.where = f"the adapter {adapter.index.path.parent} on {base}"
+
+    def _decoded(self, name: str, stored: Tensor) -> Tensor:
+        saved = self._adapter.saved(name)
+        weight = super()._decoded(name, stored) if saved is None else read_tensor(self._adapter.index, saved)
+        return self._adapter.add_update(name, 0, weight)

@@ -1,0 +1,160 @@
+"""Which checkpoints are meant by the paths given, in which order, and whether they are whole."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlspec.errors import CheckpointError
+from rlspec.io.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, is_adapter
+from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, distributed_format
+from rlspec.io.weights import CheckpointWeights
+from rlspec.jobs.series.adapted import AdaptedWeights
+
+# checkpoint-500, sft-300, global_step_300, step500, iter_0000500: a number at the end, after a separator or such a word.
+_NUMBERED = re.compile(r"(?:(.*?)[-_.]|.*(?:step|iter|checkpoint|ckpt|epoch))(\d{1,18})", re.IGNORECASE)
+# Where verl puts the weights below the folder that bears the step.
+_INNER = ("actor/huggingface", "actor")
+# The stages that `rlspec track` names its checkpoints after, in their order.
+_STAGES = ("sft", "ppo")
+
+#: name of a file -> its size in bytes and when it was last changed, in nanoseconds
+Files = dict[str, list[int]]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder, file or LoRA adapter on disk."""
+
+    path: Path
+    stage: str  #: "sft" or "ppo" where the name is one of `rlspec track`, else ""
+    step: int | None  #: the number at the end of the name
+
+    @classmethod
+    def at(cls, path: Path) -> Checkpoint:
+        match = _NUMBERED.fullmatch(_named(path).name.removesuffix(".safetensors"))
+        if match is None:
+            return cls(path, "", None)
+        return cls(path, match[1] if match[1] in _STAGES else "", int(match[2]))
+
+    def open(self, base: Path) -> CheckpointWeights:
+        """Its weights, those of an adapter on top of the base's.
+
+        Raises:
+            CheckpointError: it is not whole, is malformed or of a format that is not read, or is no adapter of that base.
+        """
+        if not is_adapter(self.path):
+            return CheckpointWeights(self.path)
+        index = CheckpointIndex.open(base)
+        return AdaptedWeights(base, Adapter.open(self.path, index))
+
+    def files(self) -> Files:
+        """What tells whether it was written anew: the files that weights are read from.
+
+        Raises:
+            CheckpointError: it is not whole.
+        """
+        if is_adapter(self.path):
+            paths = {self.path / CONFIG_FILE, self.path / WEIGHTS_FILE}
+        else:
+            index = CheckpointIndex.open(self.path)
+            paths = {entry.shard for entry in index.tensors.values()}
+            if self.path.is_dir():
+                paths |= {self.path / name for name in (INDEX_FILE, "config.json")}
+        found: Files = {}
+        for path in sorted(paths):
+            try:
+                state = path.stat()
+            except FileNotFoundError:
+                if path.name in (INDEX_FILE, "config.json"):
+                    continue
+                raise CheckpointError(f"{path}: missing") from None
+            root = self.path if self.path.is_dir() else self.path.parent
+            found[str(path.relative_to(root))] = [state.st_size, state.st_mtime_ns]
+        return found
+
+
+def find_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
+    """The checkpoints given, and those in the folders given, in the order of their steps.
+
+    A folder stands for the checkpoints right below it, and for itself where it is one, which then comes last. Those of
+    one folder are ordered by stage and step, the ones without a number after them; folders come in the order given.
+
+    Raises:
+        CheckpointError: nothing at a path, or no checkpoint in it.
+    """
+    found: dict[Path, Checkpoint] = {}
+    for path in map(Path, paths):
+        below = checkpoints_below(path)
+        if path.is_file() or _has_weights(path):
+            below.append(Checkpoint.at(path))
+        if not below:
+            CheckpointIndex.open(path)  # which knows what to say of most things
+            raise CheckpointError(f"{path}: no checkpoint in it")
+        for checkpoint in below:
+            found.setdefault(checkpoint.path.resolve(), checkpoint)
+    return in_order(found.values())
+
+
+def checkpoints_below(folder: Path) -> list[Checkpoint]:
+    """The checkpoints right below a folder, whole or not, in the order of their steps."""
+    if not folder.is_dir():
+        return []
+    places = (_weights_in(path) for path in sorted(folder.iterdir()) if path.is_dir())
+    return in_order(Checkpoint.at(path) for path in places if path is not None)
+
+
+def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """By folder in the order of their first ones, there by stage, then by step; those without a number stay in order."""
+    checkpoints = list(checkpoints)
+    parents = {
+        parent: i for i, parent in reversed(list(enumerate(_named(c.path).parent for c in checkpoints)))
+    }
+
+    def key(checkpoint: Checkpoint) -> tuple[int, int, float]:
+        stage = _STAGES.index(checkpoint.stage) if checkpoint.stage else -1
+        step = float("inf") if checkpoint.step is None else checkpoint.step
+        return parents[_named(checkpoint.path).parent], stage, step
+
+    return sorted(checkpoints, key=key)
+
+
+def labels(checkpoints: Sequence[Checkpoint], known: Iterable[Path] = ()) -> list[str]:
+    """What rows call each: the end of its path that tells it from the others, and from those known before."""
+    places = {*known, *(c.path.resolve() for c in checkpoints)}
+    found = []
+    for checkpoint in checkpoints:
+        parts = checkpoint.path.resolve().parts
+        others = [place.parts for place in places if place.parts != parts]
+        length = 1
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        found.append(os.path.join(*parts[-length:]))
+    return found
+
+
+def _named(path: Path) -> Path:
+    """The folder or file that bears the checkpoint's name."""
+    named = path.parent if path.name == SINGLE_FILE else path
+    while named.name in ("huggingface", "actor"):
+        named = named.parent
+    return named
+
+
+def _weights_in(folder: Path) -> Path | None:
+    """The folder itself, or the one below it that holds the weights; None where there are none."""
+    places = (folder, *(folder / inner for inner in _INNER))
+    return next((place for place in places if _is_checkpoint(place)), None)
+
+
+def _is_checkpoint(folder: Path) -> bool:
+    """Whether a folder holds weights of any format; those that are not read are told of, not passed over."""
+    return _has_weights(folder) or distributed_format(folder) is not None
+
+
+def _has_weights(folder: Path) -> bool:
+    names = (SINGLE_FILE, INDEX_FILE, CONFIG_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
+    return any((folder / name).exists() for name in names)

@@ -1,0 +1,52 @@
+"""Which matrices are measured together, and the memory that this takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from rlspec.errors import OptionError
+from rlspec.io.projections import Projection
+
+# As many entries as a tracker stacks on a CPU: a row is then the same as that of a tracker of the whole model.
+_ENTRIES = 4_000_000
+# Bytes for each entry of a stack (weights, factors, the update, what an engine makes of them) and for each of one smaller
+# Gram matrix. Above the peaks measured of either engine, with every direction followed and random updates drawn; what is
+# usual, the delta engine and a fifth of the directions, takes half.
+_STACK_BYTES, _GRAM_BYTES = 145, 75
+
+
+def stacks(
+    projections: Sequence[Projection],
+    shapes: Mapping[str, tuple[int, ...]],
+    memory: int,
+    memory_gib: float,
+) -> tuple[tuple[Projection, ...], ...]:
+    """Matrices of one shape, in stacks that fit the memory, in the order of their first ones.
+
+    Args:
+        memory: bound in bytes; ``memory_gib`` is what messages call it.
+
+    Raises:
+        OptionError: one matrix alone does not fit.
+    """
+    by_shape: dict[tuple[int, int], list[Projection]] = {}
+    for projection in projections:
+        by_shape.setdefault(projection.shape(shapes[projection.tensor]), []).append(projection)
+    found = []
+    for shape, members in by_shape.items():
+        alone = stack_bytes(shape, 1)
+        if alone > memory:
+            raise OptionError(
+                f"memory_gib={memory_gib} is too little: {members[0].name} ({shape[0]}x{shape[1]}) takes up to "
+                f"{alone / 2**30:.2g} GiB to decompose and measure"
+            )
+        size = max(1, _ENTRIES // max(1, shape[0] * shape[1]))
+        while size > 1 and stack_bytes(shape, size) > memory:
+            size -= 1
+        found += [tuple(members[i : i + size]) for i in range(0, len(members), size)]
+    return tuple(found)
+
+
+def stack_bytes(shape: tuple[int, int], count: int) -> int:
+    """A bound on the memory that decomposing and measuring ``count`` matrices (m, n) takes at once."""
+    return _STACK_BYTES * shape[0] * shape[1] * count + _GRAM_BYTES * min(shape) ** 2

@@ -1,0 +1,209 @@
+"""The folder of a series: its rows, and of what they are.
+
+::
+
+    measure.json      settings, the base's files, and each checkpoint's path and files; written first
+    spectra.jsonl     one row per checkpoint and matrix
+
+Rows are appended as they are measured and put in order when all are there. A kill leaves a table that goes on.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from rlspec.errors import CheckpointError, RunFolderError
+from rlspec.io.files import read_json_object, write_atomically, write_error
+from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_rows
+from rlspec.jobs.series.checkpoints import Checkpoint, Files, in_order, labels
+from rlspec.jobs.series.result import CheckpointSpectra, Series
+from rlspec.run.lock import take_lock
+
+_VERSION = 1
+
+
+class SpectraTable:
+    """Rows by checkpoint and matrix, in memory and, where there is a folder, on disk.
+
+    Args:
+        folder: made where it is missing; None for rows in memory alone.
+        settings: what every row depends on beside its checkpoint, as JSON has it.
+        names: the matrices, in order.
+
+    Raises:
+        RunFolderError: the folder holds something else, rows of other settings, or is in use.
+        CheckpointError: it cannot be written.
+    """
+
+    def __init__(self, folder: Path | None, settings: Mapping[str, Any], names: Sequence[str]) -> None:
+        self._folder = folder
+        self._settings = json.loads(json.dumps(settings))
+        self._order = {name: i for i, name in enumerate(names)}
+        self._known: dict[str, dict[str, Any]] = {}  # label -> path and files
+        self._rows: dict[str, dict[str, Row]] = {}  # label -> matrix -> row
+        self._lock: IO[bytes] | None = None
+        if folder is not None:
+            self._open(folder)
+
+    @property
+    def _path(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "spectra.jsonl"
+
+    @property
+    def _about(self) -> Path:
+        assert self._folder is not None
+        return self._folder / "measure.json"
+
+    def _open(self, folder: Path) -> None:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._lock = take_lock(folder)
+        except OSError as error:
+            raise write_error(folder, error) from None
+        try:
+            self._read(folder)
+        except BaseException:
+            self.close()
+            raise
+
+    def _read(self, folder: Path) -> None:
+        if not self._about.exists():
+            if self._path.exists():
+                raise RunFolderError(f"{self._path}: rows of something else; choose another folder for out=")
+            return
+        found = read_json_object(self._about)
+        if found.get("version") != _VERSION:
+            raise RunFolderError(
+                f"{self._about}: of another version of rlspec; choose another folder for out="
+            )
+        check_settings(self._about, found["settings"], self._settings)
+        self._known = found["checkpoints"]
+        repair(self._path)
+        for row in read_rows(self._path):
+            if row.get("checkpoint") in self._known and row.get("name") in self._order:
+                self._rows.setdefault(row["checkpoint"], {})[row["name"]] = row
+
+    def close(self) -> None:
+        """Let other processes write to the folder."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def is_one_of(self, checkpoints: Sequence[Checkpoint]) -> bool:
+        """Whether the folder is itself one of these."""
+        return self._folder is not None and self._folder.resolve() in {c.path.resolve() for c in checkpoints}
+
+    def label_of(self, checkpoint: Checkpoint) -> str | None:
+        """What rows call a checkpoint; None where it is not known."""
+        place = str(checkpoint.path.resolve())
+        return next((label for label, entry in self._known.items() if entry["path"] == place), None)
+
+    def add(self, checkpoints: Sequence[tuple[Checkpoint, Files]]) -> list[str]:
+        """Enter checkpoints, those that are known already too.
+
+        Returns:
+            The label of each.
+
+        Raises:
+            CheckpointError: one was written anew since it was measured.
+        """
+        by_path = {Path(entry["path"]): label for label, entry in self._known.items()}
+        new = labels([checkpoint for checkpoint, _ in checkpoints], by_path)
+        found = []
+        for (checkpoint, files), fresh in zip(checkpoints, new):
+            place = checkpoint.path.resolve()
+            label = by_path.get(place, fresh)
+            if label in self._rows and self._known[label]["files"] != files:
+                raise CheckpointError(
+                    f"{checkpoint.path}: written anew since its rows in {self._path} were measured; choose another "
+                    "folder for out="
+                )
+            self._known[label] = {"path": str(place), "files": files}
+            found.append(label)
+        if self._folder is not None:
+            about = {"version": _VERSION, "settings": self._settings, "checkpoints": self._known}
+            self._writing(
+                lambda: write_atomically(self._about, (json.dumps(about, indent=2) + "\n").encode())
+            )
+        return found
+
+    def is_whole(self, checkpoint: Checkpoint, files: Files) -> bool:
+        """Whether all rows of a checkpoint, with these files, are there."""
+        label = self.label_of(checkpoint)
+        return label is not None and self._known[label]["files"] == files and not self.missing(label)
+
+    def missing(self, label: str) -> set[str]:
+        """The matrices of a checkpoint that have no row yet."""
+        return set(self._order) - set(self._rows.get(label, ()))
+
+    def put(self, label: str, rows: Sequence[Row]) -> None:
+        """Add the rows that are missing among those given."""
+        missing = self.missing(label)
+        new: list[Row] = [{"checkpoint": label, **row} for row in rows if row["name"] in missing]
+        if self._folder is not None:
+            self._writing(lambda: append_rows(self._path, new))
+        self._rows.setdefault(label, {}).update({row["name"]: row for row in new})
+
+    def forget(self, label: str) -> None:
+        """Take out a checkpoint that cannot be measured to the end."""
+        self._rows.pop(label, None)
+        self._known.pop(label, None)
+        if self._folder is not None:
+            self._writing(lambda: keep_rows(self._path, lambda row: row.get("checkpoint") != label))
+
+    def series(self) -> Series:
+        """Every checkpoint that is whole in the table, in order."""
+        done = [label for label in self._known if not self.missing(label)]
+        by_place = {Path(self._known[label]["path"]): label for label in done}
+        found = []
+        for checkpoint in in_order(Checkpoint.at(place) for place in by_place):
+            label = by_place[checkpoint.path]
+            rows = [self._rows[label][name] for name in self._order]
+            found.append(CheckpointSpectra(label, checkpoint.stage, checkpoint.step, rows))
+        return Series(found)
+
+    def settle(self) -> Series:
+        """Put the rows on disk in order.
+
+        Returns:
+            What :meth:`series` does.
+        """
+        series = self.series()
+        if self._folder is not None:
+            whole = {spectra.checkpoint for spectra in series}
+            rest = [row for label in self._rows if label not in whole for row in self._rows[label].values()]
+            wanted = [*series.rows, *rest]
+            if read_rows(self._path) != wanted:
+                self._writing(lambda: write_rows(self._path, wanted))
+        return series
+
+    def _writing(self, write: Any) -> None:
+        try:
+            write()
+        except OSError as error:
+            assert self._folder is not None
+            raise write_error(self._folder, error) from None
+
+
+def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse rows that were measured otherwise.
+
+    Raises:
+        RunFolderError: a setting differs; the message names it.
+    """
+    for name, value in wanted.items():
+        if name == "base":  # where it lies; what it is, its files tell
+            continue
+        if found.get(name) != value:
+            if name == "base_files":
+                raise RunFolderError(
+                    f"{path}: measured against another base, or its files were written anew since; choose another folder "
+                    "for out="
+                )
+            raise RunFolderError(
+                f"{path}: measured with {name}={found.get(name)!r}, now {name}={value!r}; choose another folder for out="
+            )

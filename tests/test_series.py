@@ -1,0 +1,374 @@
+"""Checkpoints on disk against their base: the rows of a tracker on the loaded models, PEFT's merge, and interruptions."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from restore_toys import rewrite, save_model, tune
+from test_extras import run_without
+from transformers import AutoModelForCausalLM
+
+import rlspec
+from rlspec.errors import CheckpointError, OptionError, RunFolderError, TensorError
+from rlspec.jobs.series import Series
+from rlspec.jobs.series import job as jobs
+from rlspec.jobs.series.checkpoints import Checkpoint, find_checkpoints, labels
+from rlspec.jobs.series.stacks import stack_bytes
+from rlspec.spectra import SpectralBasis, SpectralTracker
+from rlspec.spectra.table import COLUMNS
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A base, and the folder of a trainer with three checkpoints of it, one of them in shards."""
+    save_model(tmp_path / "base", "llama")
+    for i, step in enumerate((1000, 20, 300)):
+        tune(tmp_path / "base", tmp_path / "run" / f"checkpoint-{step}", size=1e-3 * step, seed=i)
+    loaded(tmp_path / "run" / "checkpoint-300").save_pretrained(tmp_path / "sharded", max_shard_size="60KB")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-300")
+    (tmp_path / "sharded").rename(tmp_path / "run" / "checkpoint-300")
+    return tmp_path / "run"
+
+
+def loaded(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
+def rows_in(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "spectra.jsonl").read_text().splitlines()]
+
+
+def truth(base: Path, tuned: Any, step: int | None, **options: Any) -> list[dict[str, Any]]:
+    """A tracker on models that transformers loaded."""
+    draws = options.pop("null_draws", 0)
+    engine = options.pop("engine", "delta")
+    tracker = SpectralTracker(SpectralBasis.from_model(loaded(base), **options), engine=engine)
+    rows = tracker.measure(tuned, step=0, null_draws=draws).rows
+    return [{**row, "step": step} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"modules": "all", "rank": 5}, {"engine": "exact", "null_draws": 2}],
+    ids=["default", "all modules", "exact, with random updates"],
+)
+def test_rows_are_those_of_a_tracker_on_the_loaded_models(options: dict[str, Any], run: Path) -> None:
+    base, out = run.parent / "base", run.parent / "out"
+    series = rlspec.measure(base, run, out=out, **options)
+    assert [spectra.checkpoint for spectra in series] == [
+        "checkpoint-20",
+        "checkpoint-300",
+        "checkpoint-1000",
+    ]
+    assert rows_in(out) == series.rows
+    for spectra in series:
+        step = int(spectra.checkpoint.rpartition("-")[2])
+        right = truth(base, loaded(run / spectra.checkpoint), step, **options)
+        assert spectra.rows == [{"checkpoint": spectra.checkpoint, **row} for row in right]
+        assert spectra.step == step and right[0]["delta_relative"] == pytest.approx(1e-3 * step, rel=0.1)
+    assert list(series.rows[0]) == ["checkpoint", *COLUMNS]
+
+
+def test_without_a_folder_nothing_is_written(run: Path) -> None:
+    before = sorted(run.parent.rglob("*"))
+    series = rlspec.measure(run.parent / "base", [run / "checkpoint-20"], cache_dir=run.parent / "cache")
+    assert len(series) == 1 and sorted(run.parent.rglob("*")) == before
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "phi3"])
+def test_adapters_are_measured_as_peft_merges_them(kind: str, tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    save_model(tmp_path / "base", kind)
+    torch.manual_seed(1)
+    targets = {"gpt2": ["c_attn"], "gpt_neox": ["query_key_value"], "phi3": ["qkv_proj"]}
+    config = peft.LoraConfig(r=4, lora_alpha=8, target_modules=targets.get(kind, ["q_proj", "v_proj"]))
+    model = peft.get_peft_model(loaded(tmp_path / "base"), config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(std=0.02)
+    model.save_pretrained(tmp_path / "run" / "checkpoint-7")
+    (spectra,) = rlspec.measure(tmp_path / "base", tmp_path / "run")
+    right = truth(tmp_path / "base", model.merge_and_unload(), 7)
+    assert spectra.step == 7 and [row["name"] for row in spectra.rows] == [row["name"] for row in right]
+    for row, merged in zip(spectra.rows, right, strict=True):
+        # Both are float32 sums W + s B A, rounded in another order.
+        for column in ("delta_frobenius", "angle_left_mean_rad", "angle_right_mean_rad", "sigma_max"):
+            assert row[column] == pytest.approx(merged[column], rel=1e-4, abs=1e-6), column
+        assert (row["delta_frobenius"] == 0) == (kind == "llama" and row["module"] == "k")
+
+
+def test_what_is_in_the_table_is_not_measured_again(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, out = run.parent / "base", run.parent / "out"
+    rlspec.measure(base, [run / "checkpoint-300"], out=out)
+    measured = []
+    right = SpectralTracker.measure
+
+    def counted(self: SpectralTracker, source: Any, **options: Any) -> Any:
+        measured.append(source.where)
+        return right(self, source, **options)
+
+    monkeypatch.setattr(SpectralTracker, "measure", counted)
+    both = rlspec.measure(base, run, out=out)
+    assert {where.rpartition("-")[2] for where in measured} == {"20", "1000"}
+    assert [row["step"] for row in rows_in(out)] == sorted(row["step"] for row in rows_in(out))
+    assert both.rows == rows_in(out) and len(both) == 3
+    measured.clear()
+    once = (out / "spectra.jsonl").read_bytes()
+    again = rlspec.measure(base, [run / "checkpoint-20"], out=out)
+    assert measured == [] and again.rows == both.rows and (out / "spectra.jsonl").read_bytes() == once
+
+
+def test_a_series_that_was_killed_anywhere_goes_on_without_doubles(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, whole = run.parent / "base", run.parent / "whole"
+    rlspec.measure(base, run, out=whole)
+    wanted = (whole / "spectra.jsonl").read_bytes()
+    right = jobs.Job._rows
+    for kill_at in (1, 3, 5):
+        out = run.parent / f"killed-{kill_at}"
+        calls = []
+
+        def killed(self: Any, *args: Any, calls: list[int] = calls, kill_at: int = kill_at) -> Any:
+            calls.append(1)
+            if len(calls) == kill_at:
+                raise KeyboardInterrupt
+            return right(self, *args)
+
+        monkeypatch.setattr(jobs.Job, "_rows", killed)
+        with pytest.raises(KeyboardInterrupt):
+            rlspec.measure(base, run, out=out)
+        monkeypatch.setattr(jobs.Job, "_rows", right)
+        if kill_at > 1:  # and cut off in the middle of a line
+            data = (out / "spectra.jsonl").read_bytes()
+            assert 0 < data.count(b"\n") < wanted.count(b"\n")
+            (out / "spectra.jsonl").write_bytes(data[:-50])
+        rlspec.measure(base, run, out=out)
+        assert (out / "spectra.jsonl").read_bytes() == wanted
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"rank": 0.5}, "measured with rank='0.2', now rank='0.5'"),
+        ({"modules": "q,k"}, "measured with modules="),
+        ({"engine": "exact"}, "measured with engine='delta', now engine='exact'"),
+        ({"null_draws": 3}, "measured with null_draws=0, now null_draws=3"),
+    ],
+)
+def test_rows_measured_otherwise_are_not_mixed_in(change: dict[str, Any], told: str, run: Path) -> None:
+    base, out = run.parent / "base", run.parent / "out"
+    rlspec.measure(base, [run / "checkpoint-20"], out=out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    with pytest.raises(RunFolderError, match=told):
+        rlspec.measure(base, run, out=out, **change)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+
+
+def test_another_base_and_a_checkpoint_written_anew_are_refused(run: Path) -> None:
+    base, out, tuned = run.parent / "base", run.parent / "out", run / "checkpoint-20"
+    rlspec.measure(base, [tuned], out=out)
+    shutil.copytree(base, run.parent / "moved", copy_function=shutil.copy2)  # the same files elsewhere
+    rlspec.measure(run.parent / "moved", [tuned], out=out)
+    tune(base, run.parent / "other")
+    with pytest.raises(RunFolderError, match="measured against another base"):
+        rlspec.measure(run.parent / "other", [tuned], out=out)
+    rewrite(tuned, lambda tensors: None)
+    with pytest.raises(CheckpointError, match=r"checkpoint-20: written anew since its rows"):
+        rlspec.measure(base, [tuned], out=out)
+
+
+def test_a_folder_of_something_else_is_left_alone(run: Path) -> None:
+    base, out = run.parent / "base", run.parent / "out"
+    out.mkdir()
+    (out / "spectra.jsonl").write_text('{"stage": "sft"}\n')
+    with pytest.raises(RunFolderError, match="rows of something else"):
+        rlspec.measure(base, run, out=out)
+    assert (out / "spectra.jsonl").read_text() == '{"stage": "sft"}\n'
+    with pytest.raises(OptionError, match="^out=.* is the base"):
+        rlspec.measure(base, run, out=base)
+    with pytest.raises(OptionError, match="^out= is one of the checkpoints"):
+        rlspec.measure(base, run, out=run / "checkpoint-20")
+
+
+def make(path: Path, name: str = "model.safetensors") -> Path:
+    path.mkdir(parents=True)
+    (path / name).touch()
+    return path
+
+
+def test_the_order_of_checkpoints_is_that_of_their_steps(tmp_path: Path) -> None:
+    def found(*paths: Path) -> list[str]:
+        return [str(c.path.relative_to(tmp_path)) for c in find_checkpoints(paths)]
+
+    for name in ("checkpoint-1000", "checkpoint-90", "final", "runs", "checkpoint-200"):
+        make(tmp_path / "hf" / name, "x" if name == "runs" else "adapter_config.json")
+    steps = ["hf/checkpoint-90", "hf/checkpoint-200", "hf/checkpoint-1000", "hf/final"]
+    assert found(tmp_path / "hf") == steps
+    (tmp_path / "hf" / "model.safetensors").touch()  # the trainer's last save
+    assert found(tmp_path / "hf") == [*steps, "hf"]
+    for name in ("ppo-5", "sft-10", "ppo-0", "sft-0"):
+        make(tmp_path / "ours" / name)
+    assert found(tmp_path / "ours") == ["ours/sft-0", "ours/sft-10", "ours/ppo-0", "ours/ppo-5"]
+    for step in (20, 100):
+        make(tmp_path / "verl" / f"global_step_{step}" / "actor" / "huggingface")
+    assert found(tmp_path / "verl", tmp_path / "ours" / "sft-0") == [
+        "verl/global_step_20/actor/huggingface",
+        "verl/global_step_100/actor/huggingface",
+        "ours/sft-0",
+    ]
+    assert found(*(tmp_path / f"hf/checkpoint-{n}" for n in (1000, 90, 90))) == [steps[0], steps[2]]
+
+
+@pytest.mark.parametrize(
+    ("name", "step", "stage"),
+    [
+        ("checkpoint-500", 500, ""),
+        ("sft-300", 300, "sft"),
+        ("global_step_300", 300, ""),
+        ("global_step300", 300, ""),
+        ("iter_0000500", 500, ""),
+        ("epoch3", 3, ""),
+        ("Llama-3.2-1B", None, ""),
+        ("final", None, ""),
+        ("run2", None, ""),
+    ],
+)
+def test_steps_are_read_from_names(name: str, step: int | None, stage: str) -> None:
+    found = Checkpoint.at(Path("x") / name)
+    assert (found.step, found.stage) == (step, stage)
+
+
+def test_labels_are_the_ends_of_paths_that_tell_them_apart() -> None:
+    paths = [Path("/a/run/checkpoint-5"), Path("/b/run/checkpoint-5"), Path("/b/run/checkpoint-6")]
+    checkpoints = [Checkpoint.at(path) for path in paths]
+    assert labels(checkpoints) == ["a/run/checkpoint-5", "b/run/checkpoint-5", "checkpoint-6"]
+    assert labels(checkpoints[2:], [Path("/c/checkpoint-6")]) == ["run/checkpoint-6"]
+
+
+def test_two_runs_with_checkpoints_of_one_name_stay_apart(run: Path) -> None:
+    other = run.parent / "other"
+    shutil.copytree(run, other)
+    base, out = run.parent / "base", run.parent / "out"
+    first = rlspec.measure(base, run, out=out)
+    both = rlspec.measure(base, other, out=out)
+    names = [spectra.checkpoint for spectra in both]
+    assert len(both) == 6 and len(set(names)) == 6
+    assert set(names) == {s.checkpoint for s in first} | {f"other/{s.checkpoint}" for s in first}
+
+
+def distributed_checkpoint(folder: Path, model: Any) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+
+
+def files(*names: str) -> Callable[[Path, Any], None]:
+    def written(folder: Path, model: Any) -> None:
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            torch.save({}, folder / name)
+
+    return written
+
+
+FOREIGN: dict[str, tuple[Callable[[Path, Any], None], str]] = {
+    "DCP": (
+        distributed_checkpoint,
+        r"\.checkpoint \(pytorch_model_fsdp_0/.*accelerate's merge-weights",
+    ),
+    "verl": (files("actor/model_world_size_2_rank_0.pt"), "as verl saves them .*verl's model_merger"),
+    "DeepSpeed": (files("global_step9/mp_rank_00_model_states.pt"), "DeepSpeed's parts .*zero_to_fp32.py"),
+    "pickles": (files("pytorch_model.bin"), "pickled weights are not read"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_formats_that_are_not_read_are_refused_with_the_way_out(kind: str, run: Path) -> None:
+    write, told = FOREIGN[kind]
+    write(run / "checkpoint-9", loaded(run.parent / "base"))
+    with pytest.raises(CheckpointError, match=told) as caught:
+        rlspec.measure(run.parent / "base", run, out=run.parent / "out")
+    assert "\n" not in str(caught.value) and "checkpoint-9" in str(caught.value)
+
+
+def test_what_does_not_fit_the_base_is_refused_before_the_work(run: Path) -> None:
+    def resized(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.q_proj.weight"] = torch.ones(64, 63)
+
+    rewrite(run / "checkpoint-1000", resized)
+    with pytest.raises(
+        TensorError, match=r"checkpoint-1000: model.layers.1.self_attn.q_proj.weight is \(64, 63\)"
+    ):
+        rlspec.measure(run.parent / "base", run, out=run.parent / "out")
+    assert not (run.parent / "out" / "spectra.jsonl").exists()
+    rewrite(run / "checkpoint-1000", lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"))
+    with pytest.raises(TensorError, match="checkpoint-1000.*no such tensor|no such tensor.*checkpoint-1000"):
+        rlspec.measure(run.parent / "base", run)
+
+
+def test_nan_is_told_with_the_checkpoint(run: Path) -> None:
+    def spoil(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.1.self_attn.v_proj.weight"][3, 3] = torch.nan
+
+    rewrite(run / "checkpoint-1000", spoil)
+    with pytest.raises(TensorError, match="checkpoint-1000.*v_proj.weight.*1 of 2048 values are NaN"):
+        rlspec.measure(run.parent / "base", run)
+
+
+def test_the_memory_bounds_what_is_measured_together(run: Path) -> None:
+    """And the rows do not depend on it beyond their own error bounds."""
+    base = run.parent / "base"
+    alone = stack_bytes((64, 64), 1) / 2**30
+    with pytest.raises(
+        OptionError, match=r"^memory_gib=.* is too little: .*q_proj.weight \(64x64\) takes up to"
+    ):
+        rlspec.measure(base, run, memory_gib=0.99 * alone)
+    narrow = rlspec.measure(base, run, memory_gib=1.01 * alone)
+    for row, wide in zip(narrow.rows, rlspec.measure(base, run).rows, strict=True):
+        assert row["name"] == wide["name"]
+        bound = row["angle_error_bound_rad"] + wide["angle_error_bound_rad"]
+        assert abs(row["angle_left_mean_rad"] - wide["angle_left_mean_rad"]) <= bound
+    with pytest.raises(OptionError, match="memory_gib=0"):
+        rlspec.measure(base, run, memory_gib=0)
+
+
+def test_wrong_arguments_are_told_before_the_work(run: Path) -> None:
+    base = run.parent / "base"
+    with pytest.raises(OptionError, match="unknown engine 'x'"):
+        rlspec.measure(base, run, engine="x")  # type: ignore[arg-type]
+    with pytest.raises(OptionError, match="^null_draws=-1"):
+        rlspec.measure(base, run, null_draws=-1)
+    with pytest.raises(CheckpointError, match="nothing: no such checkpoint"):
+        rlspec.measure(base, run.parent / "nothing")
+    os.mkdir(run.parent / "empty")
+    with pytest.raises(CheckpointError, match="empty: neither"):
+        rlspec.measure(base, run.parent / "empty")
+
+
+def test_a_data_frame_of_all_rows(run: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    series = rlspec.measure(run.parent / "base", run)
+    frame = series.to_pandas()
+    assert isinstance(frame, pandas.DataFrame) and list(frame.columns) == ["checkpoint", *COLUMNS]
+    assert frame.step.tolist() == [row["step"] for row in series.rows]
+    assert isinstance(series[1:], Series) and len(series[1:]) == 2
+
+
+def test_without_pandas_the_message_says_what_to_install() -> None:
+    done = run_without("pandas", "from rlspec.jobs.series import Series; Series([]).to_pandas()")
+    assert done.stderr.splitlines()[-1].endswith("not installed: pip install 'rlspec[pandas]'")
