@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 
 from rlspec.cli import restore_text
 from rlspec.cli.main import main
+from rlspec.io.staging import Staging
 from rlspec.restore import RestoreOptions
 from rlspec.restore.plan import plan_restore
 
@@ -240,15 +242,22 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert invoke(*arguments(checkpoints, whole)).exit_code == 0
-    step = restore_text.Bar.step
+    step, finish = restore_text.Bar.step, Staging.finish
     done = []
+    remembered = threading.Event()  # that a shard is complete: the copier may be behind
+
+    def finishing(self: Any, name: str, size: int) -> None:
+        finish(self, name, size)
+        remembered.set()
 
     def interrupted(self: Any, finished: Any) -> None:
         done.append(finished.name)
         step(self, finished)
         if len(done) == 4:
+            assert remembered.wait(60)
             signal.raise_signal(signal.SIGINT)
 
+    monkeypatch.setattr(Staging, "finish", finishing)
     monkeypatch.setattr(restore_text.Bar, "step", interrupted)
     result = invoke(*arguments(checkpoints, out))
     assert result.exit_code == 130
