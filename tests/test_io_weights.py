@@ -141,7 +141,7 @@ def test_parts_that_wait_hold_no_memory_of_the_reader(
     kept = list(open_weights(tmp_path).stream(asked))
     assert all(bool((matrix == projection.layer).all()) for projection, matrix in kept)
     assert len(pools) == 1 and 0 < pools[0].high_water <= 2 * 96 * 64 * 4 + (1 << 15)
-    monkeypatch.setattr(weights_module._Checkpoint, "_copies_parts", False)  # the broken twin
+    monkeypatch.setattr(weights_module.CheckpointWeights, "_copies_parts", False)  # the broken twin
     with pytest.raises(MemoryBoundError, match="still hold"):
         list(open_weights(tmp_path).stream(asked))
 
