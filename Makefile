@@ -46,14 +46,14 @@ CXX_TEST = $(CXX) -std=c++17 -g -O1 -Wall -Wextra -Werror -pthread -fno-sanitize
 FUZZ_SECONDS ?= 7
 
 cpp-test: ## the C++ tests under AddressSanitizer and UndefinedBehaviorSanitizer
-	mkdir -p build/tests
+	mkdir -p build/tests_asan
 	$(CXX_TEST) -fsanitize=address,undefined $(CORE) $(wildcard csrc/tests/*.cpp) -o build/test_asan
-	build/test_asan build/tests
+	build/test_asan build/tests_asan
 
 cpp-tsan: ## the C++ tests under ThreadSanitizer
-	mkdir -p build/tests
+	mkdir -p build/tests_tsan
 	$(CXX_TEST) -fsanitize=thread $(CORE) $(wildcard csrc/tests/*.cpp) -o build/test_tsan
-	build/test_tsan build/tests
+	build/test_tsan build/tests_tsan
 
 # Coverage-guided (libFuzzer) with clang; elsewhere random changes to the corpus.
 ifneq ($(shell command -v clang++),)

@@ -223,6 +223,11 @@ def test_the_order_of_checkpoints_is_that_of_their_steps(tmp_path: Path) -> None
     for name in ("ppo-5", "sft-10", "ppo-0", "sft-0"):
         make(tmp_path / "ours" / name)
     assert found(tmp_path / "ours") == ["ours/sft-0", "ours/sft-10", "ours/ppo-0", "ours/ppo-5"]
+    for name in ("ppo-from-300-5", "ppo-from-100-20", "ppo-from-100-5", "sft-300"):
+        make(tmp_path / "tree" / name)
+    branches = ["ppo-from-100-5", "ppo-from-100-20", "ppo-from-300-5"]
+    assert found(tmp_path / "tree") == [f"tree/{name}" for name in ("sft-300", *branches)]
+    assert Checkpoint.at(tmp_path / "tree" / "ppo-from-100-5").stage == "ppo"
     for step in (20, 100):
         make(tmp_path / "verl" / f"global_step_{step}" / "actor" / "huggingface")
     assert found(tmp_path / "verl", tmp_path / "ours" / "sft-0") == [

@@ -20,6 +20,8 @@ _NUMBERED = re.compile(r"(?:(.*?)[-_.]|.*(?:step|iter|checkpoint|ckpt|epoch))(\d
 _INNER = ("actor/huggingface", "actor")
 # The stages that `rlspec track` names its checkpoints after, in their order.
 _STAGES = ("sft", "ppo")
+# Where a run has several branches of PPO, each is named after the SFT step that it starts from.
+_BRANCH = re.compile(r"ppo-from-(\d{1,18})")
 
 #: name of a file -> its size in bytes and when it was last changed, in nanoseconds
 Files = dict[str, list[int]]
@@ -32,12 +34,15 @@ class Checkpoint:
     path: Path
     stage: str  #: "sft" or "ppo" where the name is one of `rlspec track`, else ""
     step: int | None  #: the number at the end of the name
+    origin: int = -1  #: the SFT step that a branch of `rlspec track` is named after, else -1
 
     @classmethod
     def at(cls, path: Path) -> Checkpoint:
         match = _NUMBERED.fullmatch(_named(path).name.removesuffix(".safetensors"))
         if match is None:
             return cls(path, "", None)
+        if branch := _BRANCH.fullmatch(match[1] or ""):
+            return cls(path, "ppo", int(match[2]), int(branch[1]))
         return cls(path, match[1] if match[1] in _STAGES else "", int(match[2]))
 
     def open(self, base: Path) -> CheckpointWeights:
@@ -108,16 +113,16 @@ def checkpoints_below(folder: Path) -> list[Checkpoint]:
 
 
 def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """By folder in the order of their first ones, there by stage, then by step; those without a number stay in order."""
+    """By folder in the order of their first ones, there by stage, branch and step; those without a number stay in order."""
     checkpoints = list(checkpoints)
     parents = {
         parent: i for i, parent in reversed(list(enumerate(_named(c.path).parent for c in checkpoints)))
     }
 
-    def key(checkpoint: Checkpoint) -> tuple[int, int, float]:
+    def key(checkpoint: Checkpoint) -> tuple[int, int, int, float]:
         stage = _STAGES.index(checkpoint.stage) if checkpoint.stage else -1
         step = float("inf") if checkpoint.step is None else checkpoint.step
-        return parents[_named(checkpoint.path).parent], stage, step
+        return parents[_named(checkpoint.path).parent], stage, checkpoint.origin, step
 
     return sorted(checkpoints, key=key)
 
