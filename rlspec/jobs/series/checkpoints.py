@@ -113,7 +113,7 @@ def checkpoints_below(folder: Path) -> list[Checkpoint]:
 
 
 def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
-    """By folder in the order of their first ones, there by stage, branch and step; those without a number stay in order."""
+    """By folder in the order of their first ones, there by stage, branch and step; the unnumbered stay in their order."""
     checkpoints = list(checkpoints)
     parents = {
         parent: i for i, parent in reversed(list(enumerate(_named(c.path).parent for c in checkpoints)))
