@@ -29,8 +29,8 @@ import click
 import torch
 from harness import machine, table
 
+from rlspec.jobs.loading import load_model, load_tokenizer, model_folder
 from rlspec.run.config import EMBEDDED
-from rlspec.run.loading import load_model, load_tokenizer, model_folder
 from rlspec.tasks import get_task
 from rlspec.train import Callback, PPOConfig, SFTConfig, StepState, experience, forward, train_sft
 from rlspec.train import generate as sampling

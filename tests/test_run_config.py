@@ -58,7 +58,7 @@ def test_values_out_of_range(settings: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"evry": 5}, "file: unknown setting 'evry'; valid: model, task, stages, every"),
+        ({"evry": 5}, "file: unknown setting 'evry'; the closest is 'every'"),
         ({"every": "often"}, "file: every must be a whole number, not 'often'"),
         ({"every": 2.5}, "file: every must be a whole number, not 2.5"),
         ({"every": float("nan")}, "file: every must be a whole number"),

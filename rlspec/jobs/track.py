@@ -6,7 +6,7 @@ import math
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from rlspec.jobs.loading import (
 from rlspec.report.data import read_run
 from rlspec.report.html import write_report
 from rlspec.report.verdict import verdict
-from rlspec.run.config import EMBEDDED, TrackConfig
+from rlspec.run.config import TrackConfig
 from rlspec.run.folder import RunFolder
 from rlspec.run.progress import Progress
 from rlspec.run.recorder import Clock, EventRecorder
@@ -39,7 +39,7 @@ from rlspec.run.tensorboard import MISSING, TensorBoardLog, installed
 from rlspec.signals import interrupt
 from rlspec.spectra import Rank, SpectralBasis, SpectralTracker
 from rlspec.tasks import Task, check_shift, get_task
-from rlspec.train import PPOConfig, SFTConfig, TrainResult, train_ppo, train_sft
+from rlspec.train import TrainResult, train_ppo, train_sft
 from rlspec.train.kl import KLProbe
 from rlspec.train.state import remove_resume_point, resume_step
 
@@ -206,7 +206,7 @@ def _run_segments(
     segments: Sequence[Segment],
 ) -> None:
     """Run ``segments``, of which the first may have been begun."""
-    ppo = ppo_config(config)
+    ppo = config.ppo
     # The reference of every measurement is the model that the run started from, in a continued run as well.
     with clock.timed("tracking"):
         basis = _basis(config, inputs, progress)
@@ -237,7 +237,7 @@ def _run_segments(
                 inputs.model = load_model(folder.checkpoint_dir(*segment.parent), inputs.device)
             recorder.begin(segment, seconds_training=_seconds_before(folder.metrics(), segment))
             progress.start(segment.id, resume_step(folder.resume_dir(segment.id)) or 0, segment.steps)
-            result = _train(segment, config, ppo, inputs, recorder, folder)
+            result = _train(segment, config, inputs, recorder, folder)
             if result.signal is not None:
                 raise interrupt(result.signal)
             remove_resume_point(folder.resume_dir(segment.id))
@@ -254,7 +254,6 @@ def _seconds_before(metrics: Sequence[Row], segment: Segment) -> float:
 def _train(
     segment: Segment,
     config: TrackConfig,
-    ppo: PPOConfig,
     inputs: _Inputs,
     recorder: EventRecorder,
     folder: RunFolder,
@@ -265,37 +264,14 @@ def _train(
         "resume_dir": folder.resume_dir(segment.id),
     }
     if segment.stage == "sft":
-        return train_sft(inputs.model, inputs.tokenizer, inputs.task, sft_config(config), **shared)
-    return train_ppo(inputs.model, inputs.tokenizer, inputs.task, ppo, **shared)
+        return train_sft(inputs.model, inputs.tokenizer, inputs.task, config.sft, **shared)
+    reference = _reference(segment, config, inputs, folder)
+    return train_ppo(inputs.model, inputs.tokenizer, inputs.task, config.ppo, reference=reference, **shared)
 
 
-def sft_config(config: TrackConfig) -> SFTConfig:
-    """The trainer's settings for the SFT stage: the embedded model's, or the paper's for any other model."""
-    assert config.learning_rate is not None  # TrackConfig has put a number there
-    preset = SFTConfig() if config.model == EMBEDDED else SFTConfig.paper()
-    return replace(
-        preset,
-        steps=config.sft_steps,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size or preset.micro_batch_size,
-        learning_rate=config.learning_rate,
-        dtype=config.dtype,
-        checkpoint_every=config.every,
-        seed=config.seed,
-    )
-
-
-def ppo_config(config: TrackConfig) -> PPOConfig:
-    """The trainer's settings for the PPO stage: the embedded model's, or the paper's for any other model."""
-    assert config.ppo_learning_rate is not None
-    preset = PPOConfig() if config.model == EMBEDDED else PPOConfig.paper()
-    return replace(
-        preset,
-        updates=config.ppo_updates,
-        turns_per_update=config.turns_per_update,
-        micro_batch_size=config.micro_batch_size or preset.micro_batch_size,
-        learning_rate=config.ppo_learning_rate,
-        dtype=config.dtype,
-        checkpoint_every=config.ppo_every,
-        seed=config.seed,
-    )
+def _reference(segment: Segment, config: TrackConfig, inputs: _Inputs, folder: RunFolder) -> Any | None:
+    """The model that the segment starts from, where PPO is held near it; also in a segment that goes on."""
+    if config.ppo.kl_coef == 0:
+        return None
+    start = inputs.folder if segment.parent is None else folder.checkpoint_dir(*segment.parent)
+    return load_model(start, inputs.device).eval()

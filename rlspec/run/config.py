@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,9 @@ import yaml
 
 from rlspec.errors import OptionError
 from rlspec.run.segments import Segment
+from rlspec.run.trainers import further_settings, names, trainer_config
+from rlspec.settings import Setting, setting, setting_of
+from rlspec.train.config import PPOConfig, SFTConfig
 
 EMBEDDED = "embedded"
 STAGES = ("sft", "ppo")
@@ -22,6 +26,11 @@ PAPER_LEARNING_RATES = (1e-6, 1e-6)
 
 # Where PPO starts from if not told, beside the end of SFT: soon after the embedded model has lost its OOD accuracy.
 EMBEDDED_BRANCH = 100
+
+# Headings of --help.
+_MEASURED = "What is measured"
+_RL = "Reinforcement learning"
+_MACHINE = "The machine"
 
 # Settings that are counts: at least 1 where they are given.
 _COUNTS = (
@@ -48,35 +57,77 @@ class TrackConfig:
     `ppo_from` are the SFT steps that a branch of PPO starts from, one branch each; left at None they become step
     100 and the last for the embedded model, the last for any other.
     `micro_batch_size` is the rows of one forward pass while training; it changes speed and memory only.
+    `further` are the trainers' other settings by their names in config.yaml (:mod:`rlspec.run.trainers`), such as
+    `ppo_clip`; those that are not given become the embedded model's or, for any other model, the paper's.
 
     Raises:
         OptionError: A value out of range; the message names it, as in ``every=0``.
     """
 
-    model: str = EMBEDDED
-    task: str = "general_points"
-    stages: tuple[str, ...] = STAGES
-    every: int = 50
-    ppo_every: int = 5
-    checkpoint_every: int | None = None
-    sft_steps: int = 300
-    batch_size: int = 32
-    micro_batch_size: int | None = None
-    learning_rate: float | None = None
-    ppo_updates: int = 20
-    turns_per_update: int = 256
-    ppo_learning_rate: float | None = None
-    ppo_from: tuple[int, ...] | None = None
-    rank: str = "0.2"
-    modules: tuple[str, ...] = ("q", "k", "v")
-    engine: Literal["delta", "exact"] = "delta"
-    shifts: tuple[str, ...] = ("none", "both")
-    deals: int = 234
-    turns: int = 5
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bf16"] = "auto"
-    threads: int | None = None
+    model: str = setting(EMBEDDED, "A Hugging Face folder, or the model that comes with rlspec.")
+    every: int = setting(50, "Measure each N SFT steps.")
+    sft_steps: int = setting(300, "SFT optimizer steps.")
+    ppo_updates: int = setting(20, "PPO updates, one batch of rollouts each.")
+    ppo_from: tuple[int, ...] | None = setting(
+        None,
+        "SFT steps to start PPO from, a branch each, as in 100,300.",
+        default_told=f"{EMBEDDED_BRANCH} and the last for the embedded model, else the last",
+    )
+    stages: tuple[str, ...] = setting(STAGES, "Stages to run.")
+    seed: int = setting(0, "Seed of data, sampling and evaluation.")
+    device: str = setting("auto", "cpu, cuda, cuda:1, …", default_told="cuda if there is one")
+    task: str = setting("general_points", "Task to train on.", heading=_MEASURED)
+    shifts: tuple[str, ...] = setting(
+        ("none", "both"), "Evaluations; none is in distribution.", heading=_MEASURED
+    )
+    deals: int = setting(234, "Evaluation problems per shift.", heading=_MEASURED)
+    turns: int = setting(5, "Verification turns per evaluation episode.", heading=_MEASURED)
+    modules: tuple[str, ...] = setting(
+        ("q", "k", "v"), "Matrices tracked: q, k, v, o, mlp, embed, lm_head.", heading=_MEASURED
+    )
+    rank: str = setting(
+        "0.2",
+        "Directions tracked: a share of each matrix's smaller side (1.0 is all), or a count (1 is one).",
+        heading=_MEASURED,
+    )
+    engine: Literal["delta", "exact"] = setting(
+        "delta", "How spectra are computed: delta (fast) or exact (full decompositions).", heading=_MEASURED
+    )
+    ppo_every: int = setting(5, "Measure each N PPO updates.", heading=_MEASURED)
+    checkpoint_every: int | None = setting(
+        None,
+        "Keep a checkpoint each N steps or updates only.",
+        default_told="at each measurement",
+        heading=_MEASURED,
+    )
+    learning_rate: float | None = setting(
+        None,
+        "SFT learning rate.",
+        default_told=f"{EMBEDDED_LEARNING_RATES[0]} for the embedded model, else {PAPER_LEARNING_RATES[0]}",
+        heading="SFT",
+    )
+    batch_size: int = setting(32, "SFT examples per step.", heading="SFT")
+    ppo_learning_rate: float | None = setting(
+        None,
+        "PPO learning rate.",
+        default_told=f"{EMBEDDED_LEARNING_RATES[1]} for the embedded model, else {PAPER_LEARNING_RATES[1]}",
+        heading=_RL,
+    )
+    turns_per_update: int = setting(256, "Answers sampled per PPO update.", heading=_RL)
+    micro_batch_size: int | None = setting(
+        None,
+        "Rows of one training forward pass (memory).",
+        default_told="64 for the embedded model, else 4; PPO 2",
+        heading=_MACHINE,
+    )
+    dtype: Literal["auto", "float32", "bf16"] = setting(
+        "auto",
+        "float32, or bf16 for autocast.",
+        default_told="bf16 on CUDA, float32 on CPU",
+        heading=_MACHINE,
+    )
+    threads: int | None = setting(None, "CPU threads.", default_told="torch's choice", heading=_MACHINE)
+    further: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         sft_rate, ppo_rate = EMBEDDED_LEARNING_RATES if self.model == EMBEDDED else PAPER_LEARNING_RATES
@@ -105,6 +156,37 @@ class TrackConfig:
         if self.ppo_from:
             self._check_ppo_from(self.ppo_from)
         object.__setattr__(self, "ppo_from", self._branch_points())
+        object.__setattr__(self, "further", self._all_further())
+
+    def _all_further(self) -> dict[str, Any]:
+        """The value of every one of the trainers' other settings."""
+        known = {each.name: each for each in FURTHER}
+        for name in self.further:
+            if name not in known:
+                raise OptionError(f"unknown setting {name!r}; the closest is {_closest(name, known)!r}")
+        complete: dict[str, Any] = {}
+        for stage in STAGES:
+            found = self._trainer(stage)
+            complete |= {name: getattr(found, own) for own, name in names(stage).items() if name in known}
+        return complete
+
+    def _trainer(self, stage: str) -> SFTConfig | PPOConfig:
+        values = {**self.further, **{each.name: getattr(self, each.name) for each in OWN}}
+        return trainer_config(stage, values, embedded=self.model == EMBEDDED)
+
+    @property
+    def sft(self) -> SFTConfig:
+        """The settings of the SFT stage's trainer."""
+        found = self._trainer("sft")
+        assert isinstance(found, SFTConfig)
+        return found
+
+    @property
+    def ppo(self) -> PPOConfig:
+        """The settings of the PPO stage's trainer."""
+        found = self._trainer("ppo")
+        assert isinstance(found, PPOConfig)
+        return found
 
     def _check_choice(self, name: str) -> None:
         valid = typing.get_args(typing.get_type_hints(type(self))[name])
@@ -178,10 +260,14 @@ class TrackConfig:
         """Whether a branch of PPO starts from ``step``."""
         return stage == "sft" and step in (self.ppo_from or ())
 
+    def values(self) -> dict[str, Any]:
+        """Every setting by its name in config.yaml."""
+        return {each.name: getattr(self, each.name) for each in OWN} | dict(self.further)
+
     def to_settings(self) -> dict[str, Any]:
         """The settings as config.yaml holds them: tuples become lists."""
         return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+            key: list(value) if isinstance(value, tuple) else value for key, value in self.values().items()
         }
 
     @classmethod
@@ -189,9 +275,43 @@ class TrackConfig:
         """A config of settings read from YAML or the command line; the rest keeps its default.
 
         Raises:
-            OptionError: An unknown key (the valid ones are listed), a value of the wrong type or range.
+            OptionError: An unknown key (the closest valid one is named), a value of the wrong type or range.
         """
-        return cls(**checked_types(settings, source=source))
+        return cls.of(checked_types(settings, source=source))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrackConfig:
+        """A config of values by their names in config.yaml; the rest keeps its default."""
+        own, further = _split(values)
+        return cls(**own, further=further)
+
+    def changed(self, values: Mapping[str, Any]) -> TrackConfig:
+        """This config with other values, by their names in config.yaml."""
+        own, further = _split(values)
+        return replace(self, **own, further={**self.further, **further})
+
+
+def _own() -> list[Setting]:
+    hints = typing.get_type_hints(TrackConfig)
+    return [setting_of(each, hints[each.name]) for each in fields(TrackConfig) if each.name != "further"]
+
+
+#: The settings that TrackConfig declares itself, and the trainers' others: together every setting of a run.
+OWN = _own()
+FURTHER = further_settings([each.name for each in OWN])
+_BY_NAME = {each.name: each for each in (*OWN, *FURTHER)}
+
+
+def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    own = {each.name for each in OWN}
+    return (
+        {name: value for name, value in values.items() if name in own},
+        {name: value for name, value in values.items() if name not in own},
+    )
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def checked_types(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]:
@@ -200,14 +320,15 @@ def checked_types(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]
     Whether the values go together is not looked at: further settings may come from elsewhere.
 
     Raises:
-        OptionError: An unknown key (the valid ones are listed), one given twice, a value of the wrong type.
+        OptionError: An unknown key (the closest valid one is named), one given twice, a value of the wrong type.
     """
-    known = [field.name for field in fields(TrackConfig)]
     values: dict[str, Any] = {}
     for key, value in settings.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise OptionError(f"{source}: unknown setting {key!r}; valid: {', '.join(known)}")
+        if name not in _BY_NAME:
+            raise OptionError(
+                f"{source}: unknown setting {key!r}; the closest is {_closest(name, _BY_NAME)!r}"
+            )
         if name in values:
             raise OptionError(f"{source}: {name} is given twice, with - and with _")
         values[name] = _convert(name, value, source)
@@ -222,7 +343,7 @@ def split_names(value: str | Iterable[Any]) -> tuple[str, ...]:
 
 def _convert(name: str, value: Any, source: str) -> Any:
     """``value`` as the type of the setting ``name``; YAML has 1e-6 as a string and a rank as a number."""
-    hint = typing.get_type_hints(TrackConfig)[name]
+    hint = _BY_NAME[name].hint
     if value is None:
         if type(None) in typing.get_args(hint):
             return None
