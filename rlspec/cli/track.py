@@ -46,8 +46,13 @@ def command(out: Path | None, config_file: Path | None, resume: bool, **flags: A
 
     from rlspec.jobs.track import Interrupted, run_track
 
+    stages = None
+    if config.trainer == "trl":
+        from rlspec.integrations.trl import trl_stages
+
+        stages = trl_stages(config)
     try:
-        run_track(config, out, resume=resume)
+        run_track(config, out, resume=resume, stages=stages)
     except Interrupted as interrupted:
         again = f"rlspec track --resume --out {shlex.quote(str(interrupted.folder))}"
         click.echo(f"Stopped; the run is saved. To continue it: {again}", err=True)

@@ -27,6 +27,12 @@ PAPER_LEARNING_RATES = (1e-6, 1e-6)
 # Where PPO starts from if not told, beside the end of SFT: soon after the embedded model has lost its OOD accuracy.
 EMBEDDED_BRANCH = 100
 
+# PPO updates where none are given. TRL samples by transformers' generate, which takes longer.
+PPO_UPDATES = {"rlspec": 20, "trl": 5}
+
+# What TRL's GRPOTrainer does of what our own does; nothing else can be asked of it.
+_OF_TRL = {"advantages": "grpo", "ppo_level": "token"}
+
 # Headings of --help.
 _MEASURED = "What is measured"
 _RL = "Reinforcement learning"
@@ -67,13 +73,20 @@ class TrackConfig:
     model: str = setting(EMBEDDED, "A Hugging Face folder, or the model that comes with rlspec.")
     every: int = setting(50, "Measure each N SFT steps.")
     sft_steps: int = setting(300, "SFT optimizer steps.")
-    ppo_updates: int = setting(20, "PPO updates, one batch of rollouts each.")
+    ppo_updates: int | None = setting(
+        None,
+        "PPO updates, one batch of rollouts each.",
+        default_told=f"{PPO_UPDATES['rlspec']}, with trl {PPO_UPDATES['trl']}",
+    )
     ppo_from: tuple[int, ...] | None = setting(
         None,
         "SFT steps to start PPO from, a branch each, as in 100,300.",
         default_told=f"{EMBEDDED_BRANCH} and the last for the embedded model, else the last",
     )
     stages: tuple[str, ...] = setting(STAGES, "Stages to run.")
+    trainer: Literal["rlspec", "trl"] = setting(
+        "rlspec", "Who trains: rlspec itself, or TRL's SFTTrainer, then GRPOTrainer on single answers."
+    )
     seed: int = setting(0, "Seed of data, sampling and evaluation.")
     device: str = setting("auto", "cpu, cuda, cuda:1, …", default_told="cuda if there is one")
     task: str = setting("general_points", "Task to train on.", heading=_MEASURED)
@@ -135,6 +148,9 @@ class TrackConfig:
             object.__setattr__(self, "learning_rate", sft_rate)
         if self.ppo_learning_rate is None:
             object.__setattr__(self, "ppo_learning_rate", ppo_rate)
+        self._check_choice("trainer")
+        if self.ppo_updates is None:
+            object.__setattr__(self, "ppo_updates", PPO_UPDATES[self.trainer])
         for name in _COUNTS:
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
@@ -156,7 +172,23 @@ class TrackConfig:
         if self.ppo_from:
             self._check_ppo_from(self.ppo_from)
         object.__setattr__(self, "ppo_from", self._branch_points())
+        if self.trainer == "trl":
+            object.__setattr__(self, "further", {**_OF_TRL, **self.further})
         object.__setattr__(self, "further", self._all_further())
+        if self.trainer == "trl":
+            self._check_trl()
+
+    def _check_trl(self) -> None:
+        for name, wanted in _OF_TRL.items():
+            if (found := self.further[name]) != wanted:
+                raise OptionError(f"{name}={found!r}: trainer='trl' has {wanted!r} alone")
+        for name in ("group_size", "ppo_mini_batch_size"):
+            part = min(self.further[name], self.turns_per_update)
+            if self.turns_per_update % part or part < 2:
+                raise OptionError(
+                    f"turns_per_update={self.turns_per_update} must be a multiple of {name}={self.further[name]} with "
+                    "trainer='trl'"
+                )
 
     def _all_further(self) -> dict[str, Any]:
         """The value of every one of the trainers' other settings."""
@@ -235,13 +267,16 @@ class TrackConfig:
         points = self.ppo_from or ()
         names = [f"ppo-from-{point}" for point in points] if len(points) > 1 else ["ppo"]
         branches = (
-            Segment(name, "ppo", self.ppo_updates, ("sft", point)) for name, point in zip(names, points)
+            Segment(name, "ppo", self.steps("ppo"), ("sft", point)) for name, point in zip(names, points)
         )
         return (*trunk, *branches)
 
     def steps(self, stage: str) -> int:
         """The number of steps of ``stage``."""
-        return self.sft_steps if stage == "sft" else self.ppo_updates
+        if stage == "sft":
+            return self.sft_steps
+        assert self.ppo_updates is not None  # __post_init__ has put a number there
+        return self.ppo_updates
 
     def is_event(self, stage: str, step: int) -> bool:
         """Whether ``step`` is measured: step 0, each multiple of the stage's interval, the last step, and those
