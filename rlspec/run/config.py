@@ -14,6 +14,7 @@ import yaml
 from rlspec.errors import OptionError
 from rlspec.run.segments import Segment
 from rlspec.run.trainers import further_settings, names, trainer_config
+from rlspec.run.values import converted
 from rlspec.settings import Setting, setting, setting_of
 from rlspec.train.config import PPOConfig, SFTConfig
 
@@ -366,45 +367,8 @@ def checked_types(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]
             )
         if name in values:
             raise OptionError(f"{source}: {name} is given twice, with - and with _")
-        values[name] = _convert(name, value, source)
+        values[name] = converted(name, value, _BY_NAME[name].hint, source)
     return values
-
-
-def split_names(value: str | Iterable[Any]) -> tuple[str, ...]:
-    """``"q, k,v"`` or ``["q", "k", "v"]`` as ``("q", "k", "v")``."""
-    parts = value.split(",") if isinstance(value, str) else [str(part) for part in value]
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _convert(name: str, value: Any, source: str) -> Any:
-    """``value`` as the type of the setting ``name``; YAML has 1e-6 as a string and a rank as a number."""
-    hint = _BY_NAME[name].hint
-    if value is None:
-        if type(None) in typing.get_args(hint):
-            return None
-        raise OptionError(f"{source}: {name} must have a value")
-    kinds = (hint, *typing.get_args(hint))
-    if (names := tuple[str, ...]) in kinds or tuple[int, ...] in kinds:
-        parts = [value] if isinstance(value, int) and not isinstance(value, bool) else value
-        if not isinstance(parts, (str, list, tuple)):
-            wanted = "names" if names in kinds else "whole numbers"
-            raise OptionError(f"{source}: {name} must be a list of {wanted}, not {value!r}")
-        texts = split_names(parts)
-        return texts if names in kinds else tuple(_number(name, text, int, source) for text in texts)
-    wanted_kind = next((kind for kind in (int, float) if kind in kinds), str)
-    return _number(name, value, wanted_kind, source)
-
-
-def _number(name: str, value: Any, wanted: type, source: str) -> Any:
-    """``value`` as a number of type ``wanted``, or as a word where that is str."""
-    fraction = wanted is int and isinstance(value, float) and not value.is_integer()
-    if not isinstance(value, (bool, list, dict)) and not fraction:
-        try:
-            return wanted(value)
-        except ValueError:
-            pass
-    kind_name = {int: "a whole number", float: "a number", str: "a word"}[wanted]
-    raise OptionError(f"{source}: {name} must be {kind_name}, not {value!r}")
 
 
 def read_config_file(path: Path | str) -> dict[str, Any]:
