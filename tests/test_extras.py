@@ -45,7 +45,7 @@ def test_track_without_trl_says_what_to_install_and_writes_nothing(tmp_path: Pat
     done = run_without("trl", f"from rlspec.cli.main import main\nmain({command!r})")
     assert (done.returncode, done.stdout) == (2, "") and not out.exists()
     assert done.stderr == (
-        "Error: --trainer 'trl' needs trl, which is not installed: pip install 'rlspec[trl]'\n"
+        "Error: training with --trainer 'trl' needs trl, which is not installed: pip install 'rlspec[trl]'\n"
     )
 
 

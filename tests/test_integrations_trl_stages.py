@@ -216,6 +216,7 @@ def test_settings_are_those_that_trl_has() -> None:
     assert (config.ppo.advantage, config.ppo.level, config.ppo.updates) == ("grpo", "token", 5)
     for settings, message in (
         ({"advantages": "gae"}, "advantages='gae': trainer='trl' has 'grpo' alone"),
+        ({"device": "cuda:1"}, "device='cuda:1': trainer='trl' takes the first GPU"),
         ({"ppo_level": "turn"}, "ppo_level='turn': trainer='trl' has 'token' alone"),
         (
             {"turns_per_update": 100},
@@ -234,3 +235,11 @@ def test_who_trains_is_said_twice_or_not_at_all(tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="trainer='rlspec' needs no stages="):
         run_track(TrackConfig(), tmp_path / "run", stages=stages.trl_stages(TrackConfig(trainer="trl")))
     assert not list(tmp_path.iterdir())
+
+
+def test_on_many_gpus_the_batch_stays_one(tmp_path: Path) -> None:
+    """Trainer would put a copy of the model on each, and take as many batches a step."""
+    arguments = stages.trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4)
+    arguments._n_gpu = 3
+    assert arguments.train_batch_size == 12
+    assert stages._one_device(arguments).train_batch_size == 4

@@ -39,6 +39,7 @@ def test_learning_rates_follow_the_model() -> None:
         ({"stages": ()}, "stages='' must be one or more names"),
         ({"shifts": ("none", "none")}, "shifts='none,none' must be names that differ"),
         ({"engine": "fast"}, "engine='fast': unknown value; valid: delta, exact"),
+        ({"trainer": "verl"}, "trainer='verl': unknown value; valid: rlspec, trl"),
         ({"dtype": "fp16"}, "dtype='fp16': unknown value; valid: auto, float32, bf16"),
         (
             {"ppo_from": (100, 650)},

@@ -140,7 +140,7 @@ def test_help_begins_with_what_matters_first_and_leaves_the_finest_to_help_all()
 
 def test_the_example_file_in_help_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = CliRunner().invoke(main, ["track", "--help"]).output.splitlines()
-    start = next(i for i, line in enumerate(lines) if line.startswith("  --config takes"))
+    start = next(i for i, line in enumerate(lines) if line.startswith("  A file for --config"))
     file = tmp_path / "settings.yaml"
     file.write_text("\n".join(lines[start + 1 :]) + "\n")
     config = asked(monkeypatch, "--config", str(file))

@@ -13,7 +13,7 @@ from rlspec.cli.settings import HeadedCommand, options_for
 from rlspec.run.config import FURTHER, OWN, read_config_file
 
 _EXAMPLE = """\b
---config takes every setting, by its name without the dashes in front:
+A file for --config holds any of these settings, by name:
   model: path/to/hf-model
   sft-steps: 1000
   ppo-from: [100, 1000]
@@ -34,9 +34,11 @@ _EXAMPLE = """\b
 )
 @click.option("--resume", is_flag=True, help="Continue the run in --out with its own settings.")
 def command(out: Path | None, config_file: Path | None, resume: bool, **flags: Any) -> None:
-    """Train a model on a task, SFT first and PPO from one or more of its steps, and track how its weights' singular
-    values and singular vectors move against the start. Leaves a run folder with report.html; Ctrl-C or SIGTERM
-    leaves one that --resume continues."""
+    """Train a model on a task and track how its weights' singular values and singular vectors move against the start.
+
+    Supervised fine-tuning (SFT) comes first, then reinforcement learning (PPO, or GRPO and RLOO by --advantages) from
+    one or more of its steps. Leaves a run folder with report.html; Ctrl-C or SIGTERM leaves one that --resume
+    continues. Without options it trains the small model that comes with rlspec, some minutes on a CPU."""
     given = {name: value for name, value in flags.items() if value is not None}
     from_file = read_config_file(config_file) if config_file else {}
 

@@ -42,7 +42,7 @@ try:
 except ModuleNotFoundError as error:
     if error.name not in ("trl", "datasets"):
         raise
-    raise MissingPackageError("trainer='trl'", "trl") from None
+    raise MissingPackageError("training with trainer='trl'", "trl") from None
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def train_sft(
     )
     trainer = _InOrder(
         model,
-        arguments,
+        _one_device(arguments),
         train_dataset=data,
         processing_class=tokenizer,
         optimizers=_optimizer(model, config, share, 1),
@@ -180,7 +180,7 @@ def train_grpo(
     trainer = trl.GRPOTrainer(
         model,
         verdicts(task, tokenizer, problems),
-        arguments,
+        _one_device(arguments),
         train_dataset=data,
         processing_class=tokenizer,
         optimizers=_optimizer(model, config, share, each),
@@ -317,6 +317,13 @@ def _shared(model: Any, config: SFTConfig | PPOConfig, batch_size: int, out: Pat
         "report_to": "none",
         "disable_tqdm": True,
     }
+
+
+def _one_device(arguments: Any) -> Any:
+    """The arguments without a copy of the model on every GPU that is seen, which would multiply the batch."""
+    if arguments.n_gpu > 1:
+        arguments._n_gpu = 1
+    return arguments
 
 
 def _optimizer(

@@ -67,24 +67,29 @@ class TrackConfig:
     `further` are the trainers' other settings by their names in config.yaml (:mod:`rlspec.run.trainers`), such as
     `ppo_clip`; those that are not given become the embedded model's or, for any other model, the paper's.
 
+    With ``trainer="trl"`` PPO is TRL's GRPO: no value head and single answers, so that `ppo_value_*`, `ppo_gamma`,
+    `ppo_lam` and `ppo_rollout_batch_size` say nothing.
+
     Raises:
         OptionError: A value out of range; the message names it, as in ``every=0``.
     """
 
     model: str = setting(EMBEDDED, "A Hugging Face folder, or the model that comes with rlspec.")
-    every: int = setting(50, "Measure each N SFT steps.")
+    every: int = setting(50, "Measure each N SFT steps, and at the first and the last.")
     sft_steps: int = setting(300, "SFT optimizer steps.")
     ppo_updates: int | None = setting(
         None,
         "PPO updates, one batch of rollouts each.",
-        default_told=f"{PPO_UPDATES['rlspec']}, with trl {PPO_UPDATES['trl']}",
+        default_told=f"{PPO_UPDATES['rlspec']}, or {PPO_UPDATES['trl']} by trl",
     )
     ppo_from: tuple[int, ...] | None = setting(
         None,
         "SFT steps to start PPO from, a branch each, as in 100,300.",
         default_told=f"{EMBEDDED_BRANCH} and the last for the embedded model, else the last",
     )
-    stages: tuple[str, ...] = setting(STAGES, "Stages to run.")
+    stages: tuple[str, ...] = setting(
+        STAGES, "Stages to run: sft (fine-tuning), ppo (reinforcement learning), or both."
+    )
     trainer: Literal["rlspec", "trl"] = setting(
         "rlspec", "Who trains: rlspec itself, or TRL's SFTTrainer, then GRPOTrainer on single answers."
     )
@@ -92,7 +97,9 @@ class TrackConfig:
     device: str = setting("auto", "cpu, cuda, cuda:1, …", default_told="cuda if there is one")
     task: str = setting("general_points", "Task to train on.", heading=_MEASURED)
     shifts: tuple[str, ...] = setting(
-        ("none", "both"), "Evaluations; none is in distribution.", heading=_MEASURED
+        ("none", "both"),
+        "Evaluations, separated by commas: none (in distribution), rule, cards, both, target.",
+        heading=_MEASURED,
     )
     deals: int = setting(234, "Evaluation problems per shift.", heading=_MEASURED)
     turns: int = setting(5, "Verification turns per evaluation episode.", heading=_MEASURED)
@@ -180,6 +187,10 @@ class TrackConfig:
             self._check_trl()
 
     def _check_trl(self) -> None:
+        if self.device.startswith("cuda:") and self.device != "cuda:0":
+            raise OptionError(
+                f"device={self.device!r}: trainer='trl' takes the first GPU; choose which by CUDA_VISIBLE_DEVICES"
+            )
         for name, wanted in _OF_TRL.items():
             if (found := self.further[name]) != wanted:
                 raise OptionError(f"{name}={found!r}: trainer='trl' has {wanted!r} alone")
