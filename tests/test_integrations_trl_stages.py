@@ -239,7 +239,13 @@ def test_who_trains_is_said_twice_or_not_at_all(tmp_path: Path) -> None:
 
 def test_on_many_gpus_the_batch_stays_one(tmp_path: Path) -> None:
     """Trainer would put a copy of the model on each, and take as many batches a step."""
-    arguments = stages.trl.SFTConfig(str(tmp_path), use_cpu=True, bf16=False, per_device_train_batch_size=4)
+    arguments = stages.trl.SFTConfig(
+        str(tmp_path),
+        use_cpu=True,
+        bf16=False,
+        per_device_train_batch_size=4,
+        **{stages._CHECKPOINTING: False},
+    )
     arguments._n_gpu = 3
     assert arguments.train_batch_size == 12
     assert stages._one_device(arguments).train_batch_size == 4
