@@ -5,7 +5,8 @@
 * ppo: one update, split into playing, scoring and learning, against one row a turn, padded, every prompt read anew
   and a pass of its own for the values (the same loss, the same optimizer, the same episodes), and playing one
   answer at a time;
-* sft: steps a second against TRL's ``SFTTrainer`` on the same batches, where TRL is installed;
+* sft: steps a second against TRL's ``SFTTrainer`` on the same batches, where TRL is installed, both without
+  recomputing activations, which TRL does unless told not to;
 * sampling: tokens a second against transformers' ``generate`` at the same batch, greedy.
 
 A gate comes first: log-probabilities, values and losses, or the tokens, must agree within float32 rounding.
@@ -21,6 +22,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -29,8 +31,9 @@ import click
 import torch
 from harness import machine, table
 
+from rlspec.errors import MissingPackageError
+from rlspec.jobs.loading import load_model, load_tokenizer, model_folder
 from rlspec.run.config import EMBEDDED
-from rlspec.run.loading import load_model, load_tokenizer, model_folder
 from rlspec.tasks import get_task
 from rlspec.train import Callback, PPOConfig, SFTConfig, StepState, experience, forward, train_sft
 from rlspec.train import generate as sampling
@@ -39,7 +42,6 @@ from rlspec.train.encode import encode_prompt, pad_id
 from rlspec.train.optimizer import make_adamw
 from rlspec.train.ppo import improve
 from rlspec.train.rollout import play
-from rlspec.train.sft import sft_batch
 from rlspec.train.traces import Trace, single
 from rlspec.train.value_head import ValueHead
 
@@ -178,72 +180,31 @@ def compete(runs: dict[str, Callable[[], Any]], repeats: int) -> tuple[Times, di
 
 def bench_sft(start: Any, tokenizer: Any, task: Any, repeats: int, steps: int) -> dict[str, Any] | None:
     try:
-        from datasets import Dataset
-        from torch.utils.data import SequentialSampler
-        from trl import SFTConfig as TheirConfig
-        from trl import SFTTrainer
-    except ImportError:
+        from rlspec.integrations import trl
+    except MissingPackageError:
         return None
     config = SFTConfig(
         steps=steps, batch_size=32, schedule="constant", warmup_ratio=0.0, learning_rate=1e-4, dtype="float32"
     )
-    pairs = [
-        pair for step in range(steps) for pair in sft_batch(tokenizer, task, config, step + 1, frozenset())
-    ]
-    rows = {
-        "input_ids": [prompt + answer for prompt, answer in pairs],
-        "completion_mask": [[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs],
-    }
 
-    class InOrder(SFTTrainer):  # type: ignore[misc]
-        def _get_train_sampler(self, *_: Any, **__: Any) -> Any:
-            return SequentialSampler(self.train_dataset)
+    class Timed(Callback):
+        """The seconds of processor time from before the first step to after the last."""
+
+        def on_start(self, state: StepState) -> None:
+            self.began = time.process_time()
+
+        def on_step(self, state: StepState) -> None:
+            self.seconds = time.process_time() - self.began
 
     seconds: dict[str, float] = {}
     losses: dict[str, list[float]] = {}
-
-    def count(name: str, run: Callable[[], Any], found: Callable[[], list[float]]) -> None:
-        began = time.process_time()
-        run()
-        seconds[name] = min(seconds.get(name, float("inf")), time.process_time() - began)
-        losses[name] = found()
-
-    def ours(logged: list[float]) -> None:
-        class Losses(Callback):
-            def on_step(self, state: StepState) -> None:
-                logged.append(state.logs["loss"])
-
-        train_sft(copy.deepcopy(start), tokenizer, task, config, callbacks=[Losses()])
-
     for _ in range(repeats):
-        logged: list[float] = []
-        count("ours", lambda logged=logged: ours(logged), lambda logged=logged: logged)
-        with tempfile.TemporaryDirectory() as folder:
-            trainer = InOrder(
-                copy.deepcopy(start).train(),
-                TheirConfig(
-                    output_dir=folder,
-                    per_device_train_batch_size=32,
-                    max_steps=steps,
-                    learning_rate=1e-4,
-                    lr_scheduler_type="constant",
-                    max_grad_norm=1.0,
-                    logging_steps=1,
-                    save_strategy="no",
-                    report_to="none",
-                    completion_only_loss=True,
-                    bf16=False,
-                    use_cpu=True,
-                    disable_tqdm=True,
-                ),
-                train_dataset=Dataset.from_dict(rows),
-                processing_class=tokenizer,
-            )
-            count(
-                "TRL",
-                trainer.train,
-                lambda trainer=trainer: [row["loss"] for row in trainer.state.log_history if "loss" in row],
-            )
+        for name in ("ours", "TRL"):
+            model, timed = copy.deepcopy(start), Timed()
+            with tempfile.TemporaryDirectory() as folder:
+                train = train_sft if name == "ours" else partial(trl.train_sft, out=Path(folder))
+                losses[name] = train(model, tokenizer, task, config, callbacks=[timed]).losses
+            seconds[name] = min(seconds.get(name, float("inf")), timed.seconds)
     error = refuse("SFT losses", losses["ours"], losses["TRL"], 2e-3)
     return {"error": error} | {name: steps / taken for name, taken in seconds.items()}
 

@@ -6,6 +6,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -26,6 +27,11 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 import torch
 
+if TYPE_CHECKING:
+    from click.testing import Result
+
+    from rlspec.run.folder import RunFolder
+
 
 @pytest.fixture(autouse=True)
 def _fixed_seed() -> None:
@@ -38,6 +44,24 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from train_toys import save_toy_model  # transformers, which not every run needs
 
     return save_toy_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Decompositions of references are kept in a folder of the test file's own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLSPEC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Result]:
+    """A run of `rlspec track`, to be read only, and what the command printed."""
+    from track_toys import finished_run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLSPEC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return finished_run(model, tmp_path_factory.mktemp("runs") / "finished")
 
 
 @pytest.fixture

@@ -39,6 +39,16 @@ def test_the_environment_without_gymnasium_says_what_to_install() -> None:
     )
 
 
+def test_track_without_trl_says_what_to_install_and_writes_nothing(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    command = ["track", "--trainer", "trl", "--out", str(out)]
+    done = run_without("trl", f"from rlspec.cli.main import main\nmain({command!r})")
+    assert (done.returncode, done.stdout) == (2, "") and not out.exists()
+    assert done.stderr == (
+        "Error: training with --trainer 'trl' needs trl, which is not installed: pip install 'rlspec[trl]'\n"
+    )
+
+
 def test_what_gymnasium_itself_lacks_is_told_as_it_is() -> None:
     done = run_without("gymnasium.spaces", "from rlspec.tasks import TaskEnv")
     assert "MissingPackageError" not in done.stderr and "gymnasium.spaces" in done.stderr
@@ -94,7 +104,7 @@ def test_without_tensorboard_nothing_is_written_and_what_is_there_stays(
     assert points(tmp_path / "sft").keys() == {0, 5, 10}
 
 
-@pytest.mark.parametrize("package", ["gymnasium", "tensorboard"])
+@pytest.mark.parametrize("package", ["gymnasium", "tensorboard", "trl"])
 def test_the_extra_that_the_messages_name_exists_and_the_tests_have_it(package: str) -> None:
     text = (ROOT / "pyproject.toml").read_text()
     required, extras = text.split("[project.optional-dependencies]")

@@ -39,6 +39,7 @@ def test_learning_rates_follow_the_model() -> None:
         ({"stages": ()}, "stages='' must be one or more names"),
         ({"shifts": ("none", "none")}, "shifts='none,none' must be names that differ"),
         ({"engine": "fast"}, "engine='fast': unknown value; valid: delta, exact"),
+        ({"trainer": "verl"}, "trainer='verl': unknown value; valid: rlspec, trl"),
         ({"dtype": "fp16"}, "dtype='fp16': unknown value; valid: auto, float32, bf16"),
         (
             {"ppo_from": (100, 650)},
@@ -58,7 +59,7 @@ def test_values_out_of_range(settings: dict, message: str) -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"evry": 5}, "file: unknown setting 'evry'; valid: model, task, stages, every"),
+        ({"evry": 5}, "file: unknown setting 'evry'; the closest is 'every'"),
         ({"every": "often"}, "file: every must be a whole number, not 'often'"),
         ({"every": 2.5}, "file: every must be a whole number, not 2.5"),
         ({"every": float("nan")}, "file: every must be a whole number"),

@@ -1,20 +1,16 @@
-"""The main job on a tiny random model: rows, resumption after SIGKILL, SIGTERM and Ctrl-C, and refusals on the way."""
+"""The main job on a tiny random model: rows, files, summary, stages and kinds of models."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from click.testing import CliRunner, Result
+from click.testing import Result
 from safetensors.torch import load_file
+from track_toys import arguments, invoke
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -23,237 +19,11 @@ from transformers import (
     GPTNeoXConfig,
 )
 
-from rlspec.cli.main import main
-from rlspec.io.jsonl import append_rows, read_rows
-from rlspec.jobs.track import _seconds_before
 from rlspec.models.vocabulary import make_tokenizer
-from rlspec.report.data import read_run
-from rlspec.report.verdict import verdict
 from rlspec.run.folder import RunFolder
-from rlspec.run.progress import Progress
-from rlspec.run.segments import Segment, event_of
 from rlspec.tasks import mcnemar
 
-OPTIONS = {
-    "every": 5,
-    "ppo_every": 2,
-    "sft_steps": 22,
-    "ppo_updates": 6,
-    "turns_per_update": 8,
-    "batch_size": 4,
-    "learning_rate": 1e-3,
-    "ppo_learning_rate": 1e-4,
-    "deals": 6,
-    "turns": 2,
-    "threads": 1,
-    "device": "cpu",
-}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLSPEC_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
-
-
-def arguments(model: Path, out: Path, **changes: Any) -> list[str]:
-    options = {"model": model, "out": out, **OPTIONS, **changes}
-    flags = [(f"--{name.replace('_', '-')}", str(value)) for name, value in options.items()]
-    return ["track", *(part for pair in flags for part in pair)]
-
-
-def invoke(*arguments: str) -> Result:
-    result = CliRunner().invoke(main, list(arguments))
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result
-
-
-@pytest.fixture(scope="module")
-def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunFolder, Result]:
-    """A run from start to end in one go."""
-    out = tmp_path_factory.mktemp("runs") / "finished"
-    result = invoke(*arguments(model, out))
-    assert result.exit_code == 0, result.output
-    return RunFolder(out), result
-
-
-def without_seconds(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return [{name: value for name, value in row.items() if not name.startswith("seconds")} for row in rows]
-
-
-def assert_same_run(found: RunFolder, wanted: RunFolder) -> None:
-    assert without_seconds(found.metrics()) == without_seconds(wanted.metrics())
-    assert found.spectra() == wanted.spectra()
-    assert without_seconds(found.evals()) == without_seconds(wanted.evals())
-    for name in ("spectra", "checkpoints"):
-        files = {
-            path.relative_to(wanted.path): path for path in (wanted.path / name).rglob("*") if path.is_file()
-        }
-        assert files.keys() == {
-            path.relative_to(found.path) for path in (found.path / name).rglob("*") if path.is_file()
-        }
-        for relative, path in files.items():
-            assert (found.path / relative).read_bytes() == path.read_bytes(), relative
-
-
-BRANCHES = {"ppo_from": "5,8", "sft_steps": 10, "ppo_updates": 2, "ppo_every": 1}
-
-
-@pytest.fixture(scope="module")
-def tree(model: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
-    """A run with two branches, from start to end in one go."""
-    out = tmp_path_factory.mktemp("runs") / "tree"
-    result = invoke(*arguments(model, out, **BRANCHES))
-    assert result.exit_code == 0, result.output
-    return RunFolder(out)
-
-
-def test_rows_of_a_tree(tree: RunFolder) -> None:
-    events = [("sft", step) for step in (0, 5, 8, 10)]
-    events += [(f"ppo-from-{start}", step) for start in (5, 8) for step in (0, 1, 2)]
-    rows = {event_of(row): row for row in tree.metrics()}
-    assert list(rows) == events and len(tree.metrics()) == len(events)
-    assert [event_of(row) for row in tree.spectra()] == [e for e in events for _ in range(6)]
-    assert [(*event_of(row), row["shift"]) for row in tree.evals()] == [
-        (*event, shift) for event in events for shift in ("none", "both")
-    ]
-    assert {row["run"] for row in (*tree.metrics(), *tree.spectra(), *tree.evals())} == {tree.run_id}
-    for start in (5, 8):
-        first, origin = rows[f"ppo-from-{start}", 0], rows["sft", start]
-        assert (first["parent_segment"], first["parent_step"]) == ("sft", start)
-        assert first["parent_weights"] == origin["weights"]
-        assert first["global_step"] == origin["global_step"] == start
-        same = ("id_accuracy", "ood_accuracy", "kl_base_nats_per_token")
-        assert [first[name] for name in same] == [origin[name] for name in same]
-        before, after = (
-            [row["delta_frobenius"] for row in tree.spectra() if event_of(row) == event]
-            for event in (("sft", start), (f"ppo-from-{start}", 0))
-        )
-        assert before == after
-    assert rows["sft", 5]["weights"] != rows["sft", 8]["weights"]
-    assert sorted(path.name for path in tree.tensorboard_dir.iterdir()) == ["ppo-from-5", "ppo-from-8", "sft"]
-    seconds = [row["seconds_training"] for row in tree.metrics()]
-    assert seconds == sorted(seconds)
-
-
-def test_branches_start_from_their_own_weights(tree: RunFolder, model: Path, tmp_path: Path) -> None:
-    """Each is bit for bit the run that has no other branch; the other's training leaves no trace in it."""
-    for start in (5, 8):
-        alone = RunFolder(tmp_path / f"from-{start}")
-        changes = {**BRANCHES, "ppo_from": start, "sft_steps": 10}
-        assert invoke(*arguments(model, alone.path, **changes)).exit_code == 0
-        weights = (
-            folder.checkpoint_dir(segment, 2) / "model.safetensors"
-            for folder, segment in ((alone, "ppo"), (tree, f"ppo-from-{start}"))
-        )
-        assert next(weights).read_bytes() == next(weights).read_bytes()
-
-
-def test_resume_after_sigkill_in_each_segment(tree: RunFolder, model: Path, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    again = ["track", "--resume", "--out", str(folder.path)]
-    start_and_kill(arguments(model, folder.path, **BRANCHES), folder, "sft", 8)
-    start_and_kill(again, folder, "ppo-from-5", 1)
-    start_and_kill(again, folder, "ppo-from-8", 1)
-    assert not folder.summary_path.exists()
-    # What a kill in the middle of a write would leave.
-    with folder.metrics_path.open("ab") as file:
-        file.write(b'{"stage": "ppo", "st')
-    assert invoke(*again).exit_code == 0
-    assert_same_run(folder, tree)
-
-
-def stop_at(arguments: list[str], segment: str, step: int) -> None:
-    """Run the command in this process and send it SIGTERM during a step."""
-    committed = RunFolder.commit
-
-    def commit(self: RunFolder, metrics: dict[str, Any], **rows: Any) -> None:
-        committed(self, metrics, **rows)
-        if event_of(metrics) == (segment, step):
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(RunFolder, "commit", commit)
-        assert invoke(*arguments).exit_code == 143
-
-
-def test_a_branch_does_not_start_from_other_weights(tree: RunFolder, model: Path, tmp_path: Path) -> None:
-    folder = RunFolder(tmp_path / "run")
-    stop_at(arguments(model, folder.path, **BRANCHES), "ppo-from-5", 1)
-    parent = folder.checkpoint_dir("sft", 8) / "model.safetensors"
-    own = parent.read_bytes()
-    times = parent.stat().st_atime_ns, parent.stat().st_mtime_ns
-    parent.write_bytes((folder.checkpoint_dir("sft", 10) / "model.safetensors").read_bytes())
-    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
-    again = ("track", "--resume", "--out", str(folder.path))
-    refused = invoke(*again)
-    assert refused.exit_code == 2 and refused.stderr == (
-        f"Error: {parent.parent}: its weights are not those that this run wrote; ppo-from-8 starts from them: put "
-        "them back to continue\n"
-    )
-    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
-    parent.unlink()
-    parent.write_bytes(own)
-    os.utime(parent, ns=times)
-    assert invoke(*again).exit_code == 0
-    assert_same_run(folder, tree)
-
-
-def as_before_branches(folder: RunFolder) -> None:
-    """The folder of a run with one branch from the end of SFT, as versions that knew no other wrote it."""
-    new = ("run", "segment", "parent_segment", "parent_step", "parent_weights", "weights")
-    for path in (folder.metrics_path, folder.spectra_path, folder.evals_path):
-        rows = [{name: value for name, value in row.items() if name not in new} for row in read_rows(path)]
-        path.unlink()
-        append_rows(path, rows)
-    settings = folder.settings() | {"ppo_from": None}
-    folder.config_path.write_text(yaml.safe_dump(settings, sort_keys=False))
-    if folder.summary_path.exists():
-        summary = folder.summary()
-        for name in ("run", "segments", "gains"):
-            del summary[name]
-        folder.write_summary(summary)
-
-
-def test_a_finished_run_from_before_branches_opens(
-    finished: tuple[RunFolder, Result], tmp_path: Path
-) -> None:
-    folder = RunFolder(tmp_path / "old")
-    shutil.copytree(finished[0].path, folder.path)
-    told = verdict(read_run(folder.path))
-    as_before_branches(folder)
-    assert "segment" not in folder.metrics_path.read_text()
-    assert verdict(read_run(folder.path)) == told
-    assert invoke("report", str(folder.path)).exit_code == 0
-    before = folder.metrics_path.read_bytes()
-    again = invoke("track", "--resume", "--out", str(folder.path))
-    assert again.exit_code == 0, again.output
-    assert again.stdout.replace(str(folder.path), "") == finished[1].stdout.replace(str(finished[0].path), "")
-    assert folder.metrics_path.read_bytes() == before
-
-
-def test_a_run_from_before_branches_is_finished(
-    finished: tuple[RunFolder, Result], model: Path, tmp_path: Path
-) -> None:
-    folder = RunFolder(tmp_path / "old")
-    stop_at(arguments(model, folder.path), "ppo", 2)
-    as_before_branches(folder)
-    result = invoke("track", "--resume", "--out", str(folder.path))
-    assert result.exit_code == 0, result.output
-    for path in (finished[0].path / "checkpoints").rglob("*.safetensors"):
-        assert (folder.path / path.relative_to(finished[0].path)).read_bytes() == path.read_bytes()
-
-
-def test_seconds_of_training_are_counted_once() -> None:
-    rows = [{"stage": "sft", "step": 0, "seconds_training": 3.0}]
-    rows += [
-        {"segment": "ppo-from-5", "stage": "ppo", "step": s, "seconds_training": 4.0 + s} for s in range(3)
-    ]
-    assert _seconds_before(rows, Segment("ppo-from-5", "ppo", 9, ("sft", 5))) == 3.0
-    assert _seconds_before(rows, Segment("ppo-from-8", "ppo", 9, ("sft", 8))) == 6.0
-    assert _seconds_before([], Segment("sft", "sft", 9)) == 0.0
+pytestmark = pytest.mark.usefixtures("cache")
 
 
 def test_rows_of_a_run(finished: tuple[RunFolder, Result]) -> None:
@@ -317,132 +87,6 @@ def test_summary_pairs_the_outcomes(finished: tuple[RunFolder, Result]) -> None:
     assert (test["gained"], test["lost"], test["p_value"]) == (wanted.gained, wanted.lost, wanted.p_value)
 
 
-# `python -m rlspec`, which signals itself: a watcher beside it may come too late on a busy machine.
-SIGNALLED = """
-import os, runpy, sys
-from rlspec.run.folder import RunFolder
-stage, step, number = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
-commit = RunFolder.commit
-def signalled(self, metrics, **rows):
-    commit(self, metrics, **rows)
-    if (metrics["segment"], metrics["step"]) == (stage, step):
-        os.kill(os.getpid(), number)
-RunFolder.commit = signalled
-sys.argv[1:4] = []
-runpy.run_module("rlspec", run_name="__main__", alter_sys=True)
-"""
-
-
-def start_and_signal(arguments: list[str], stage: str, step: int, number: int) -> tuple[int, str]:
-    """Run the command in a process of its own that gets a signal as soon as the row of (stage, step) is there.
-
-    Returns its exit code and what it said on stderr.
-    """
-    command = [sys.executable, "-c", SIGNALLED, stage, str(step), str(int(number)), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    return done.returncode, done.stderr
-
-
-def start_and_kill(arguments: list[str], folder: RunFolder, stage: str, step: int) -> None:
-    code, told = start_and_signal(arguments, stage, step, signal.SIGKILL)
-    assert code == -signal.SIGKILL, told
-    assert event_of(folder.metrics()[-1]) == (stage, step)
-
-
-def test_ctrl_c_stops_at_a_step_and_can_be_resumed(
-    finished: tuple[RunFolder, Result], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Progress.step
-
-    def pressed(self: Progress, number: int, **figures: float) -> None:
-        step(self, number, **figures)
-        if number == 7:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    folder = RunFolder(tmp_path / "my run")
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", pressed)
-        result = invoke(*arguments(model, folder.path))
-    assert result.exit_code == 130
-    assert f"rlspec track --resume --out '{folder.path}'" in result.stderr
-    assert (folder.metrics()[-1]["stage"], folder.metrics()[-1]["step"]) == ("sft", 5)
-    assert invoke("track", "--resume", "--out", str(folder.path)).exit_code == 0
-    assert_same_run(folder, finished[0])
-
-
-def test_sigterm_saves_and_stops_as_ctrl_c_does(
-    finished: tuple[RunFolder, Result], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = RunFolder(tmp_path / "run")
-    code, told = start_and_signal(arguments(model, folder.path), "sft", 5, signal.SIGTERM)
-    assert code == 143 and "Traceback" not in told
-    assert told.endswith(
-        f"Stopped; the run is saved. To continue it: rlspec track --resume --out {folder.path}\n"
-    )
-    assert (folder.resume_dir("sft") / "resume.pt").exists() and not folder.summary_path.exists()
-
-    # The resumed run, which holds no resume state while it trains.
-    step = Progress.step
-
-    def watched(self: Progress, number: int, **figures: float) -> None:
-        step(self, number, **figures)
-        assert "resume.pt" not in Path("/proc/self/maps").read_text()
-
-    monkeypatch.setattr(Progress, "step", watched)
-    assert invoke("track", "--resume", "--out", str(folder.path)).exit_code == 0
-    assert_same_run(folder, finished[0])
-    assert not any((folder.path / "resume").iterdir())
-
-
-def test_a_stop_during_the_last_step_of_a_stage_begins_no_other(
-    finished: tuple[RunFolder, Result], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    step = Progress.step
-
-    def terminated(self: Progress, number: int, **figures: float) -> None:
-        step(self, number, **figures)
-        if number == OPTIONS["sft_steps"]:
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    folder = RunFolder(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        patch.setattr(Progress, "step", terminated)
-        result = invoke(*arguments(model, folder.path))
-    assert result.exit_code == 143
-    assert (folder.metrics()[-1]["stage"], folder.metrics()[-1]["step"]) == ("sft", 22)
-    assert invoke("track", "--resume", "--out", str(folder.path)).exit_code == 0
-    assert_same_run(folder, finished[0])
-    assert not any((folder.path / "resume").iterdir())
-
-
-def test_resuming_a_finished_run_trains_no_more(finished: tuple[RunFolder, Result]) -> None:
-    folder, first = finished
-    before = folder.metrics_path.read_bytes()
-    restored = folder.path / "checkpoints" / "sft-22-restored" / "model.safetensors"
-    restored.parent.mkdir()
-    restored.write_text("mine")
-    again = invoke("track", "--resume", "--out", str(folder.path))
-    assert again.exit_code == 0 and again.stdout == first.stdout
-    assert folder.metrics_path.read_bytes() == before
-    assert restored.read_text() == "mine"
-    shutil.rmtree(restored.parent)
-
-
-def test_other_settings_and_existing_folders_are_refused(
-    finished: tuple[RunFolder, Result], model: Path
-) -> None:
-    folder, _ = finished
-    before = {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")}
-    result = invoke(*arguments(model, folder.path))
-    assert result.exit_code == 2
-    assert result.stderr == (
-        f"Error: {folder.path} already holds a run; continue it with --resume, or choose another folder\n"
-    )
-    result = invoke("track", "--resume", "--out", str(folder.path), "--seed", "1")
-    assert result.exit_code == 2 and result.stderr.endswith("--seed 0, not 1\n")
-    assert {path: path.stat().st_mtime_ns for path in folder.path.rglob("*")} == before
-
-
 def test_ppo_from_an_sft_checkpoint(finished: tuple[RunFolder, Result], model: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     changes = {"ppo_from": 5, "sft_steps": 10, "ppo_updates": 1, "checkpoint_every": 1000}
@@ -490,6 +134,8 @@ _ONE_STEP: dict[str, Any] = {
     "turns": 1,
     "shifts": "none",
 }
+
+
 _FUSED = {
     "gpt_neox": lambda sizes: GPTNeoXConfig(**sizes, intermediate_size=24, max_position_embeddings=256),
     "bloom": lambda sizes: BloomConfig(**sizes),

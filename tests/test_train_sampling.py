@@ -7,9 +7,9 @@ import torch
 from train_toys import ToyTask, toy_model, toy_prompts, toy_tokenizer
 
 from rlspec.tasks.base import evaluation_problems
+from rlspec.train import evaluate
 from rlspec.train.batch import answer_forward, collate, split_by_length
 from rlspec.train.encode import decode_answer, encode_answer, encode_example, encode_prompt
-from rlspec.train.evaluate import evaluate
 from rlspec.train.generate import generate
 from rlspec.train.rollout import play
 from rlspec.train.sampling import choose, sampling_logprobs

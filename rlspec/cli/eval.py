@@ -6,7 +6,8 @@ from pathlib import Path
 
 import click
 
-from rlspec.run.config import TrackConfig, split_names
+from rlspec.run.config import TrackConfig
+from rlspec.run.values import split_names
 
 _DEFAULTS = TrackConfig()
 

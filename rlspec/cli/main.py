@@ -69,4 +69,7 @@ def installed_version() -> str:
     help="Print the version and exit.",
 )
 def main() -> None:
-    """Watch the singular values and directions of a language model's weights while it is fine-tuned."""
+    """Watch the singular values and directions of a language model's weights while it is fine-tuned, and put them back.
+
+    To see it at work, run `rlspec track`: it trains a small model that comes with rlspec, some minutes on a CPU.
+    `rlspec COMMAND --help` tells what each command takes."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import click
 import torch
 
 from rlspec.backend import choose_device
-from rlspec.errors import RunFolderError
+from rlspec.errors import OptionError, RunFolderError
 from rlspec.io.jsonl import Row
 from rlspec.io.projections import parse_modules
 from rlspec.jobs.loading import (
@@ -28,7 +28,7 @@ from rlspec.jobs.loading import (
 from rlspec.report.data import read_run
 from rlspec.report.html import write_report
 from rlspec.report.verdict import verdict
-from rlspec.run.config import EMBEDDED, TrackConfig
+from rlspec.run.config import TrackConfig
 from rlspec.run.folder import RunFolder
 from rlspec.run.progress import Progress
 from rlspec.run.recorder import Clock, EventRecorder
@@ -39,7 +39,7 @@ from rlspec.run.tensorboard import MISSING, TensorBoardLog, installed
 from rlspec.signals import interrupt
 from rlspec.spectra import Rank, SpectralBasis, SpectralTracker
 from rlspec.tasks import Task, check_shift, get_task
-from rlspec.train import PPOConfig, SFTConfig, TrainResult, train_ppo, train_sft
+from rlspec.train import TrainResult, train_ppo, train_sft
 from rlspec.train.kl import KLProbe
 from rlspec.train.state import remove_resume_point, resume_step
 
@@ -62,9 +62,20 @@ class _Inputs:
     tokenizer: Any
     task: Task
     exclude: frozenset[Any]
+    stages: Mapping[str, Stage]
 
 
-def run_track(config: TrackConfig, out: Path | str | None = None, *, resume: bool = False) -> Path:
+#: What trains a stage, with the arguments and the result of ``train_sft`` or ``train_ppo``.
+Stage = Callable[..., TrainResult]
+
+
+def run_track(
+    config: TrackConfig,
+    out: Path | str | None = None,
+    *,
+    resume: bool = False,
+    stages: Mapping[str, Stage] | None = None,
+) -> Path:
     """Run the segments of ``config`` and track the model's spectra; returns the run folder.
 
     Args:
@@ -72,11 +83,20 @@ def run_track(config: TrackConfig, out: Path | str | None = None, *, resume: boo
         out: the run folder; ``runs/track-<date-time>`` by default. It must not exist unless ``resume``.
         resume: continue the run in ``out``, whose settings must be ``config``. Weights, losses and rows
             become those of a run that was never interrupted.
+        stages: who trains each stage, where ``config.trainer`` is not rlspec itself; for trainer='trl' that is
+            ``rlspec.integrations.trl.trl_stages(config)``.
 
     Raises:
         RlspecError: bad input of any kind, before anything is written.
         Interrupted: Ctrl-C or SIGTERM, once the state is saved.
     """
+    if (stages is None) != (config.trainer == "rlspec"):
+        wanted = (
+            "needs no stages="
+            if stages
+            else f"needs stages=rlspec.integrations.{config.trainer}.trl_stages(config)"
+        )
+        raise OptionError(f"trainer={config.trainer!r} {wanted}")
     clock = Clock()
     path = Path(out) if out is not None else Path("runs") / time.strftime("track-%Y%m%d-%H%M%S")
     if resume:
@@ -84,7 +104,7 @@ def run_track(config: TrackConfig, out: Path | str | None = None, *, resume: boo
     else:
         RunFolder(path).refuse_existing()
     progress = Progress()
-    inputs = _read_inputs(config)
+    inputs = _read_inputs(config, stages or {"sft": train_sft, "ppo": train_ppo})
     folder = RunFolder.open(path) if resume else RunFolder.create(path, config.to_settings())
     try:
         _run(config, folder, inputs, clock, progress)
@@ -96,7 +116,7 @@ def run_track(config: TrackConfig, out: Path | str | None = None, *, resume: boo
     return path
 
 
-def _read_inputs(config: TrackConfig) -> _Inputs:
+def _read_inputs(config: TrackConfig, stages: Mapping[str, Stage]) -> _Inputs:
     """Load and check everything the run reads, cheap checks first."""
     folder = model_folder(config.model)
     device = choose_device(config.device)
@@ -112,7 +132,7 @@ def _read_inputs(config: TrackConfig) -> _Inputs:
     needs = conversation_needs(tokenizer, task, config.shifts, config.deals, config.seed)
     model = load_model(folder, device)
     needs.check(model, folder, tokenizer, examples="sft" in config.stages)
-    return _Inputs(folder, device, model, tokenizer, task, exclude)
+    return _Inputs(folder, device, model, tokenizer, task, exclude, stages)
 
 
 def _run(config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress) -> None:
@@ -206,7 +226,7 @@ def _run_segments(
     segments: Sequence[Segment],
 ) -> None:
     """Run ``segments``, of which the first may have been begun."""
-    ppo = ppo_config(config)
+    ppo = config.ppo
     # The reference of every measurement is the model that the run started from, in a continued run as well.
     with clock.timed("tracking"):
         basis = _basis(config, inputs, progress)
@@ -237,7 +257,7 @@ def _run_segments(
                 inputs.model = load_model(folder.checkpoint_dir(*segment.parent), inputs.device)
             recorder.begin(segment, seconds_training=_seconds_before(folder.metrics(), segment))
             progress.start(segment.id, resume_step(folder.resume_dir(segment.id)) or 0, segment.steps)
-            result = _train(segment, config, ppo, inputs, recorder, folder)
+            result = _train(segment, config, inputs, recorder, folder)
             if result.signal is not None:
                 raise interrupt(result.signal)
             remove_resume_point(folder.resume_dir(segment.id))
@@ -254,7 +274,6 @@ def _seconds_before(metrics: Sequence[Row], segment: Segment) -> float:
 def _train(
     segment: Segment,
     config: TrackConfig,
-    ppo: PPOConfig,
     inputs: _Inputs,
     recorder: EventRecorder,
     folder: RunFolder,
@@ -264,38 +283,19 @@ def _train(
         "callbacks": [recorder],
         "resume_dir": folder.resume_dir(segment.id),
     }
+    train = inputs.stages[segment.stage]
+    trained = inputs.model, inputs.tokenizer, inputs.task
     if segment.stage == "sft":
-        return train_sft(inputs.model, inputs.tokenizer, inputs.task, sft_config(config), **shared)
-    return train_ppo(inputs.model, inputs.tokenizer, inputs.task, ppo, **shared)
+        return train(*trained, config.sft, **shared)
+    return train(*trained, config.ppo, reference=_reference(segment, config, inputs, folder), **shared)
 
 
-def sft_config(config: TrackConfig) -> SFTConfig:
-    """The trainer's settings for the SFT stage: the embedded model's, or the paper's for any other model."""
-    assert config.learning_rate is not None  # TrackConfig has put a number there
-    preset = SFTConfig() if config.model == EMBEDDED else SFTConfig.paper()
-    return replace(
-        preset,
-        steps=config.sft_steps,
-        batch_size=config.batch_size,
-        micro_batch_size=config.micro_batch_size or preset.micro_batch_size,
-        learning_rate=config.learning_rate,
-        dtype=config.dtype,
-        checkpoint_every=config.every,
-        seed=config.seed,
-    )
+def _reference(segment: Segment, config: TrackConfig, inputs: _Inputs, folder: RunFolder) -> Any | None:
+    """The model that the segment starts from, where PPO is held near it; also in a segment that goes on.
 
-
-def ppo_config(config: TrackConfig) -> PPOConfig:
-    """The trainer's settings for the PPO stage: the embedded model's, or the paper's for any other model."""
-    assert config.ppo_learning_rate is not None
-    preset = PPOConfig() if config.model == EMBEDDED else PPOConfig.paper()
-    return replace(
-        preset,
-        updates=config.ppo_updates,
-        turns_per_update=config.turns_per_update,
-        micro_batch_size=config.micro_batch_size or preset.micro_batch_size,
-        learning_rate=config.ppo_learning_rate,
-        dtype=config.dtype,
-        checkpoint_every=config.ppo_every,
-        seed=config.seed,
-    )
+    TRL loads its own.
+    """
+    if config.ppo.kl_coef == 0 or config.trainer == "trl":
+        return None
+    start = inputs.folder if segment.parent is None else folder.checkpoint_dir(*segment.parent)
+    return load_model(start, inputs.device).eval()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import typing
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,6 +13,10 @@ import yaml
 
 from rlspec.errors import OptionError
 from rlspec.run.segments import Segment
+from rlspec.run.trainers import further_settings, names, trainer_config
+from rlspec.run.values import converted
+from rlspec.settings import Setting, setting, setting_of
+from rlspec.train.config import PPOConfig, SFTConfig
 
 EMBEDDED = "embedded"
 STAGES = ("sft", "ppo")
@@ -22,6 +27,17 @@ PAPER_LEARNING_RATES = (1e-6, 1e-6)
 
 # Where PPO starts from if not told, beside the end of SFT: soon after the embedded model has lost its OOD accuracy.
 EMBEDDED_BRANCH = 100
+
+# PPO updates where none are given. TRL samples by transformers' generate, which takes longer.
+PPO_UPDATES = {"rlspec": 20, "trl": 5}
+
+# What TRL's GRPOTrainer does of what our own does; nothing else can be asked of it.
+_OF_TRL = {"advantages": "grpo", "ppo_level": "token"}
+
+# Headings of --help.
+_MEASURED = "What is measured"
+_RL = "Reinforcement learning"
+_MACHINE = "The machine"
 
 # Settings that are counts: at least 1 where they are given.
 _COUNTS = (
@@ -48,35 +64,91 @@ class TrackConfig:
     `ppo_from` are the SFT steps that a branch of PPO starts from, one branch each; left at None they become step
     100 and the last for the embedded model, the last for any other.
     `micro_batch_size` is the rows of one forward pass while training; it changes speed and memory only.
+    `further` are the trainers' other settings by their names in config.yaml (:mod:`rlspec.run.trainers`), such as
+    `ppo_clip`; those that are not given become the embedded model's or, for any other model, the paper's.
+
+    With ``trainer="trl"`` PPO is TRL's GRPO: no value head and single answers, so that `ppo_value_*`, `ppo_gamma`,
+    `ppo_lam` and `ppo_rollout_batch_size` say nothing.
 
     Raises:
         OptionError: A value out of range; the message names it, as in ``every=0``.
     """
 
-    model: str = EMBEDDED
-    task: str = "general_points"
-    stages: tuple[str, ...] = STAGES
-    every: int = 50
-    ppo_every: int = 5
-    checkpoint_every: int | None = None
-    sft_steps: int = 300
-    batch_size: int = 32
-    micro_batch_size: int | None = None
-    learning_rate: float | None = None
-    ppo_updates: int = 20
-    turns_per_update: int = 256
-    ppo_learning_rate: float | None = None
-    ppo_from: tuple[int, ...] | None = None
-    rank: str = "0.2"
-    modules: tuple[str, ...] = ("q", "k", "v")
-    engine: Literal["delta", "exact"] = "delta"
-    shifts: tuple[str, ...] = ("none", "both")
-    deals: int = 234
-    turns: int = 5
-    seed: int = 0
-    device: str = "auto"
-    dtype: Literal["auto", "float32", "bf16"] = "auto"
-    threads: int | None = None
+    model: str = setting(EMBEDDED, "A Hugging Face folder, or the model that comes with rlspec.")
+    every: int = setting(50, "Measure each N SFT steps, and at the first and the last.")
+    sft_steps: int = setting(300, "SFT optimizer steps.")
+    ppo_updates: int | None = setting(
+        None,
+        "PPO updates, one batch of rollouts each.",
+        default_told=f"{PPO_UPDATES['rlspec']}, or {PPO_UPDATES['trl']} by trl",
+    )
+    ppo_from: tuple[int, ...] | None = setting(
+        None,
+        "SFT steps to start PPO from, a branch each, as in 100,300.",
+        default_told=f"{EMBEDDED_BRANCH} and the last for the embedded model, else the last",
+    )
+    stages: tuple[str, ...] = setting(
+        STAGES, "Stages to run: sft (fine-tuning), ppo (reinforcement learning), or both."
+    )
+    trainer: Literal["rlspec", "trl"] = setting(
+        "rlspec", "Who trains: rlspec itself, or TRL's SFTTrainer, then GRPOTrainer on single answers."
+    )
+    seed: int = setting(0, "Seed of data, sampling and evaluation.")
+    device: str = setting("auto", "cpu, cuda, cuda:1, …", default_told="cuda if there is one")
+    task: str = setting("general_points", "Task to train on.", heading=_MEASURED)
+    shifts: tuple[str, ...] = setting(
+        ("none", "both"),
+        "Evaluations, separated by commas: none (in distribution), rule, cards, both, target.",
+        heading=_MEASURED,
+    )
+    deals: int = setting(234, "Evaluation problems per shift.", heading=_MEASURED)
+    turns: int = setting(5, "Verification turns per evaluation episode.", heading=_MEASURED)
+    modules: tuple[str, ...] = setting(
+        ("q", "k", "v"), "Matrices tracked: q, k, v, o, mlp, embed, lm_head.", heading=_MEASURED
+    )
+    rank: str = setting(
+        "0.2",
+        "Directions tracked: a share of each matrix's smaller side (1.0 is all), or a count (1 is one).",
+        heading=_MEASURED,
+    )
+    engine: Literal["delta", "exact"] = setting(
+        "delta", "How spectra are computed: delta (fast) or exact (full decompositions).", heading=_MEASURED
+    )
+    ppo_every: int = setting(5, "Measure each N PPO updates.", heading=_MEASURED)
+    checkpoint_every: int | None = setting(
+        None,
+        "Keep a checkpoint each N steps or updates only.",
+        default_told="at each measurement",
+        heading=_MEASURED,
+    )
+    learning_rate: float | None = setting(
+        None,
+        "SFT learning rate.",
+        default_told=f"{EMBEDDED_LEARNING_RATES[0]} for the embedded model, else {PAPER_LEARNING_RATES[0]}",
+        heading="SFT",
+    )
+    batch_size: int = setting(32, "SFT examples per step.", heading="SFT")
+    ppo_learning_rate: float | None = setting(
+        None,
+        "PPO learning rate.",
+        default_told=f"{EMBEDDED_LEARNING_RATES[1]} for the embedded model, else {PAPER_LEARNING_RATES[1]}",
+        heading=_RL,
+    )
+    turns_per_update: int = setting(256, "Answers sampled per PPO update.", heading=_RL)
+    micro_batch_size: int | None = setting(
+        None,
+        "Rows of one training forward pass (memory).",
+        default_told="64 for the embedded model, else 4; PPO 2",
+        heading=_MACHINE,
+    )
+    dtype: Literal["auto", "float32", "bf16"] = setting(
+        "auto",
+        "float32, or bf16 for autocast.",
+        default_told="bf16 on CUDA, float32 on CPU",
+        heading=_MACHINE,
+    )
+    threads: int | None = setting(None, "CPU threads.", default_told="torch's choice", heading=_MACHINE)
+    further: Mapping[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         sft_rate, ppo_rate = EMBEDDED_LEARNING_RATES if self.model == EMBEDDED else PAPER_LEARNING_RATES
@@ -84,6 +156,9 @@ class TrackConfig:
             object.__setattr__(self, "learning_rate", sft_rate)
         if self.ppo_learning_rate is None:
             object.__setattr__(self, "ppo_learning_rate", ppo_rate)
+        self._check_choice("trainer")
+        if self.ppo_updates is None:
+            object.__setattr__(self, "ppo_updates", PPO_UPDATES[self.trainer])
         for name in _COUNTS:
             value = getattr(self, name)
             self._require(name, value is None or value >= 1, "at least 1")
@@ -105,6 +180,57 @@ class TrackConfig:
         if self.ppo_from:
             self._check_ppo_from(self.ppo_from)
         object.__setattr__(self, "ppo_from", self._branch_points())
+        if self.trainer == "trl":
+            object.__setattr__(self, "further", {**_OF_TRL, **self.further})
+        object.__setattr__(self, "further", self._all_further())
+        if self.trainer == "trl":
+            self._check_trl()
+
+    def _check_trl(self) -> None:
+        if self.device.startswith("cuda:") and self.device != "cuda:0":
+            raise OptionError(
+                f"device={self.device!r}: trainer='trl' takes the first GPU; choose which by CUDA_VISIBLE_DEVICES"
+            )
+        for name, wanted in _OF_TRL.items():
+            if (found := self.further[name]) != wanted:
+                raise OptionError(f"{name}={found!r}: trainer='trl' has {wanted!r} alone")
+        for name in ("group_size", "ppo_mini_batch_size"):
+            part = min(self.further[name], self.turns_per_update)
+            if self.turns_per_update % part or part < 2:
+                raise OptionError(
+                    f"turns_per_update={self.turns_per_update} must be a multiple of {name}={self.further[name]} with "
+                    "trainer='trl'"
+                )
+
+    def _all_further(self) -> dict[str, Any]:
+        """The value of every one of the trainers' other settings."""
+        known = {each.name: each for each in FURTHER}
+        for name in self.further:
+            if name not in known:
+                raise OptionError(f"unknown setting {name!r}; the closest is {_closest(name, known)!r}")
+        complete: dict[str, Any] = {}
+        for stage in STAGES:
+            found = self._trainer(stage)
+            complete |= {name: getattr(found, own) for own, name in names(stage).items() if name in known}
+        return complete
+
+    def _trainer(self, stage: str) -> SFTConfig | PPOConfig:
+        values = {**self.further, **{each.name: getattr(self, each.name) for each in OWN}}
+        return trainer_config(stage, values, embedded=self.model == EMBEDDED)
+
+    @property
+    def sft(self) -> SFTConfig:
+        """The settings of the SFT stage's trainer."""
+        found = self._trainer("sft")
+        assert isinstance(found, SFTConfig)
+        return found
+
+    @property
+    def ppo(self) -> PPOConfig:
+        """The settings of the PPO stage's trainer."""
+        found = self._trainer("ppo")
+        assert isinstance(found, PPOConfig)
+        return found
 
     def _check_choice(self, name: str) -> None:
         valid = typing.get_args(typing.get_type_hints(type(self))[name])
@@ -153,13 +279,16 @@ class TrackConfig:
         points = self.ppo_from or ()
         names = [f"ppo-from-{point}" for point in points] if len(points) > 1 else ["ppo"]
         branches = (
-            Segment(name, "ppo", self.ppo_updates, ("sft", point)) for name, point in zip(names, points)
+            Segment(name, "ppo", self.steps("ppo"), ("sft", point)) for name, point in zip(names, points)
         )
         return (*trunk, *branches)
 
     def steps(self, stage: str) -> int:
         """The number of steps of ``stage``."""
-        return self.sft_steps if stage == "sft" else self.ppo_updates
+        if stage == "sft":
+            return self.sft_steps
+        assert self.ppo_updates is not None  # __post_init__ has put a number there
+        return self.ppo_updates
 
     def is_event(self, stage: str, step: int) -> bool:
         """Whether ``step`` is measured: step 0, each multiple of the stage's interval, the last step, and those
@@ -178,10 +307,14 @@ class TrackConfig:
         """Whether a branch of PPO starts from ``step``."""
         return stage == "sft" and step in (self.ppo_from or ())
 
+    def values(self) -> dict[str, Any]:
+        """Every setting by its name in config.yaml."""
+        return {each.name: getattr(self, each.name) for each in OWN} | dict(self.further)
+
     def to_settings(self) -> dict[str, Any]:
         """The settings as config.yaml holds them: tuples become lists."""
         return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()
+            key: list(value) if isinstance(value, tuple) else value for key, value in self.values().items()
         }
 
     @classmethod
@@ -189,9 +322,43 @@ class TrackConfig:
         """A config of settings read from YAML or the command line; the rest keeps its default.
 
         Raises:
-            OptionError: An unknown key (the valid ones are listed), a value of the wrong type or range.
+            OptionError: An unknown key (the closest valid one is named), a value of the wrong type or range.
         """
-        return cls(**checked_types(settings, source=source))
+        return cls.of(checked_types(settings, source=source))
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> TrackConfig:
+        """A config of values by their names in config.yaml; the rest keeps its default."""
+        own, further = _split(values)
+        return cls(**own, further=further)
+
+    def changed(self, values: Mapping[str, Any]) -> TrackConfig:
+        """This config with other values, by their names in config.yaml."""
+        own, further = _split(values)
+        return replace(self, **own, further={**self.further, **further})
+
+
+def _own() -> list[Setting]:
+    hints = typing.get_type_hints(TrackConfig)
+    return [setting_of(each, hints[each.name]) for each in fields(TrackConfig) if each.name != "further"]
+
+
+#: The settings that TrackConfig declares itself, and the trainers' others: together every setting of a run.
+OWN = _own()
+FURTHER = further_settings([each.name for each in OWN])
+_BY_NAME = {each.name: each for each in (*OWN, *FURTHER)}
+
+
+def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    own = {each.name for each in OWN}
+    return (
+        {name: value for name, value in values.items() if name in own},
+        {name: value for name, value in values.items() if name not in own},
+    )
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def checked_types(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]:
@@ -200,55 +367,19 @@ def checked_types(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]
     Whether the values go together is not looked at: further settings may come from elsewhere.
 
     Raises:
-        OptionError: An unknown key (the valid ones are listed), one given twice, a value of the wrong type.
+        OptionError: An unknown key (the closest valid one is named), one given twice, a value of the wrong type.
     """
-    known = [field.name for field in fields(TrackConfig)]
     values: dict[str, Any] = {}
     for key, value in settings.items():
         name = str(key).replace("-", "_")
-        if name not in known:
-            raise OptionError(f"{source}: unknown setting {key!r}; valid: {', '.join(known)}")
+        if name not in _BY_NAME:
+            raise OptionError(
+                f"{source}: unknown setting {key!r}; the closest is {_closest(name, _BY_NAME)!r}"
+            )
         if name in values:
             raise OptionError(f"{source}: {name} is given twice, with - and with _")
-        values[name] = _convert(name, value, source)
+        values[name] = converted(name, value, _BY_NAME[name].hint, source)
     return values
-
-
-def split_names(value: str | Iterable[Any]) -> tuple[str, ...]:
-    """``"q, k,v"`` or ``["q", "k", "v"]`` as ``("q", "k", "v")``."""
-    parts = value.split(",") if isinstance(value, str) else [str(part) for part in value]
-    return tuple(part.strip() for part in parts if part.strip())
-
-
-def _convert(name: str, value: Any, source: str) -> Any:
-    """``value`` as the type of the setting ``name``; YAML has 1e-6 as a string and a rank as a number."""
-    hint = typing.get_type_hints(TrackConfig)[name]
-    if value is None:
-        if type(None) in typing.get_args(hint):
-            return None
-        raise OptionError(f"{source}: {name} must have a value")
-    kinds = (hint, *typing.get_args(hint))
-    if (names := tuple[str, ...]) in kinds or tuple[int, ...] in kinds:
-        parts = [value] if isinstance(value, int) and not isinstance(value, bool) else value
-        if not isinstance(parts, (str, list, tuple)):
-            wanted = "names" if names in kinds else "whole numbers"
-            raise OptionError(f"{source}: {name} must be a list of {wanted}, not {value!r}")
-        texts = split_names(parts)
-        return texts if names in kinds else tuple(_number(name, text, int, source) for text in texts)
-    wanted_kind = next((kind for kind in (int, float) if kind in kinds), str)
-    return _number(name, value, wanted_kind, source)
-
-
-def _number(name: str, value: Any, wanted: type, source: str) -> Any:
-    """``value`` as a number of type ``wanted``, or as a word where that is str."""
-    fraction = wanted is int and isinstance(value, float) and not value.is_integer()
-    if not isinstance(value, (bool, list, dict)) and not fraction:
-        try:
-            return wanted(value)
-        except ValueError:
-            pass
-    kind_name = {int: "a whole number", float: "a number", str: "a word"}[wanted]
-    raise OptionError(f"{source}: {name} must be {kind_name}, not {value!r}")
 
 
 def read_config_file(path: Path | str) -> dict[str, Any]:

@@ -8,7 +8,7 @@
     evals.jsonl                        one row per event and shift, with the outcome of every deal
     spectra/<segment>-<step>.safetensors   singular values and sines of the angles
     checkpoints/<segment>-<step>/      Hugging Face folders (model and tokenizer)
-    resume/<segment>/                  the trainer's own state
+    resume/<segment>/                  the trainer's own state, or its log where TRL trained
     tb/<segment>/                      TensorBoard events
     written.jsonl                      what of all this the run wrote itself: it removes nothing else
     summary.json, report.html          written at the end

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +33,13 @@ def resolve_settings(
         **checked_types(_absolute(flags), source="command line"),
     }
     if not resume:
-        return TrackConfig(**asked)
+        return TrackConfig.of(asked)
     if out is None:
         raise OptionError("resume=True needs out=, the folder of the run to continue")
     folder = RunFolder(out)
     stored = stored_settings(folder)
     try:
-        wanted = replace(stored, **asked)
+        wanted = stored.changed(asked)
     except OptionError:
         # One that differs may not go with the others; that it differs is what matters here.
         _refuse_others(stored, asked, folder)
@@ -65,11 +64,12 @@ def stored_settings(folder: RunFolder) -> TrackConfig:
 
 def refuse_other_settings(stored: TrackConfig, wanted: TrackConfig, folder: RunFolder) -> None:
     """Raise RunFolderError naming each setting of ``wanted`` that is not as in the folder's config.yaml."""
-    _refuse_others(stored, {f.name: getattr(wanted, f.name) for f in fields(TrackConfig)}, folder)
+    _refuse_others(stored, wanted.values(), folder)
 
 
 def _refuse_others(stored: TrackConfig, wanted: Mapping[str, Any], folder: RunFolder) -> None:
-    pairs = [(name, getattr(stored, name), new) for name, new in wanted.items()]
+    known = stored.values()
+    pairs = [(name, known[name], new) for name, new in wanted.items()]
     differences = [f"{name}={_shown(old)!r}, not {_shown(new)!r}" for name, old, new in pairs if old != new]
     if differences:
         raise RunFolderError(f"{folder.config_path} has other settings: {'; '.join(differences)}")

@@ -2,7 +2,7 @@
 
 A task of your own is one small class with the members of :class:`Task`; nothing has to be inherited or
 registered to be passed to :func:`rlspec.train.train_sft`, :func:`rlspec.train.train_ppo` or
-:func:`rlspec.train.evaluate.evaluate`.
+:func:`rlspec.train.evaluate`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Settings of the two training stages. Checked when made, frozen afterwards."""
+"""Settings of the two training stages. Checked when made, frozen afterwards. Imports no torch."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 from rlspec.errors import OptionError
+from rlspec.settings import setting
 
 Dtype = Literal["auto", "float32", "bf16"]
 
 
 def _require(holds: bool, name: str, value: object, wanted: str) -> None:
     if not holds:
-        raise OptionError(f"{name} is {value!r}; it must be {wanted}")
+        raise OptionError(f"{name}={value!r} must be {wanted}")
 
 
 def _require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
@@ -44,17 +45,20 @@ class SFTConfig:
         OptionError: a value is out of range.
     """
 
-    steps: int = 640
-    batch_size: int = 64
-    micro_batch_size: int = 64  # examples of one forward pass; the split changes rounding only
-    learning_rate: float = 3e-4
-    weight_decay: float = 0.0
-    warmup_ratio: float = 0.3  # slow at first, so that the early rise of OOD accuracy can be seen
-    schedule: Literal["cosine", "constant"] = "cosine"
-    max_grad_norm: float = 1.0
-    dtype: Dtype = "auto"  # autocast; "auto" is bf16 on CUDA, float32 elsewhere
-    checkpoint_every: int = 50  # steps between resume states
-    seed: int = 0
+    steps: int = setting(640, "Optimizer steps.")
+    batch_size: int = setting(64, "Examples per step.")
+    micro_batch_size: int = setting(64, "Examples of one forward pass; the split changes rounding only.")
+    learning_rate: float = setting(3e-4, "Peak learning rate.")
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", fine=True)
+    # Slow at first, so that the early rise of OOD accuracy can be seen.
+    warmup_ratio: float = setting(0.3, "Share of the steps that the learning rate rises over.", fine=True)
+    schedule: Literal["cosine", "constant"] = setting(
+        "cosine", "After the rise: cosine, which ends at 0, or constant.", fine=True
+    )
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", fine=True)
+    dtype: Dtype = setting("auto", "Autocast: auto (bf16 on CUDA, float32 elsewhere), float32 or bf16.")
+    checkpoint_every: int = setting(50, "Steps between resume states.")
+    seed: int = setting(0, "Seed of the data.")
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "steps", "batch_size", "micro_batch_size", "checkpoint_every")
@@ -87,33 +91,46 @@ class PPOConfig:
         OptionError: a value is out of range.
     """
 
-    updates: int = 40
-    turns_per_update: int = 256
-    epochs: int = 4
-    mini_batch_size: int = 64  # turns of one optimizer step, about: conversations are not split
-    micro_batch_size: int = 64  # conversations of one forward pass; the split changes rounding only
-    level: Literal["turn", "token"] = "turn"  # an action is a whole answer (the paper), or one token
-    # Against what a return is held: a learnt value (gae), or the other answers to the same problem, as many as
-    # group_size, without a value head: arXiv 2402.03300 (grpo), 2402.14740 (rloo).
-    advantage: Literal["gae", "grpo", "rloo"] = "gae"
-    group_size: int = 8  # episodes a problem for grpo and rloo
-    learning_rate: float = 5e-5
-    value_learning_rate: float = 1e-3  # of the value head alone
-    final_learning_rate_ratio: float = 1e-3  # where the cosine ends, as a share of each rate
-    weight_decay: float = 0.0
-    gamma: float = 0.9  # discount from turn to turn
-    lam: float = 0.95
-    clip: float = 0.1
-    value_clip: float = 0.5
-    value_coef: float = 0.5
-    kl_coef: float = 0.0  # reward taken off per nat of log(policy / reference)
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_grad_norm: float = 1.0
-    rollout_batch_size: int = 256
-    dtype: Dtype = "auto"
-    checkpoint_every: int = 5  # updates between resume states
-    seed: int = 0
+    updates: int = setting(40, "Updates, one batch of rollouts each.")
+    turns_per_update: int = setting(256, "Answers sampled per update.")
+    epochs: int = setting(4, "Times that an update goes over its answers.", fine=True)
+    mini_batch_size: int = setting(
+        64, "Answers of one optimizer step, about: conversations are not split.", fine=True
+    )
+    micro_batch_size: int = setting(64, "Conversations of one forward pass; the split changes rounding only.")
+    level: Literal["turn", "token"] = setting(
+        "turn", "What an action is: a whole answer, turn (as in the paper), or one token.", fine=True
+    )
+    # grpo: arXiv 2402.03300; rloo: arXiv 2402.14740.
+    advantage: Literal["gae", "grpo", "rloo"] = setting(
+        "gae",
+        "What a return is held against: a learnt value (gae), or the other answers to the same problem, without "
+        "a value head (grpo, rloo).",
+    )
+    group_size: int = setting(8, "Episodes per problem for grpo and rloo.")
+    learning_rate: float = setting(5e-5, "Peak learning rate.")
+    value_learning_rate: float = setting(1e-3, "Learning rate of the value head.", fine=True)
+    final_learning_rate_ratio: float = setting(
+        1e-3, "Where the cosine ends, as a share of each rate.", fine=True
+    )
+    weight_decay: float = setting(0.0, "Weight decay of AdamW.", fine=True)
+    gamma: float = setting(0.9, "Discount from turn to turn.", fine=True)
+    lam: float = setting(0.95, "Lambda of GAE.", fine=True)
+    clip: float = setting(0.1, "How far an answer's probability ratio may count from 1.", fine=True)
+    value_clip: float = setting(0.5, "How far a value may count from the one at sampling.", fine=True)
+    value_coef: float = setting(0.5, "Weight of the value loss.", fine=True)
+    kl_coef: float = setting(
+        0.0,
+        "Reward taken off per nat of log(policy / reference), the weights that PPO starts from.",
+        fine=True,
+    )
+    temperature: float = setting(1.0, "Temperature of sampling.", fine=True)
+    top_p: float = setting(1.0, "Share of the probability that tokens are sampled from.", fine=True)
+    max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", fine=True)
+    rollout_batch_size: int = setting(256, "Episodes played side by side.", fine=True)
+    dtype: Dtype = setting("auto", "Autocast: auto (bf16 on CUDA, float32 elsewhere), float32 or bf16.")
+    checkpoint_every: int = setting(5, "Updates between resume states.")
+    seed: int = setting(0, "Seed of problems and sampling.")
 
     def __post_init__(self) -> None:
         _require_at_least(self, 1, "updates", "turns_per_update", "epochs", "mini_batch_size")
