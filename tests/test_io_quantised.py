@@ -44,6 +44,18 @@ def quantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, T
     return codes, scale, codes.double() * wide
 
 
+def codes_values(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """codes * scale in float64."""
+    return codes.double() * spread(scale, (codes.shape[0], codes.shape[1]), block)
+
+
+def assert_half_a_step(found: Tensor, truth: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    """No code of e4m3 (three bits of mantissa, subnormal steps of 2^-9) is nearer, give or take float32's rounding."""
+    wide = spread(scale, (found.shape[0], found.shape[1]), block)
+    step = torch.exp2(torch.floor(torch.log2((truth / wide).abs()).clamp_min(-6))) / 8
+    assert ((found - truth).abs() <= wide * step * 0.5 * 1.0001).all()
+
+
 @pytest.mark.parametrize(
     ("shape", "block"),
     [
@@ -197,8 +209,16 @@ def test_layers_of_transformers_are_read_with_their_block(tmp_path: Path) -> Non
     model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     basis = rlspec.SpectralBasis.from_model(model, modules="q", cache_dir=tmp_path)
     torch.testing.assert_close(basis.matrix(Q0).W.double(), truth, rtol=2**-23, atol=0)
-    with pytest.raises(TensorError, match=rf"{Q0}: codes of quantised weights .*weight_scale_inv beside it"):
-        rlspec.restore_(model, basis)
+    reference = rlspec.SpectralBasis.from_tensors(
+        {Q0: truth + 0.01 * torch.randn(192, 192, dtype=torch.float64) * truth.std()},
+        modules="q",
+        cache_dir=tmp_path,
+    )
+    (told,) = rlspec.restore_(model, reference, mode="copy")
+    assert told.dtype == "float8_e4m3fn" and told.rounding_share > 0
+    after = codes_values(layer.weight.data, layer.weight_scale_inv.data, (128, 128))
+    assert_half_a_step(after, reference.matrix(Q0).W.double(), layer.weight_scale_inv.data, (128, 128))
+    assert told.entries_changed == int((after != truth).sum())
 
 
 def test_adapters_on_a_scaled_base_are_added_to_its_numbers(tmp_path: Path) -> None:

@@ -404,13 +404,14 @@ def test_what_cannot_be_restored_is_named(which: str, tmp_path: Path) -> None:
     with pytest.raises(TensorError, match=rf"{folder}/model.safetensors: {Q0}: rows 0:64: 2 of 4096"):
         run(mode="interpolate")
     rewrite(folder, lambda t: t.update({Q0: t[Q0].nan_to_num().to(torch.float8_e4m3fn)}))
-    with pytest.raises(CheckpointError, match=rf"{Q0}.* stored as F8_E4M3"):
-        run()
+    if which == "tuned":  # plain codes of a base are numbers like any others
+        with pytest.raises(CheckpointError, match=rf"{Q0}.* stored as F8_E4M3"):
+            run()
     for name in (
         "qweight",
         "SCB",
         "weight.absmax",
-        "weight_scale_inv",
+        "weight_scale_2",
         "weight.quant_state.bitsandbytes__nf4",
     ):
         extra = Q0.replace("weight", name)

@@ -19,6 +19,7 @@ from torch import Tensor
 from rlspec.errors import CheckpointError, TensorError
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import RankLike
+from rlspec.restore.codes import StoredWeights, restore_codes
 from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, streamed_by_rows
 from rlspec.restore.options import Dtype, RestoreOptions, Rounding
 from rlspec.restore.plan import Plan, Step, plan_restore
@@ -66,7 +67,8 @@ def restore_checkpoint(
 
     The output has the files, names, dtypes and metadata of the tuned checkpoint; tensors that are not restored and
     all other files are copied. Where an adapter trains one of a tied embedding and head, the output stores both, and its
-    config.json says that they are not tied; a stored copy of a tied head is written as the embedding is. The output
+    config.json says that they are not tied; a stored copy of a tied head is written as the embedding is. Weights in
+    scaled fp8 are restored as the numbers that they stand for and stored in the same scheme, rounded to it. The output
     appears under its name when it is complete; what an interrupted call leaves beside it, ``resume`` finishes to the
     same bytes, and what no call could finish is removed.
 
@@ -85,8 +87,8 @@ def restore_checkpoint(
         What was done to each matrix, and why the others were left.
 
     Raises:
-        CheckpointError: inputs that cannot be read, are quantised or do not belong together; an output that exists
-            or cannot be written.
+        CheckpointError: inputs that cannot be read, are quantised in a form that is not known, or do not belong
+            together; an output that exists or cannot be written.
         OptionError: a setting that does not exist or is out of range; memory that is too small.
         ProjectionError: modules that the checkpoint lacks.
         TensorError: NaN or infinity in a matrix to be restored.
@@ -248,6 +250,7 @@ def _carry_out(
     journal: Journal,
 ) -> Iterator[tuple[Step, list[MatrixReport]]]:
     """Do the steps in order; tensors that need not be held whole go through row by row."""
+    there, here = StoredWeights(plan.base), StoredWeights(plan.like)
     for by_rows, group in groupby(pending, lambda step: streamed_by_rows(step, plan)):
         steps = list(group)
         if by_rows:
@@ -260,14 +263,19 @@ def _carry_out(
         for name, base, tuned in _pairs(plan, [step.name for step in steps], pool_bytes(plan, memory)):
             step = plan.steps[name]
             with _file_named(plan, step):
+                scale = None
                 if step.action == "merge":
                     out, rows = converted(name, tuned, step.dtype or tuned.dtype, plan.options), []
+                elif step.dequantised:
+                    sides = (there.side(name, base), here.side(name, tuned))
+                    out, scale, rows = restore_codes(step, *sides, plan.options, cache_dir)
+                    del sides
                 else:
                     out, rows = restore_stored(step, base, tuned, plan.options, cache_dir)
             del base, tuned  # their buffers go back to the reader before the next pair is asked for
             journal.append(rows)
             for written in _pending(plan, step, writer):
-                writer.put(written, out)
+                writer.put(written, out if scale is None or written != step.scale else scale)
             yield step, rows
 
 

@@ -20,6 +20,8 @@ from rlspec.restore.tensors import BLOCK_ENTRIES
 # matrices, and a tenth more.
 _MATRIX_COPIES = 5.5
 _GRAM_COPIES = 7.5
+# Of a matrix that is stored as codes: the numbers of both sides, and the result before it is codes again, in float32.
+_DEQUANTISED_BYTES = 12
 # A block of the elementwise modes: its float64 copies.
 _BLOCK_COPIES = 10
 # Row streams and pools get at least this.
@@ -31,7 +33,7 @@ def streamed_by_rows(step: Step, plan: Plan) -> bool:
     if step.action == "merge":
         return bool(step.entry.shape)
     whole = all(p.rows is None and not p.transposed for p in step.projections)
-    return plan.options.elementwise and whole and len(step.projections) == 1
+    return plan.options.elementwise and whole and len(step.projections) == 1 and not step.dequantised
 
 
 def working_bytes(step: Step, plan: Plan) -> int:
@@ -39,6 +41,8 @@ def working_bytes(step: Step, plan: Plan) -> int:
     if streamed_by_rows(step, plan):
         return _BLOCK_COPIES * 8 * BLOCK_ENTRIES
     whole = prod(step.entry.shape) * (4 if plan.adapter is not None else 0) + step.bytes
+    if step.dequantised:
+        whole += prod(step.entry.shape) * _DEQUANTISED_BYTES
     if plan.options.elementwise:
         return whole + _BLOCK_COPIES * 8 * BLOCK_ENTRIES
     shapes = [shape for _, shape in step.matrices()]
