@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rlspec.errors import TensorError
+from rlspec.errors import TensorError, check_type
 from rlspec.io.fused import Config
 from rlspec.io.module import ModuleTensors, module_config, strip_wrappers, with_adapters
 from rlspec.io.projections import Projection, counterparts, read_config
@@ -28,13 +28,19 @@ _SLACK_BYTES = 1 << 15
 
 
 def open_weights(source: WeightSource) -> Weights:
-    """Give any weight source the same face."""
+    """Give any weight source the same face.
+
+    Raises:
+        OptionError: it is none.
+    """
     if isinstance(source, Weights):
         return source
     if isinstance(source, nn.Module):
         return _ModuleWeights(source)
     if isinstance(source, Mapping):
         return _TensorMapping(source)
+    wanted = "a module, a mapping of names to tensors, or the path of a checkpoint"
+    check_type("model", source, (str, Path), wanted)
     return CheckpointWeights(Path(source))
 
 

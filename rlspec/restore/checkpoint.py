@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rlspec.errors import CheckpointError, TensorError
+from rlspec.errors import CheckpointError, TensorError, check_type
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import RankLike
 from rlspec.restore.codes import StoredWeights, restore_codes
@@ -106,6 +106,8 @@ def restore_checkpoint(
         exact=exact,
         device=device,
     )
+    for name, given in (("base", base), ("tuned", tuned), ("out", out)):
+        check_type(name, given, (str, Path), "the path of a checkpoint")
     target = Target(Path(out), Path(base), Path(tuned), resume=resume, overwrite=overwrite)
     plan = plan_restore(target.base, target.tuned, options)
     return run_plan(plan, target, memory_gib=memory_gib, cache_dir=cache_dir)

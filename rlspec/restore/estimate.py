@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable
 from math import prod
+from numbers import Real
 
 import torch
 
-from rlspec.errors import OptionError
+from rlspec.errors import OptionError, check_type
 from rlspec.io.index import TensorEntry
 from rlspec.linalg.dense import eigh
 from rlspec.restore.plan import Plan, Step
@@ -61,6 +62,7 @@ def memory_bytes(memory_gib: float) -> int:
     Raises:
         OptionError: not a number above 0.
     """
+    check_type("memory_gib", memory_gib, Real, "a number")
     if not (math.isfinite(memory_gib) and memory_gib > 0):
         raise OptionError(f"memory_gib={memory_gib} must be a number above 0")
     return int(memory_gib * 2**30)

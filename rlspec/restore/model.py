@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from rlspec.errors import OptionError, TensorError
+from rlspec.errors import OptionError, TensorError, check_type
 from rlspec.io.module import ModuleTensors, module_config, unmerged_adapters
 from rlspec.io.projections import Projection
 from rlspec.io.quantised import block_size, companions, dequantised, has_own_scheme, scales_of
@@ -26,7 +27,7 @@ from rlspec.spectra.basis import SpectralBasis
 @pinned_arithmetic()
 def restore_(
     model: nn.Module,
-    basis: SpectralBasis,
+    basis: SpectralBasis | str | Path,
     *,
     rank: RankLike | None = None,
     part: str = "top",
@@ -44,19 +45,25 @@ def restore_(
 
     Args:
         model: its parameters have the names that the basis was built from.
-        basis: the reference; all its projections are restored.
-        rank: default the basis's own.
+        basis: the reference; all its projections are restored. Or the checkpoint on disk of which it is to be built,
+            with the q, k and v projections.
+        rank: default the basis's own, or 0.2.
         part, mode, strength, rounding, seed, exact: see :class:`rlspec.restore.RestoreOptions`.
 
     Returns:
         A report of each matrix, in the basis's order.
 
     Raises:
-        OptionError: a setting that does not exist or is out of range.
+        OptionError: a setting that does not exist or is out of range, or an argument of another type.
+        CheckpointError: there is no checkpoint at that path, or one that cannot be read.
         TensorError: the model lacks a matrix of the basis, has it in another shape, sharded over processes, quantised
             in a form that is not known, offloaded or under adapters that are not merged into it, or it holds NaN or
             infinity; or it is tied where the basis has two different matrices.
     """
+    check_type("model", model, nn.Module, "a module")
+    if isinstance(basis, (str, Path)):
+        basis = SpectralBasis.from_checkpoint(basis, rank=0.2 if rank is None else rank)
+    check_type("basis", basis, SpectralBasis, "a SpectralBasis or the path of a checkpoint")
     rule = Rank.parse(rank) if rank is not None else basis.rank
     options = RestoreOptions(
         rank=rule, part=part, mode=mode, strength=strength, rounding=rounding, seed=seed, exact=exact
