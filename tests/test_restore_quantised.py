@@ -16,9 +16,10 @@ import rlspec
 from rlspec.cli.restore_text import report_lines
 from rlspec.errors import CheckpointError, OptionError
 from rlspec.io.requantised import ScaledCodes
-from rlspec.restore.checkpoint import Target, run_plan
+from rlspec.restore.checkpoint import run_plan
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import Plan, Step, plan_restore
+from rlspec.restore.target import Target
 
 F8 = torch.float8_e4m3fn
 BLOCK = (32, 32)

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -24,6 +23,7 @@ from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, stre
 from rlspec.restore.options import Dtype, RestoreOptions, Rounding
 from rlspec.restore.plan import Plan, Step, plan_restore
 from rlspec.restore.report import Journal, MatrixReport, RestoreReport
+from rlspec.restore.target import Target
 from rlspec.restore.tensors import (
     Block,
     Changes,
@@ -37,9 +37,6 @@ from rlspec.restore.tensors import (
 
 if TYPE_CHECKING:
     from rlspec.io.writer import CheckpointWriter
-
-# How the names of a checkpoint's files end; what else an output holds, an input held.
-_CHECKPOINT_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 def restore_checkpoint(
@@ -111,46 +108,6 @@ def restore_checkpoint(
     target = Target(Path(out), Path(base), Path(tuned), resume=resume, overwrite=overwrite)
     plan = plan_restore(target.base, target.tuned, options)
     return run_plan(plan, target, memory_gib=memory_gib, cache_dir=cache_dir)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the output goes and what must not be harmed there.
-
-    Raises:
-        CheckpointError: ``out`` touches an input, or exists and is not to be overwritten.
-    """
-
-    out: Path
-    base: Path
-    tuned: Path
-    resume: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        place = self.out.resolve()
-        for name, given in (("base", self.base), ("tuned", self.tuned)):
-            source = given.resolve()
-            if place == source or source in place.parents or place in source.parents:
-                raise CheckpointError(
-                    f"{self.out} is, holds or lies in the {name} checkpoint {given}; inputs are never written, "
-                    "choose another folder"
-                )
-        if not self.out.exists():
-            return
-        if not self.overwrite:
-            complete = "; it is complete, nothing is left to resume" if self.resume else ""
-            raise CheckpointError(f"{self.out} exists already{complete}; give overwrite=True to replace it")
-        if not self.out.is_dir() or (any(self.out.iterdir()) and not any(self.out.glob("*.safetensors"))):
-            raise CheckpointError(f"{self.out} is not a checkpoint; overwrite=True replaces checkpoints only")
-        # What is replaced is gone: a folder of weights may hold other things.
-        for entry in sorted(self.out.iterdir()):
-            known = entry.suffix in _CHECKPOINT_FILES and not entry.is_dir()
-            if not known and not any((given / entry.name).exists() for given in (self.base, self.tuned)):
-                raise CheckpointError(
-                    f"{self.out} also holds {entry.name}, which is no part of a checkpoint; move it elsewhere, "
-                    "overwrite=True would delete it"
-                )
 
 
 @pinned_arithmetic()
@@ -229,6 +186,7 @@ def _fill(
         writer.close(keep=False)
         raise
     on_commit()
+    target.refuse_losses()  # once more: hours may have passed
     writer.commit()
     return done, len(earlier)
 
