@@ -121,6 +121,8 @@ def test_the_block_is_read_from_either_kind_of_configuration() -> None:
         None,
         {},
         {"quantization_config": {"weight_block_size": None}},
+        {"quantization_config": {"weight_block_size": [True, True]}},
+        {"quantization_config": {"weight_block_size": [0, 128]}},
         {"quantization_config": "fp8"},
     ):
         assert block_size(nothing) is None

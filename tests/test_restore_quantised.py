@@ -143,6 +143,7 @@ SCALES = {
     "one number": torch.tensor(0.01),
     "bfloat16": (torch.rand(3, 2) / 100 + 0.005).bfloat16(),
     "float16": (torch.rand(96, 1) / 100 + 0.005).half(),
+    "float8": torch.tensor([[1, 2], [3, 1], [2, 2]]).mul(2.0**-7).to(F8),
     "powers of two": torch.exp2(torch.randint(-9, -5, (3, 2)).float()),
     "exponents": torch.randint(118, 122, (3, 2), dtype=torch.uint8),
     "E8M0": torch.randint(118, 122, (3, 2), dtype=torch.uint8).view(torch.float8_e8m0fnu),

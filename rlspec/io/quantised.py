@@ -92,7 +92,7 @@ def block_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
 
 
 def _is_block(size: object) -> bool:
-    return isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+    return isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
 
 
 def dequantised(

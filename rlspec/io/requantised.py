@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from rlspec.io.quantised import scale_grid, scaled
-from rlspec.ops.add_rounded import rounded
+from rlspec.ops.add_rounded import neighbour, rounded
 
 # Entries of the rows that are rounded at a time, where one scale does not stand for more.
 _BLOCK = 1 << 20
@@ -100,20 +100,24 @@ def _are_powers(grid: Tensor) -> bool:
 
 def _holding(needed: Tensor, dtype: torch.dtype, *, powers: bool) -> Tensor:
     """The smallest scales of a dtype that are not below those needed, as float32."""
-    if powers or dtype.itemsize == 1:
+    if powers or _are_exponents(dtype):
         mantissa, exponent = torch.frexp(needed)
         return torch.exp2((exponent - (mantissa == 0.5).int()).clamp(-126, 127).float())
-    found = needed.to(dtype)
-    up = torch.nextafter(found, torch.full_like(found, torch.inf))
-    return torch.where(found.double() < needed, up, found).float()
+    found = needed.clamp_max(torch.finfo(dtype).max).to(dtype)
+    return torch.where(found.double() < needed, neighbour(found, up=True), found).float()
 
 
 def _stored(scale: Tensor, grid: Tensor, moved: Tensor) -> Tensor:
     """A scale with the numbers of a grid where those have moved, to the bit as it was elsewhere."""
     if not bool(moved.any()):
         return scale
-    if scale.dtype.itemsize == 1:  # exponents of powers of two, by their bits
-        new = (torch.frexp(grid).exponent + 126).to(torch.uint8)
-        bits = torch.where(moved.view(scale.shape), new.view(scale.shape), scale.view(torch.uint8))
-        return bits.view(scale.dtype)
-    return torch.where(moved.view(scale.shape), grid.view(scale.shape).to(scale.dtype), scale)
+    if not _are_exponents(scale.dtype):
+        return torch.where(moved.view(scale.shape), grid.view(scale.shape).to(scale.dtype), scale)
+    new = (torch.frexp(grid).exponent + 126).to(torch.uint8)
+    bits = torch.where(moved.view(scale.shape), new.view(scale.shape), scale.view(torch.uint8))
+    return bits.view(scale.dtype)
+
+
+def _are_exponents(dtype: torch.dtype) -> bool:
+    """Whether a scale's bytes are exponents of two: uint8, or E8M0, which not every torch has."""
+    return dtype == torch.uint8 or dtype == getattr(torch, "float8_e8m0fnu", None)

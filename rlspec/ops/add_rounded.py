@@ -115,14 +115,14 @@ def _stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | 
     """The neighbours of each entry, with probabilities that make the mean right."""
     nearest = exact.to(dtype)
     above = nearest.double() > exact
-    low = torch.where(above, _neighbour(nearest, up=False), nearest)
-    high = torch.where(above, nearest, _neighbour(nearest, up=True))
+    low = torch.where(above, neighbour(nearest, up=False), nearest)
+    high = torch.where(above, nearest, neighbour(nearest, up=True))
     share = (exact - low.double()) / (high.double() - low.double())
     draw = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
     return torch.where(draw.to(exact.device) < share, high, low)
 
 
-def _neighbour(x: Tensor, *, up: bool) -> Tensor:
+def neighbour(x: Tensor, *, up: bool) -> Tensor:
     """The next number above or below; of an 8-bit dtype, for which torch has no nextafter, by its bits."""
     if x.dtype.itemsize > 1:
         return torch.nextafter(x, torch.full_like(x, torch.inf if up else -torch.inf))
