@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from restore_toys import pair, rewrite, save_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rlspec
@@ -221,6 +221,29 @@ def test_layers_of_transformers_are_read_with_their_block(tmp_path: Path) -> Non
     after = codes_values(layer.weight.data, layer.weight_scale_inv.data, (128, 128))
     assert_half_a_step(after, reference.matrix(Q0).W.double(), layer.weight_scale_inv.data, (128, 128))
     assert told.entries_changed == int((after != truth).sum())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_model_in_memory_gets_the_codes_that_its_checkpoint_gets(rounding: Any, tmp_path: Path) -> None:
+    folders = tmp_path / "base", tmp_path / "tuned"
+    weight = torch.randn(80, 64)
+    for folder, moved in zip(folders, (0.0, 0.2)):
+        folder.mkdir()
+        stored, _ = tensors_in("_scale_inv", weight + moved * torch.randn(80, 64))
+        save_file(stored, folder / "model.safetensors")
+        (folder / "config.json").write_text(
+            json.dumps({"quantization_config": {"weight_block_size": [32, 32]}})
+        )
+    rlspec.restore_checkpoint(*folders, tmp_path / "out", modules="q", rounding=rounding)
+    right = load_file(tmp_path / "out" / "model.safetensors")
+    module = named_module(stored)
+    codes = stored[Q0].clone()
+    basis = rlspec.SpectralBasis.from_checkpoint(folders[0], modules="q")
+    (row,) = rlspec.restore_(module, basis, rounding=rounding)
+    found = module.state_dict()
+    assert row.entries_changed > 0 and not torch.equal(found[Q0].view(torch.uint8), codes.view(torch.uint8))
+    for name, tensor in right.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
 def test_adapters_on_a_scaled_base_are_added_to_its_numbers(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from restore_toys import bytes_of, pair, svd_formula, tensors_of
+from restore_toys import bytes_of, expected, pair, svd_formula, tensors_of
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -104,6 +104,26 @@ def test_the_numbers_are_those_of_float64(of: str, sharded: bool, tmp_path: Path
     for name in out:
         if not any(name.startswith(weight) for weight in changed):
             assert torch.equal(out[name].view(torch.uint8), tuned[name].view(torch.uint8))
+
+
+def test_fused_projections_are_restored_part_by_part(tmp_path: Path) -> None:
+    """Codes of q, k and v in one tensor, whose blocks straddle the parts."""
+    folders = pair(tmp_path, "phi3")
+    for folder in folders:
+        quantise(folder, block=(64, 32))
+    base, tuned = map(tensors_of, folders)
+    report = rlspec.restore_checkpoint(*folders, tmp_path / "out", rank=0.3)
+    out = tensors_of(tmp_path / "out")
+    numbers = [{name: values(each, name, (64, 32)) for name in each} for each in (base, tuned)]
+    truth = expected("phi3", *numbers, svd_formula(0, 0.3))
+    assert len(report.matrices) == 6
+    for name in {row.tensor for row in report.matrices}:
+        after, before = values(out, name, (64, 32)), numbers[1][name]
+        near = 0.03 * (truth[name] - before).norm() / before.numel() ** 0.5 + 1e-6 * before.abs()
+        scale = spread(out[name + "_scale_inv"], tuple(before.shape), (64, 32))
+        assert ((after - truth[name]).abs() <= half_step(truth[name], scale) + near).all()
+        changed = sum(row.entries_changed for row in report.matrices if row.tensor == name)
+        assert changed == int((after != before).sum())
 
 
 def test_transformers_loads_what_was_stored(tmp_path: Path) -> None:
