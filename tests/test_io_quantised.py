@@ -246,6 +246,31 @@ def test_a_model_in_memory_gets_the_codes_that_its_checkpoint_gets(rounding: Any
         assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
 
 
+def test_scales_that_cannot_be_written_are_refused_and_nothing_is(tmp_path: Path) -> None:
+    stored, _ = tensors_in("scalar", torch.randn(80, 64))
+    other = Q0.replace("q_proj", "k_proj")
+    both = {**stored, other: stored[Q0].clone(), other + "_scale": stored[Q0 + "_scale"]}
+    basis = rlspec.SpectralBasis.from_tensors(
+        {Q0: torch.randn(80, 64), other: torch.randn(80, 64)}, modules="q,k", cache_dir=tmp_path
+    )
+    shared = named_module(both)
+    shared.model.layers._modules["0"].self_attn.k_proj.weight_scale = (  # type: ignore[union-attr]
+        shared.model.layers._modules["0"].self_attn.q_proj.weight_scale  # type: ignore[union-attr]
+    )
+    meta = named_module({**both, other + "_scale": both[Q0 + "_scale"].to("meta")})
+    for module, message in (
+        (shared, "one tensor with .*_scale in the model"),
+        (meta, "_scale: on the meta dev"),
+    ):
+        before = {name: t.clone() for name, t in module.state_dict().items()}
+        with pytest.raises(TensorError, match=message):
+            rlspec.restore_(module, basis, mode="copy")
+        for name, tensor in module.state_dict().items():
+            assert tensor.is_meta or torch.equal(
+                tensor.view(-1).view(torch.uint8), before[name].view(-1).view(torch.uint8)
+            )
+
+
 def test_adapters_on_a_scaled_base_are_added_to_its_numbers(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     stored, truth = tensors_in("_scale_inv", torch.randn(80, 64))

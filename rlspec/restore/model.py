@@ -126,6 +126,7 @@ def _put_back(
         for name, (place, target) in wanted.items()
         if place.codes is not None
     }
+    _refuse_shared_scales([place.codes for place, _ in wanted.values() if place.codes is not None])
     reports = []
     for projection, place, weight, report in changes:
         if place.codes is None:
@@ -139,6 +140,18 @@ def _put_back(
         place.codes.codes.copy_(coded[name].codes)
         place.codes.scale.copy_(coded[name].scale)
     return reports
+
+
+def _refuse_shared_scales(coded: list[ScaledCodes]) -> None:
+    """Refuse one scale of two matrices, for which each would find another."""
+    owners: dict[int, ScaledCodes] = {}
+    for codes in coded:
+        first = owners.setdefault(codes.scale.data_ptr(), codes)
+        if first.codes.data_ptr() != codes.codes.data_ptr():
+            raise TensorError(
+                f"{codes.scale_name}: one tensor with {first.scale_name} in the model, so that neither matrix can be "
+                "restored alone; give each a scale of its own"
+            )
 
 
 def _refuse_two_for_one(places: list[tuple[Projection, Tensor]], basis: SpectralBasis) -> None:
@@ -162,7 +175,9 @@ def _place(
     if not has_own_scheme(stored) and not (stored.element_size() > 1 and beside):
         numbers = dequantised(found, stored, beside, held.value, block)
         scale = next(iter(scales_of(found, beside)), None)
-        codes = None if scale is None else ScaledCodes(found, stored, scale, held.tensors[scale].data, block)
+        codes = (
+            None if scale is None else ScaledCodes(found, stored, scale, _whole(held, scale, scale), block)
+        )
         return _Place(stored, numbers, codes)
     told = ", ".join(beside) or "no scale"
     raise TensorError(
