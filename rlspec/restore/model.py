@@ -74,6 +74,10 @@ def restore_(
     places: dict[str, _Place] = {}
     changes = []
     for projection in basis.projections:
+        if held.is_fsdp:
+            raise TensorError(
+                f"{projection.tensor}: sharded over processes by FSDP; restore the gathered model or its checkpoint"
+            )
         found = find_tensor(projection.tensor, held.tensors, "the model given", "parameter")
         if found not in places:
             places[found] = _place(held, projection.tensor, found, beside.get(found, []), block)
@@ -188,10 +192,6 @@ def _place(
 
 def _whole(held: ModuleTensors, name: str, found: str) -> Tensor:
     """The parameter's own storage, which writing to changes the model."""
-    if held.is_fsdp:
-        raise TensorError(
-            f"{name}: sharded over processes by FSDP; restore the gathered model or its checkpoint"
-        )
     tensor = held.tensors[found].data
     if hasattr(held.tensors[found], "full_tensor"):
         raise TensorError(f"{name}: sharded over processes; restore the gathered model or its checkpoint")
