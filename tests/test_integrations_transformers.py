@@ -28,9 +28,7 @@ from rlspec.spectra.table import COLUMNS
 NAMES = [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(2) for p in "qkv"]
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 def rows_in(out: Path) -> list[dict[str, Any]]:

@@ -72,14 +72,34 @@ def add_rounded(
         block = slice(start, start + rows)
         before = tuned[block].double()
         step = strength * change[block].double()
-        exact = before + step
-        after = _stochastic(exact, dtype, generator) if stochastic else _nearest(tuned[block], exact, dtype)
+        after = rounded(tuned[block], before + step, dtype, stochastic=stochastic, generator=generator)
         weight[block] = after
         moved = after.double() - before
         parts = [x.square().sum() for x in (step, moved - step, before)]
         sums += torch.stack([*parts, torch.count_nonzero(moved).double()])
     change_sq, lost_sq, tuned_sq, changed = sums.tolist()
     return weight, ChangeSums(change_sq, lost_sq, tuned_sq, int(changed))
+
+
+def rounded(
+    original: Tensor,
+    exact: Tensor,
+    dtype: torch.dtype,
+    *,
+    stochastic: bool = False,
+    generator: torch.Generator | None = None,
+) -> Tensor:
+    """``exact`` in ``dtype``: to the nearest, which is ``original`` where that is as near as any, or at random.
+
+    Args:
+        original: any floating dtype, the shape of ``exact``.
+        exact: float64. What lies past the largest number of an 8-bit ``dtype`` becomes that.
+        stochastic, generator: as of `add_rounded`.
+    """
+    if dtype.itemsize == 1:  # whether a conversion saturates depends on torch
+        largest = torch.finfo(dtype).max
+        exact = exact.clamp(-largest, largest)
+    return _stochastic(exact, dtype, generator) if stochastic else _nearest(original, exact, dtype)
 
 
 def _nearest(original: Tensor, exact: Tensor, dtype: torch.dtype) -> Tensor:
@@ -95,9 +115,18 @@ def _stochastic(exact: Tensor, dtype: torch.dtype, generator: torch.Generator | 
     """The neighbours of each entry, with probabilities that make the mean right."""
     nearest = exact.to(dtype)
     above = nearest.double() > exact
-    limit = torch.full_like(nearest, torch.inf)
-    low = torch.where(above, torch.nextafter(nearest, -limit), nearest)
-    high = torch.where(above, nearest, torch.nextafter(nearest, limit))
+    low = torch.where(above, neighbour(nearest, up=False), nearest)
+    high = torch.where(above, nearest, neighbour(nearest, up=True))
     share = (exact - low.double()) / (high.double() - low.double())
     draw = torch.rand(exact.shape, generator=generator, dtype=torch.float64)
     return torch.where(draw.to(exact.device) < share, high, low)
+
+
+def neighbour(x: Tensor, *, up: bool) -> Tensor:
+    """The next number above or below; of an 8-bit dtype, for which torch has no nextafter, by its bits."""
+    if x.dtype.itemsize > 1:
+        return torch.nextafter(x, torch.full_like(x, torch.inf if up else -torch.inf))
+    bits = x.view(torch.uint8).short()
+    magnitude, negative = bits & 0x7F, bits > 0x7F
+    signed = torch.where(negative, -magnitude, magnitude) + (1 if up else -1)
+    return torch.where(signed < 0, 0x80 - signed, signed).to(torch.uint8).view(x.dtype)

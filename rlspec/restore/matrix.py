@@ -8,12 +8,14 @@ bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from types import NoneType
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from rlspec.errors import OptionError, TensorError
+from rlspec.errors import OptionError, TensorError, check_type
 from rlspec.io.projections import check_finite
 from rlspec.linalg.factor import reference_factors
 from rlspec.linalg.precision import pinned_arithmetic
@@ -93,9 +95,16 @@ def restore_matrix(
         generator: for stochastic rounding.
 
     Raises:
-        OptionError: an unknown mode or rounding, a strength or band out of range.
+        OptionError: an unknown mode or rounding, a strength or band out of range, an argument of another type.
         TensorError: shapes differ or are not two-dimensional, dtypes that are not floating, NaN or infinity.
     """
+    for name, given in (("W_base", W_base), ("W_tuned", W_tuned)):
+        check_type(name, given, Tensor, "a tensor")
+    check_type("strength", strength, Real, "a number")
+    check_type("dtype", dtype, (torch.dtype, NoneType), "a torch.dtype")
+    check_type(
+        "basis", basis, (MatrixBasis, NoneType), "a MatrixBasis, as SpectralBasis.matrix(name) gives it"
+    )
     _check(W_base, W_tuned, mode, band, strength, rounding)
     target = dtype if dtype is not None else W_tuned.dtype
     if not target.is_floating_point:

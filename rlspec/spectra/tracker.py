@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rlspec.errors import OptionError, TensorError
+from rlspec.errors import OptionError, TensorError, check_type
 from rlspec.io.projections import Projection, check_finite
 from rlspec.io.weights import WeightSource, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
@@ -93,6 +93,8 @@ class SpectralTracker:
     ) -> None:
         if engine not in _ENGINES:
             raise OptionError(f"unknown engine {engine!r}; valid: {', '.join(_ENGINES)}")
+        wanted = "a SpectralBasis, as SpectralBasis.from_checkpoint(path) builds it"
+        check_type("basis", basis, SpectralBasis, wanted)
         self.basis = basis
         self.engine = engine
         self.arrays = arrays
