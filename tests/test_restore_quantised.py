@@ -16,6 +16,7 @@ import rlspec
 from rlspec.cli.restore_text import report_lines
 from rlspec.errors import CheckpointError, OptionError
 from rlspec.io.requantised import ScaledCodes
+from rlspec.ops.draws import Draws
 from rlspec.restore.checkpoint import run_plan
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import Plan, Step, plan_restore
@@ -226,7 +227,7 @@ def test_stochastic_codes_are_neighbours_with_the_right_mean() -> None:
         (224.3, 0, 0),
     ):
         wanted = torch.full((400, 250), value)
-        new = stored.replaced(wanted, stochastic=True, generator=torch.Generator().manual_seed(1))
+        new = stored.replaced(wanted, draws=Draws((1, 2)))
         found = new.numbers().double()
         if high == low:  # past the largest code, 448 * 0.5: the scale grows
             assert float(new.scale) > 0.5 and (found - value).abs().max() <= value / 1000

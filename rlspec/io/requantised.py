@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlspec.io.quantised import scale_grid, scaled
 from rlspec.ops.add_rounded import neighbour, rounded
+from rlspec.ops.draws import Draws
 
 # Entries of the rows that are rounded at a time, where one scale does not stand for more.
 _BLOCK = 1 << 20
@@ -34,15 +35,12 @@ class ScaledCodes:
         """codes * scale, (m, n) float32."""
         return scaled(self.name, self.codes, self.scale_name, self.scale, self.block)
 
-    def replaced(
-        self, weight: Tensor, *, stochastic: bool = False, generator: torch.Generator | None = None
-    ) -> ScaledCodes:
+    def replaced(self, weight: Tensor, *, draws: Draws | None = None) -> ScaledCodes:
         """Other numbers in the same scheme, shapes and dtypes as here.
 
         Args:
             weight: (m, n) float32, finite; an entry equal to what is stored here keeps its code if its scale stays.
-            stochastic: round codes at random, unbiased, instead of to nearest.
-            generator: of the CPU, for the random draw.
+            draws: round codes at random, unbiased, by these, instead of to nearest.
         """
         grid, (rows, columns) = scale_grid(self.name, self.codes, self.scale_name, self.scale, self.block)
         before, codes, grid = self.numbers(), self.codes.clone(), grid.clone()
@@ -57,7 +55,7 @@ class ScaledCodes:
             here = slice(first * rows, min((first + step) * rows, m))
             new, old = weight[here], before[here]
             changed = new != old
-            limit = grid[own] * _reach(codes.dtype, stochastic)
+            limit = grid[own] * _reach(codes.dtype, draws is not None)
             over = changed & (new.abs() > _spread(limit, rows, columns, new.shape))
             outgrown = _largest(over.float(), rows, columns) > 0
             if bool(outgrown.any()):
@@ -69,7 +67,8 @@ class ScaledCodes:
             exact = new.double() / _spread(grid[own], rows, columns, new.shape).double()
             anew = _spread(moved[own], rows, columns, new.shape)
             original = torch.where(anew, exact.float(), codes[here].float())
-            found = rounded(original, exact, codes.dtype, stochastic=stochastic, generator=generator)
+            draw = None if draws is None else draws.uniform(first * rows, len(exact), n)
+            found = rounded(original, exact, codes.dtype, draw)
             codes[here] = torch.where(changed | anew, found, codes[here])
         return replace(self, codes=codes, scale=_stored(self.scale, grid, moved))
 

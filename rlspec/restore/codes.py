@@ -16,7 +16,7 @@ from rlspec.restore.matrix import is_plain_copy
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import Step
 from rlspec.restore.report import MatrixReport
-from rlspec.restore.tensors import generator, restore_stored
+from rlspec.restore.tensors import draws, restore_stored
 
 Side = Tensor | ScaledCodes
 
@@ -54,8 +54,7 @@ def restore_codes(
         assert isinstance(base, ScaledCodes)
         new = base
     else:
-        stochastic, draw = options.rounding == "stochastic", generator(options.seed, step.name)
-        new = tuned.replaced(wanted, stochastic=stochastic, generator=draw)
+        new = tuned.replaced(wanted, draws=draws(options, step.name))
     told = [
         told_of_codes(row, projection, here, wanted, new)
         for row, projection in zip(rows, step.projections, strict=True)

@@ -20,7 +20,7 @@ from rlspec.io.projections import check_finite
 from rlspec.linalg.factor import reference_factors
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
-from rlspec.ops.add_rounded import add_rounded
+from rlspec.ops.draws import Draws
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.change import Change, restoring_change
 from rlspec.restore.options import Mode, Rounding
@@ -92,7 +92,7 @@ def restore_matrix(
         rounding: to nearest, or stochastic (unbiased: small changes survive on average).
         basis: the base's decomposition, where it is at hand.
         exact: decompose the tuned matrix in float64 instead of working from the update; slower, for checking.
-        generator: for stochastic rounding.
+        generator: of the CPU, for stochastic rounding; a matrix takes two numbers from it. Default: torch's own.
 
     Raises:
         OptionError: an unknown mode or rounding, a strength or band out of range, an argument of another type.
@@ -129,9 +129,8 @@ def restore_matrix(
             change = Change(torch.zeros_like(W_tuned, dtype=torch.float32), 0.0, 0.0, "none")
         else:
             change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
-    weight, sums = add_rounded(
-        W_tuned, change.delta, strength, target, stochastic=rounding == "stochastic", generator=generator
-    )
+    draws = Draws.of(generator) if rounding == "stochastic" else None
+    weight, sums = change.added(W_tuned, strength, target, draws)
     if is_plain_copy(mode, strength, W_base.dtype, target):
         weight = W_base.to(W_tuned.device, copy=True)
     return RestoreResult(
@@ -143,7 +142,7 @@ def restore_matrix(
         change_relative=sums.relative,
         rounding_share=sums.rounding_share,
         entries_changed=sums.entries_changed,
-        error_estimate=strength * change.error,
+        error_estimate=strength * change.error + change.rounding * sums.frobenius,
         method=change.method,
         rotation_sine_rms=None if change.method == "none" else change.sine_rms,
         note=note,

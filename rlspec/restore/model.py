@@ -20,7 +20,7 @@ from rlspec.perturb.matrix import matrix_basis
 from rlspec.restore.codes import told_of_codes
 from rlspec.restore.options import RestoreOptions, Rounding
 from rlspec.restore.report import MatrixReport
-from rlspec.restore.tensors import generator, restore_with
+from rlspec.restore.tensors import draws, restore_with
 from rlspec.spectra.basis import SpectralBasis
 
 
@@ -122,11 +122,7 @@ def _put_back(
             _, target = wanted.setdefault(place.codes.name, (place, place.numbers.clone()))
             projection.put(target, weight)
     coded = {
-        name: place.codes.replaced(
-            target,
-            stochastic=options.rounding == "stochastic",
-            generator=generator(options.seed, name),
-        )
+        name: place.codes.replaced(target, draws=draws(options, name))
         for name, (place, target) in wanted.items()
         if place.codes is not None
     }
