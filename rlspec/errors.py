@@ -49,3 +49,18 @@ class MissingPackageError(RlspecError, ImportError):
         super().__init__(
             f"{needed_by} needs {package}, which is not installed: pip install 'rlspec[{package}]'"
         )
+
+
+def check_type(name: str, value: object, kinds: type | tuple[type, ...], wanted: str) -> None:
+    """Refuse an argument of another type, before it fails where nobody knows its name.
+
+    Args:
+        wanted: what messages call the kinds.
+
+    Raises:
+        OptionError: it is none of the kinds. True and False are no numbers.
+    """
+    if not isinstance(value, kinds) or (isinstance(value, bool) and kinds is not bool):
+        plain = isinstance(value, (str, int, float, type(None)))
+        given = f"{name}={value!r}" if plain else f"{name}, a {type(value).__name__},"
+        raise OptionError(f"{given} is not {wanted}")

@@ -65,6 +65,12 @@ def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Run
 
 
 @pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decompositions are kept in the test's own folder, also by the processes that it starts."""
+    monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def poisoned_memory() -> Iterator[None]:
     """`torch.empty` and its kin return NaN (integers: the largest): what is left unwritten shows."""
     torch.use_deterministic_algorithms(True, warn_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
 HALO = 1 << 13
+_NO_RESERVE = 0x4000  # of Linux; mmap.MAP_NORESERVE from Python 3.13 on
 
 
 def in_halo(tensor: Tensor) -> Tensor:
@@ -22,6 +24,17 @@ def in_halo(tensor: Tensor) -> Tensor:
 def whole_buffer(view: Tensor) -> Tensor:
     """The buffer of `in_halo`, halo included."""
     return torch.as_strided(view, (view.numel() + 2 * HALO,), (1,), 0)
+
+
+def far_apart(shape: tuple[int, int, int], strides: tuple[int, int], values: Tensor) -> Tensor:
+    """``values`` in memory whose entries lie more than 2^31 apart, with as much before: what is between is never touched,
+    and where an offset of 32 bits wraps to lies inside."""
+    before = 1 << 31
+    entries = before + 1 + sum((size - 1) * stride for size, stride in zip(shape, (*strides, 1)))
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
+    memory = mmap.mmap(-1, entries * values.element_size(), flags=flags)
+    whole = torch.frombuffer(memory, dtype=values.dtype, count=entries)
+    return whole.as_strided(shape, (*strides, 1), before).copy_(values)
 
 
 def shuffle_programs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:

@@ -17,6 +17,31 @@ from rlspec.spectra.measurement import Measurement
 F64 = torch.float64
 
 
+def flat_at_the_cut(m: int, n: int, generator: torch.Generator) -> Tensor:
+    """A matrix with a spectrum like an attention projection's: a few large values, then hardly any gaps."""
+    r = min(m, n)
+    u = torch.linalg.qr(torch.randn(m, r, dtype=F64, generator=generator)).Q
+    v = torch.linalg.qr(torch.randn(n, r, dtype=F64, generator=generator)).Q
+    x = torch.arange(r, dtype=F64) / r
+    s = 3.0 * torch.exp(-4.0 * x.sqrt()) + 1.0 - 0.95 * x**1.2
+    s = (s * (1.0 + 0.01 * torch.rand(r, dtype=F64, generator=generator))).sort(descending=True).values
+    return (u * s) @ v.T
+
+
+def random_update(weight: Tensor, eps: float, rank: int | None, generator: torch.Generator) -> Tensor:
+    """An update of relative size ``eps``: Gaussian, or of that rank."""
+    m, n = weight.shape
+    if rank is None:
+        e = torch.randn(m, n, dtype=F64, generator=generator)
+    else:
+        a, b = (
+            torch.randn(m, rank, dtype=F64, generator=generator),
+            torch.randn(rank, n, dtype=F64, generator=generator),
+        )
+        e = a @ b
+    return e * (eps * weight.norm() / e.norm())
+
+
 def stacked(weights: list[Tensor], rank: RankLike = 0.2, dtype: torch.dtype = F64) -> Reference:
     """References with factors in ``dtype``."""
     matrices = []

@@ -242,19 +242,27 @@ def test_ctrl_c_says_how_to_go_on(
 ) -> None:
     out, whole = tmp_path / "out", tmp_path / "whole"
     assert invoke(*arguments(checkpoints, whole)).exit_code == 0
+    plan = plan_restore(*checkpoints, RestoreOptions())
+    held: dict[str, set[str]] = {}  # what is restored in each shard
+    for each in plan.chosen("restore"):
+        held.setdefault(each.entry.shard.name, set()).add(each.name)
     step, finish = restore_text.Bar.step, Staging.finish
-    done = []
-    remembered = threading.Event()  # that a shard is complete: the copier may be behind
+    done: list[str] = []
+    remembered = {
+        name: threading.Event() for name in held
+    }  # that a shard is complete: the copier may be behind
 
     def finishing(self: Any, name: str, size: int) -> None:
         finish(self, name, size)
-        remembered.set()
+        if name in remembered:
+            remembered[name].set()
 
     def interrupted(self: Any, finished: Any) -> None:
         done.append(finished.name)
         step(self, finished)
-        if len(done) == 4:
-            assert remembered.wait(60)
+        whole = [name for name, names in held.items() if names <= set(done)]
+        if whole and len(done) >= 4:
+            assert all(remembered[name].wait(600) for name in whole)
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Staging, "finish", finishing)

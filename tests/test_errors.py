@@ -114,6 +114,71 @@ def test_wrong_values_are_value_errors(call: Callable[[], Any], kind: type[Excep
     assert not FLAG.search(str(caught.value))
 
 
+Q = "model.layers.0.self_attn.q_proj.weight"
+W = torch.randn(8, 8, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (
+            lambda basis: rlspec.restore_(torch.nn.Linear(2, 2), None),
+            "basis=None is not a SpectralBasis or the",
+        ),
+        (lambda basis: rlspec.restore_("/x", basis), "model='/x' is not a module"),
+        (lambda basis: rlspec.restore_({Q: W}, basis), "model, a dict, is not a module"),
+        (lambda basis: rlspec.restore_matrix([[1.0]], W, 1), "W_base, a list, is not a tensor"),
+        (lambda basis: rlspec.restore_matrix(W.numpy(), W, 1), "W_base, a ndarray, is not a tensor"),
+        (lambda basis: rlspec.restore_matrix(W, None, 1), "W_tuned=None is not a tensor"),
+        (
+            lambda basis: rlspec.restore_matrix(W, W, 1, basis=basis),
+            "basis, a SpectralBasis, is not a MatrixBasis",
+        ),
+        (lambda basis: rlspec.restore_matrix(W, W, 1, strength="1"), "strength='1' is not a number"),
+        (
+            lambda basis: rlspec.restore_matrix(W, W, 1, dtype="float32"),
+            "dtype='float32' is not a torch.dtype",
+        ),
+        (lambda basis: rlspec.SpectralBasis.from_model(None), "model=None is not a module, a mapping"),
+        (lambda basis: rlspec.SpectralBasis.from_tensors([W]), "model, a list, is not a module, a mapping"),
+        (lambda basis: rlspec.SpectralBasis.from_checkpoint(W), "folder, a Tensor, is not the path of a"),
+        (
+            lambda basis: SpectralTracker("/x"),
+            "basis='/x' is not a SpectralBasis, as SpectralBasis.from_checkp",
+        ),
+        (lambda basis: SpectralTracker(basis).measure(W, step=0), "model, a Tensor, is not a module"),
+        (
+            lambda basis: rlspec.restore_checkpoint(basis, "/y", "/z"),
+            "base, a SpectralBasis, is not the path",
+        ),
+        (lambda basis: rlspec.restore_checkpoint("/x", "/y", None), "out=None is not the path"),
+        (
+            lambda basis: rlspec.restore_checkpoint("/x", "/y", "/z", layers=3),
+            "layers=3 is not a text such as",
+        ),
+        (
+            lambda basis: rlspec.restore_checkpoint("/x", "/y", "/z", modules=3),
+            "modules=3 is not names, or a",
+        ),
+        (lambda basis: rlspec.restore_checkpoint("/x", "/y", "/z", part=3), "part=3 is not a text"),
+        (
+            lambda basis: rlspec.restore_checkpoint("/x", "/y", "/z", seed="a"),
+            "seed='a' is not a whole number",
+        ),
+        (
+            lambda basis: rlspec.restore_checkpoint("/x", "/y", "/z", strength=True),
+            "strength=True is not a num",
+        ),
+    ],
+)
+def test_arguments_of_another_type_are_named(
+    call: Callable[[Any], Any], message: str, tmp_path: Path
+) -> None:
+    basis = rlspec.SpectralBasis.from_tensors({Q: W}, modules="q", cache_dir=tmp_path)
+    with pytest.raises(errors.OptionError, match=f"^{message}"):
+        call(basis)
+
+
 def command(name: str) -> click.Command:
     found = main.get_command(click.Context(main), name)
     assert found is not None

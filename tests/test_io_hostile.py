@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex, read_header
+from rlspec.io.stream import read_tensor, stream_rows
 from rlspec.jobs.loading import model_folder
 from rlspec.restore import restore_checkpoint
 
@@ -170,3 +172,20 @@ def test_text_about_git_lfs_is_no_pointer(tmp_path: Path) -> None:
     path.write_text("{}")
     (tmp_path / "picture.png").write_text(POINTER)  # which no loader reads
     assert model_folder(str(tmp_path)) == tmp_path
+
+
+@pytest.mark.parametrize("shape", [[1 << 62, 0], [0, 1 << 62], [1 << 63, 0], [0, 1 << 63]])
+def test_empty_tensors_with_endless_axes_cost_nothing(tmp_path: Path, shape: list[int]) -> None:
+    """Zero bytes fit their shape, whatever the other axis says: read at once, or refused in one line."""
+    header = json.dumps({"x": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header)
+    index = CheckpointIndex.open(path)
+    if max(shape) == 1 << 63:
+        for read in (read_tensor, partial(stream_rows, memory_bytes=1 << 20)):
+            with pytest.raises(CheckpointError, match="'x' has shape .*torch has axes of at most"):
+                read(index, "x")
+        return
+    assert list(read_tensor(index, "x").shape) == shape
+    rows = list(stream_rows(index, "x", memory_bytes=1 << 20))
+    assert [list(block.shape) for _, block in rows] == ([shape] if shape[0] else [])

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 from restore_toys import pair, rewrite, save_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import rlspec
@@ -42,6 +42,18 @@ def quantised(weight: Tensor, block: tuple[int, int]) -> tuple[Tensor, Tensor, T
     wide = spread(scale, (m, n), block)
     codes = (weight / wide).to(F8)
     return codes, scale, codes.double() * wide
+
+
+def codes_values(codes: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """codes * scale in float64."""
+    return codes.double() * spread(scale, (codes.shape[0], codes.shape[1]), block)
+
+
+def assert_half_a_step(found: Tensor, truth: Tensor, scale: Tensor, block: tuple[int, int]) -> None:
+    """No code of e4m3 (three bits of mantissa, subnormal steps of 2^-9) is nearer, give or take float32's rounding."""
+    wide = spread(scale, (found.shape[0], found.shape[1]), block)
+    step = torch.exp2(torch.floor(torch.log2((truth / wide).abs()).clamp_min(-6))) / 8
+    assert ((found - truth).abs() <= wide * step * 0.5 * 1.0001).all()
 
 
 @pytest.mark.parametrize(
@@ -109,6 +121,8 @@ def test_the_block_is_read_from_either_kind_of_configuration() -> None:
         None,
         {},
         {"quantization_config": {"weight_block_size": None}},
+        {"quantization_config": {"weight_block_size": [True, True]}},
+        {"quantization_config": {"weight_block_size": [0, 128]}},
         {"quantization_config": "fp8"},
     ):
         assert block_size(nothing) is None
@@ -197,8 +211,64 @@ def test_layers_of_transformers_are_read_with_their_block(tmp_path: Path) -> Non
     model.config.quantization_config = {"quant_method": "fp8", "weight_block_size": [128, 128]}
     basis = rlspec.SpectralBasis.from_model(model, modules="q", cache_dir=tmp_path)
     torch.testing.assert_close(basis.matrix(Q0).W.double(), truth, rtol=2**-23, atol=0)
-    with pytest.raises(TensorError, match=rf"{Q0}: codes of quantised weights .*weight_scale_inv beside it"):
-        rlspec.restore_(model, basis)
+    reference = rlspec.SpectralBasis.from_tensors(
+        {Q0: truth + 0.01 * torch.randn(192, 192, dtype=torch.float64) * truth.std()},
+        modules="q",
+        cache_dir=tmp_path,
+    )
+    (told,) = rlspec.restore_(model, reference, mode="copy")
+    assert told.dtype == "float8_e4m3fn" and told.rounding_share > 0
+    after = codes_values(layer.weight.data, layer.weight_scale_inv.data, (128, 128))
+    assert_half_a_step(after, reference.matrix(Q0).W.double(), layer.weight_scale_inv.data, (128, 128))
+    assert told.entries_changed == int((after != truth).sum())
+
+
+@pytest.mark.parametrize("rounding", ["nearest", "stochastic"])
+def test_a_model_in_memory_gets_the_codes_that_its_checkpoint_gets(rounding: Any, tmp_path: Path) -> None:
+    folders = tmp_path / "base", tmp_path / "tuned"
+    weight = torch.randn(80, 64)
+    for folder, moved in zip(folders, (0.0, 0.2)):
+        folder.mkdir()
+        stored, _ = tensors_in("_scale_inv", weight + moved * torch.randn(80, 64))
+        save_file(stored, folder / "model.safetensors")
+        (folder / "config.json").write_text(
+            json.dumps({"quantization_config": {"weight_block_size": [32, 32]}})
+        )
+    rlspec.restore_checkpoint(*folders, tmp_path / "out", modules="q", rounding=rounding)
+    right = load_file(tmp_path / "out" / "model.safetensors")
+    module = named_module(stored)
+    codes = stored[Q0].clone()
+    basis = rlspec.SpectralBasis.from_checkpoint(folders[0], modules="q")
+    (row,) = rlspec.restore_(module, basis, rounding=rounding)
+    found = module.state_dict()
+    assert row.entries_changed > 0 and not torch.equal(found[Q0].view(torch.uint8), codes.view(torch.uint8))
+    for name, tensor in right.items():
+        assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8))
+
+
+def test_scales_that_cannot_be_written_are_refused_and_nothing_is(tmp_path: Path) -> None:
+    stored, _ = tensors_in("scalar", torch.randn(80, 64))
+    other = Q0.replace("q_proj", "k_proj")
+    both = {**stored, other: stored[Q0].clone(), other + "_scale": stored[Q0 + "_scale"]}
+    basis = rlspec.SpectralBasis.from_tensors(
+        {Q0: torch.randn(80, 64), other: torch.randn(80, 64)}, modules="q,k", cache_dir=tmp_path
+    )
+    shared = named_module(both)
+    shared.model.layers._modules["0"].self_attn.k_proj.weight_scale = (  # type: ignore[union-attr]
+        shared.model.layers._modules["0"].self_attn.q_proj.weight_scale  # type: ignore[union-attr]
+    )
+    meta = named_module({**both, other + "_scale": both[Q0 + "_scale"].to("meta")})
+    for module, message in (
+        (shared, "one tensor with .*_scale in the model"),
+        (meta, "_scale: on the meta dev"),
+    ):
+        before = {name: t.clone() for name, t in module.state_dict().items()}
+        with pytest.raises(TensorError, match=message):
+            rlspec.restore_(module, basis, mode="copy")
+        for name, tensor in module.state_dict().items():
+            assert tensor.is_meta or torch.equal(
+                tensor.view(-1).view(torch.uint8), before[name].view(-1).view(torch.uint8)
+            )
 
 
 def test_adapters_on_a_scaled_base_are_added_to_its_numbers(tmp_path: Path) -> None:

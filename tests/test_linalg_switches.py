@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import rlspec
 from rlspec.linalg import flags, precision
+from rlspec.spectra.dealt import DealtTracker
 
 Q, V = (f"model.layers.0.self_attn.{name}_proj.weight" for name in "qv")
 SIDE = 256  # from about 200 on, torch's routes for float32 products differ
@@ -154,6 +155,12 @@ class Entries:
         record = rlspec.SpectralTracker(self.basis, engine="exact").measure(self.tuned, step=1)
         assert {(row["engine"], row["arithmetic"]) for row in record.rows} == {("exact", "float64")}
         return [*record.arrays.values(), json.dumps(record.rows)]
+
+    def measure_dealt(self) -> list[Any]:
+        tracker = DealtTracker(Projections(self.base), modules="q,v")
+        record = tracker.measure(Projections(self.tuned), step=1)
+        assert {row["arithmetic"] for row in record.rows} == {"float32"}
+        return [json.dumps(record.rows)]
 
     def svd_randomized(self) -> list[Any]:
         found = rlspec.svd(self.tuned[Q], 40, method="randomized", tol=1e-3)

@@ -84,12 +84,15 @@ def test_a_line_says_what_runs_for_which_weights(gpu: None) -> None:
         "(triton: the kernel multiplies float32 blocks, not float64)"
     )
     assert summary("delta_matmul", CPU).startswith("row blocks (triton: ")
-    assert summary("add_rounded", CPU) == "row blocks"
+    assert summary("add_low_rank", GPU).startswith(
+        "triton for bfloat16 float16 float32, row blocks for float64 ("
+    )
+    assert summary("add_rounded", CPU).startswith("row blocks (triton: ")
 
 
 def test_every_operation_has_a_file_and_runs_what_the_table_names() -> None:
     files = {path.stem for path in (ROOT / "rlspec" / "ops").glob("*.py")}
-    assert files - {"__init__", "table", "reference"} == set(TABLE)
+    assert files - {"__init__", "table", "reference", "draws"} == set(TABLE)
     for op, implementations in TABLE.items():
         module = importlib.import_module(f"rlspec.ops.{op}")
         run = getattr(module, "_IMPLEMENTATIONS", None)

@@ -4,26 +4,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from spectra_toys import F64, flat_at_the_cut, random_update
 
 import rlspec
 from rlspec import restore_matrix
 from rlspec.errors import OptionError, TensorError
 
-F64 = torch.float64
-
 
 def pair(m: int, n: int, eps: float, *, seed: int = 0, dtype: torch.dtype = F64):
     """A base whose spectrum is flat at the cut, and the base plus a random update of relative size eps."""
     g = torch.Generator().manual_seed(seed)
-    r = min(m, n)
-    u = torch.linalg.qr(torch.randn(m, r, dtype=F64, generator=g)).Q
-    v = torch.linalg.qr(torch.randn(n, r, dtype=F64, generator=g)).Q
-    x = torch.arange(r, dtype=F64) / r
-    s = 3.0 * torch.exp(-4.0 * x.sqrt()) + 1.0 - 0.95 * x**1.2
-    s = (s * (1.0 + 0.01 * torch.rand(r, dtype=F64, generator=g))).sort(descending=True).values
-    base = ((u * s) @ v.T).to(dtype)
-    e = torch.randn(m, n, dtype=F64, generator=g)
-    tuned = (base.double() + e * (eps * base.double().norm() / e.norm())).to(dtype)
+    base = flat_at_the_cut(m, n, g).to(dtype)
+    tuned = (base.double() + random_update(base.double(), eps, None, g)).to(dtype)
     return base, tuned
 
 

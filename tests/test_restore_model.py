@@ -10,7 +10,7 @@ import torch
 from restore_toys import CONFIGS, expected, save_model, svd_formula
 
 import rlspec
-from rlspec.errors import OptionError, TensorError
+from rlspec.errors import CheckpointError, OptionError, TensorError
 
 
 def models(folder: Path, kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
@@ -58,6 +58,16 @@ def test_another_rank_part_and_strength(tmp_path: Path) -> None:
     assert (state(tuned)[name] - truth[name]).norm() <= 0.01 * moved + 1e-7 * truth[name].norm()
     with pytest.raises(OptionError, match="part 32:40 lies past the 32 directions"):
         rlspec.restore_(tuned, basis, part="32:40")
+
+
+def test_the_base_may_be_a_path(tmp_path: Path) -> None:
+    base, tuned = models(tmp_path, "llama")
+    twin = copy.deepcopy(tuned)
+    rlspec.restore_(tuned, tmp_path / "llama", rank=0.5)
+    rlspec.restore_(twin, rlspec.SpectralBasis.from_model(base, rank=0.5))
+    assert all(torch.equal(t, state(twin)[name]) for name, t in state(tuned).items())
+    with pytest.raises(CheckpointError, match="nowhere: no such checkpoint"):
+        rlspec.restore_(tuned, str(tmp_path / "nowhere"))
 
 
 def test_an_error_leaves_the_model_as_it_was(tmp_path: Path) -> None:

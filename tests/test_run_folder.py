@@ -255,6 +255,28 @@ def test_event_files_of_others_stay(tmp_path: Path) -> None:
     assert other.read_text() == "mine"
 
 
+@pytest.mark.parametrize("manifest", ["kept", "of before there was one"])
+def test_a_resumed_run_shows_each_point_once(tmp_path: Path, manifest: str) -> None:
+    """As TensorBoard itself reads the folder."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = RunFolder.create(tmp_path / "run", {})
+    rows = [{"stage": "sft", "step": s, "global_step": s, "loss": float(s)} for s in range(3)]
+
+    def shown() -> list[int]:
+        events = EventAccumulator(str(folder.tensorboard_dir / "sft"))
+        events.Reload()
+        return [point.step for point in events.Scalars("train/loss")]
+
+    for count in (2, 3):
+        TensorBoardLog(folder.tensorboard_dir, rows[:count], [], folder.manifest).close()
+        if manifest != "kept":
+            folder.manifest.path.unlink()
+        assert shown() == list(range(count))
+    if manifest != "kept":
+        assert len(list((folder.tensorboard_dir / "sft").iterdir())) == 2  # nothing was deleted
+
+
 def test_summary_is_json(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", {})
     folder.write_summary({"tracking_share": 0.01})

@@ -24,10 +24,7 @@ from rlspec.jobs.series.stacks import stack_bytes
 from rlspec.spectra import SpectralBasis, SpectralTracker
 from rlspec.spectra.table import COLUMNS
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -20,10 +20,7 @@ from rlspec.jobs.series import watch as watching
 from rlspec.jobs.series.job import Job
 from rlspec.jobs.series.watch import watch
 
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("own_cache")
 
 
 @pytest.fixture

@@ -28,3 +28,13 @@ def to_bfloat16(x, INTERP: tl.constexpr):
         return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
     else:
         return x.to(tl.bfloat16)
+
+
+@triton.jit
+def to_float64(x, INTERP: tl.constexpr):
+    """Exact; the interpreter's own cast loses bfloat16's subnormal numbers."""
+    if INTERP and x.dtype == tl.bfloat16:
+        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
+        return bits.to(tl.float32, bitcast=True).to(tl.float64)
+    else:
+        return x.to(tl.float32).to(tl.float64)

@@ -17,7 +17,7 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from rlspec.kernels.configs import FEW, NEAREST, PRODUCT, SHARED_LIMIT, Family, Precision
+from rlspec.kernels.configs import FEW, NEAREST, PRODUCT, SHARED_LIMIT, Family, Precision, rounding_config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -45,6 +45,7 @@ class Key:
     constants: dict[str, Any] = field(hash=False)
     warps: int = 4
     stages: int = 3
+    fused: bool = True  # a product and a sum may be rounded once
 
     @property
     def name(self) -> str:
@@ -57,6 +58,7 @@ def keys() -> Iterator[Key]:
         yield from _stats_keys(target)
         for precision in (NEAREST[target], "bf16"):
             yield from _product_keys(target, precision)
+        yield from _rounding_keys(target)
 
 
 def _stats_keys(target: Family) -> Iterator[Key]:
@@ -105,6 +107,28 @@ def _product_keys(target: Family, precision: Precision) -> Iterator[Key]:
                 yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
 
 
+def _rounding_keys(target: Family) -> Iterator[Key]:
+    numbers = ["M", "N", "C", "first"]
+    numbers += [
+        f"{name}_{stride}" for name in ("tuned", "change", "right", "out") for stride in ("matrix", "row")
+    ]
+    for weights, dtype in (("bf16", tl.bfloat16), ("fp32", tl.float32)):
+        signature = {"tuned": f"*{weights}", "change": "*fp32", "right": "*fp32", "out": f"*{weights}"}
+        signature |= {"sums": "*fp64", "strength": "*fp64", "keys": "*i64"} | dict.fromkeys(numbers, "i32")
+        for factors in (True, False):
+            config = rounding_config(target, factors=factors)
+            for draws in (False, True):
+                values = {"FACTORS": factors, "DRAWS": draws, "SAME": True, "TO": dtype}
+                values |= {"PRECISION": NEAREST[target], "INTERP": False}
+                values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
+                change = "low-rank" if factors else "stored"
+                variant = f"{change} change, {weights} weights, {'stochastic' if draws else 'nearest'}"
+                kernel = "add_rounded._add_rounded_kernel"
+                yield Key(
+                    kernel, target, variant, signature, values, config.warps, config.stages, fused=False
+                )
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made of a key.
@@ -127,7 +151,8 @@ class Compiled:
             found.append(f"{self.spilled_bytes} bytes spilled")
         if self.shared_bytes > SHARED_LIMIT[key.target]:  # no compiler checks this
             found.append(f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[key.target]}")
-        if "PRECISION" in key.constants and not self.tensor:
+        multiplies = "PRECISION" in key.constants and key.constants.get("FACTORS", True)
+        if multiplies and not self.tensor:
             found.append("no instruction of tensor cores")
         if "16" not in self.loads and key.kernel != "delta_stats._sum_tiles_kernel":
             found.append("no load of 16 bytes: the alignment of the pointers is lost")
@@ -152,7 +177,7 @@ def compiled(key: Key) -> Compiled:
         kernel, key.signature | dict.fromkeys(key.constants, "constexpr"), constants, attributes
     )
     # The default of fusion differs between releases.
-    options = {"num_warps": key.warps, "num_stages": key.stages, "enable_fp_fusion": True}
+    options = {"num_warps": key.warps, "num_stages": key.stages, "enable_fp_fusion": key.fused}
     made = compile(source, target=TARGETS[key.target], options=options)
     return _nvidia(made) if "cubin" in made.asm else _amd(made)
 

@@ -60,6 +60,21 @@ NEAREST: dict[Family, Precision] = {
 }
 
 
+#: Of `add_rounded`: with a stored change, and with factors. Its float64 sums want many threads for a tile.
+ROUNDING: dict[Family, Sizes] = {
+    "sm_80": Sizes(Config(64, 64, 16, 8, 2), Config(16, 256, 16, 8, 1)),
+    "sm_90": Sizes(Config(64, 64, 32, 8, 3), Config(16, 256, 16, 8, 1)),
+    "sm_100": Sizes(Config(64, 64, 32, 8, 3), Config(16, 256, 16, 8, 1)),
+    "gfx942": Sizes(Config(64, 64, 32, 8, 2), Config(16, 256, 16, 8, 1)),
+    "interpreter": Sizes(Config(32, 64, 32, 4, 1), Config(32, 64, 16, 4, 1)),
+}
+
+
+def rounding_config(family: Family, *, factors: bool) -> Config:
+    """Sizes for `add_rounded` with factors (`Sizes.many`) or a stored change."""
+    return ROUNDING[family].many if factors else ROUNDING[family].few
+
+
 def family_of(device: torch.device) -> Family:
     """The row of the tables that a device is served from."""
     if device.type == "cpu":

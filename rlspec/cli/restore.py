@@ -14,8 +14,8 @@ from rlspec.errors import CheckpointError
 from rlspec.restore.options import RestoreOptions
 
 if TYPE_CHECKING:
-    from rlspec.restore.checkpoint import Target
     from rlspec.restore.plan import Plan
+    from rlspec.restore.target import Target
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -62,7 +62,7 @@ def command(
         return
     if out is None:
         raise click.UsageError("Missing option '--out'.")
-    from rlspec.restore.checkpoint import Target
+    from rlspec.restore.target import Target
 
     target = Target(out, base, tuned, resume=resume, overwrite=overwrite)
     _check_report_file(report_file, base, tuned, out)

@@ -101,9 +101,13 @@ def report_lines(report: RestoreReport) -> list[str]:
         lost = [row.rounding_share for row in rows]
         lines.append(f"lost to rounding, of change  {_spread(lost, '{:.1%}')}")
         if statistics.median(lost) > _LOST:
+            kept = (
+                "a dequantised checkpoint keeps it"
+                if rows[0].dtype.startswith("float8")
+                else "--dtype float32 keeps it"
+            )
             lines.append(
-                f"  {rows[0].dtype} cannot hold a change this small; --rounding stochastic keeps it on average, "
-                "--dtype float32 keeps it"
+                f"  {rows[0].dtype} cannot hold a change this small; --rounding stochastic keeps it on average, {kept}"
             )
     lines += [f"{row.name}: {row.note}" for row in rows if row.note]
     if report.options["dtype"] == "float32":
@@ -138,7 +142,7 @@ def _plan_row(step: Step, plan: Plan) -> tuple[str, ...]:
 
 
 def _totals(plan: Plan) -> list[str]:
-    counts = {action: len(plan.chosen(action)) for action in ("restore", "merge", "tied", "keep")}
+    counts = {action: len(plan.chosen(action)) for action in ("restore", "merge", "tied", "scale", "keep")}
     text = ", ".join(f"{action} {count}" for action, count in counts.items() if count)
     return [f"{len(plan.steps)} tensors: {text}; {_size(plan_bytes(plan))} to write"]
 

@@ -23,10 +23,13 @@ from torch import Tensor, nn
 
 from rlspec.errors import RunFolderError
 from rlspec.io.files import read_json_object, replacing, write_atomically
-from rlspec.io.index import SINGLE_FILE
+from rlspec.io.fused import Config
+from rlspec.io.index import INDEX_FILE
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
-from rlspec.io.projections import find_projections
+from rlspec.io.projections import Projection, find_projections
 from rlspec.io.weights import open_weights
+from rlspec.spectra.dealt import gathered, is_spread
+from rlspec.spectra.processes import GatherError, Processes, told
 
 
 class TrackingFolder:
@@ -92,28 +95,46 @@ class TrackingFolder:
         keep_rows(self.spectra, lambda row: row["step"] in kept)
         return [row for row in rows if row["step"] in kept]
 
-    def save_reference(self, model: nn.Module, modules: Sequence[str]) -> None:
-        """Write the weights that are tracked, as they are now, to :attr:`reference`.
+    def save_reference(
+        self, model: nn.Module, modules: Sequence[str], processes: Processes | None = None
+    ) -> None:
+        """Write the weights that are tracked, as they are now, to :attr:`reference`, a tensor at a time.
 
-        Errors are those of ``SpectralBasis.from_model``.
+        Args:
+            processes: that hold the model together and all call this; the first one writes.
+
+        Errors are those of ``SpectralBasis.from_model``; ProcessError, GatherError see ``DealtTracker``.
         """
-        weights = open_weights(model)
-        config = weights.config()
-        shapes = weights.shapes()
-        tensors: dict[str, Tensor] = {}
-        found = find_projections(shapes, modules, config)
-        if any(projection.tensor.endswith("qkv_proj.weight") for projection in found):
-            found = find_projections(shapes, (*modules, "o"), config)  # tells how that tensor is split
-        for projection, matrix in weights.stream(found):
-            # Of a fused tensor what is not tracked stays zero.
-            if projection.tensor not in tensors:
-                tensors[projection.tensor] = torch.zeros(shapes[projection.tensor], dtype=matrix.dtype)
-            projection.put(tensors[projection.tensor], matrix.cpu())
-        self.reference.mkdir(exist_ok=True)
-        if config is not None:  # how fused projections are laid out
-            write_atomically(self.reference / "config.json", json.dumps(config, default=str).encode())
-        with replacing(self.reference / SINGLE_FILE) as temporary:
-            save_file(tensors, temporary, metadata={"format": "pt"})
+        processes = processes or Processes()
+        if not (is_spread(model) or processes.number == 0):
+            processes.agree(None)
+            return
+        failure = None
+        try:
+            weights = open_weights(model)
+            writer = _Reference(self.reference, weights.config(), weights.shapes())
+            found = find_projections(writer.shapes, modules, writer.config)
+            if any(projection.tensor.endswith("qkv_proj.weight") for projection in found):
+                found = find_projections(
+                    writer.shapes, (*modules, "o"), writer.config
+                )  # how that tensor is split
+            writer.expect(found)
+            for projection, matrix in gathered(model, found):
+                if processes.number == 0 and failure is None:
+                    try:
+                        writer.put(projection, matrix)
+                    except Exception as error:
+                        failure = error  # the others gather on
+                del matrix
+            if processes.number == 0 and failure is None:
+                writer.finish()
+        except GatherError:
+            raise
+        except Exception as error:
+            failure = failure or error
+        if processes.count == 1 and failure is not None:
+            raise failure
+        processes.agree(None if failure is None else told(failure))
 
     def append(self, rows: Sequence[Row]) -> None:
         append_rows(self.spectra, rows)
@@ -124,3 +145,37 @@ class TrackingFolder:
         while any(os.path.lexists(f"{path}.{number}") for path in there):
             number += 1
         return [path.rename(f"{path}.{number}") for path in there]
+
+
+class _Reference:
+    """A checkpoint folder with one file a tensor; its index comes last."""
+
+    def __init__(self, folder: Path, config: Config | None, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        self.folder, self.config, self.shapes = folder, config, shapes
+        self._left: dict[str, int] = {}  # tensor -> its projections still to come
+        self._open: dict[str, Tensor] = {}
+        self._files: dict[str, str] = {}
+
+    def expect(self, projections: Sequence[Projection]) -> None:
+        for projection in projections:
+            self._left[projection.tensor] = self._left.get(projection.tensor, 0) + 1
+
+    def put(self, projection: Projection, matrix: Tensor) -> None:
+        name = projection.tensor
+        # Of a fused tensor what is not tracked stays zero.
+        tensor = self._open.setdefault(name, torch.zeros(self.shapes[name], dtype=matrix.dtype))
+        projection.put(tensor, matrix.cpu())
+        self._left[name] -= 1
+        if self._left[name] == 0:
+            del self._open[name]
+            file = f"model-{len(self._files) + 1:05d}-of-{len(self._left):05d}.safetensors"
+            self.folder.mkdir(exist_ok=True)
+            with replacing(self.folder / file) as temporary:
+                save_file({name: tensor}, temporary, metadata={"format": "pt"})
+            self._files[name] = file
+
+    def finish(self) -> None:
+        if self.config is not None:  # how fused projections are laid out
+            write_atomically(self.folder / "config.json", json.dumps(self.config, default=str).encode())
+        index = {"metadata": {}, "weight_map": self._files}
+        write_atomically(self.folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())

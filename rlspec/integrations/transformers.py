@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from rlspec.errors import OptionError, RlspecError, RunFolderError, TensorError
+from rlspec.errors import OptionError, RunFolderError, TensorError
 from rlspec.integrations.budget import Pace, parse_budget
 from rlspec.integrations.store import TrackingFolder
 from rlspec.io.index import CheckpointIndex
@@ -26,6 +26,8 @@ from rlspec.linalg.rank import Rank, RankLike
 from rlspec.report.data import by_event
 from rlspec.run.rows import mean
 from rlspec.spectra.basis import SpectralBasis
+from rlspec.spectra.dealt import DealtTracker
+from rlspec.spectra.processes import GatherError, ProcessError, Processes, told
 from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
 from rlspec.train.callbacks import undisturbed
 
@@ -44,13 +46,17 @@ class SpectralCallback(TrainerCallback):
     """Measures the weights at step 0, every ``every`` optimizer steps and at the last one.
 
     Rows go to ``out/spectra.jsonl`` and :attr:`records`, the means of :data:`LOGGED` to the trainer's own loggers
-    (TensorBoard, W&B, …) and its ``state.log_history``. LoRA adapters of PEFT count with their weight, W + s B A. Of
-    several processes with a copy of the model each, the first measures. The reference is decomposed when the training
-    begins, which takes time once (decompositions are cached, see ``$RLSPEC_CACHE``); its factors stay on the host.
+    (TensorBoard, W&B, …) and its ``state.log_history``. LoRA adapters of PEFT count with their weight, W + s B A. The
+    reference is decomposed when the training begins, which takes time once (decompositions are cached, see
+    ``$RLSPEC_CACHE``); its factors stay on the host.
 
-    From there on an error of any kind is told in one warning and ends the tracking alone, see :attr:`disabled`. Among
-    them are models whose weights are spread over processes (FSDP, ZeRO-3, tensor parallel): measure their saved
-    checkpoints. Only wrong arguments raise.
+    Several processes share the work, whether each has a copy of the model (DDP) or DTensors of it (FSDP2, tensor
+    parallelism), see ``DealtTracker``; the first one writes. ``base``, and ``out`` of a resumed training, must be
+    readable for all of them.
+
+    From there on an error of any kind, in any process, is told in one warning and ends the tracking alone, see
+    :attr:`disabled`. Among them are weights spread by FSDP1 or ZeRO-3: measure their saved checkpoints. What raises is
+    wrong arguments, and a process that is gone (GatherError), without which the training could not go on either.
 
     Args:
         every: optimizer steps between measurements.
@@ -93,26 +99,30 @@ class SpectralCallback(TrainerCallback):
         self.records: list[SpectralRecord] = []
         #: why tracking ended before the training did; None while all is well
         self.disabled: str | None = None
-        self._tracker: SpectralTracker | None = None
+        self._processes = Processes()
+        self._tracker: SpectralTracker | DealtTracker | None = None
+        self._reference: Path | None = None  # where base=None and the training was resumed
         self._folder: TrackingFolder | None = None
         self._trainer: Trainer | None = None
         self._due = self._told = False
 
     # What the trainer calls.
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
+        self._processes = Processes.of_training()
+        if self._processes.count == 1 and not state.is_world_process_zero:
             return
         self.records, self.disabled, self._due, self._told = [], None, False, False
-        self._tracker, self._trainer = None, _calling_trainer(self)
+        self._tracker = self._folder = self._reference = None
+        self._trainer = _calling_trainer(self)
         model: nn.Module = kwargs["model"]
         self.pace.begin()
-        try:
-            with undisturbed(model), self.pace.spending(once=True):
-                _refuse_sharded(model, getattr(args, "world_size", 1))
-                self._tracker = self._begin(model, state.global_step)
-        except Exception as error:
-            self._disable(error)
-        if state.global_step == 0:
+        step = state.global_step
+        if (
+            self._together(model, lambda: self._open(model, args, step), once=True)
+            and self._together(model, lambda: self._find_reference(model, step), once=True)
+            and self._together(model, lambda: self._begin(model), once=True)
+            and step == 0
+        ):
             self._measure(model, state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -121,11 +131,13 @@ class SpectralCallback(TrainerCallback):
         done = any(record.step == state.global_step for record in self.records)
         if (state.global_step % self.every == 0 or state.global_step == state.max_steps) and not done:
             self._due = True
-        if self._due and self.pace.allows():
+        if not self._due:
+            return
+        if self._processes.first(self.pace.allows()):  # their clocks differ
             self._measure(kwargs["model"], state, control)
-        elif self._due and not self._told:
+        elif not self._told:
             self._told = True
-            _LOG.warning(
+            self._warn(
                 "tracking took %.3g of %.3g s so far: the measurement of step %d waits (budget=%r), later ones may too",
                 self.pace.spent,
                 self.pace.elapsed,
@@ -137,26 +149,55 @@ class SpectralCallback(TrainerCallback):
         self._tracker = self._trainer = None  # the factors' memory, and a cycle
 
     # What they come to.
-    def _begin(self, model: nn.Module, step: int) -> SpectralTracker:
-        """Open the folder, find the reference and decompose it."""
-        if self.out is not None:
-            settings = {
-                "base": None if self.base is None else str(self.base.resolve()),
-                "modules": list(self.modules),
-                "rank": str(self.rank),
-            }
-            self._folder = TrackingFolder(self.out, settings)
-            if step == 0:
-                aside = self._folder.start()
-                if aside:
-                    _LOG.warning("an earlier training's files are now %s", ", ".join(map(str, aside)))
-                if self.base is None:
-                    self._folder.save_reference(model, self.modules)
-            else:
-                rows = self._folder.resume(step)
-                self.records = [SpectralRecord(s, at, group) for (s, at), group in by_event(rows).items()]
-        base = self.base
-        if base is None and step > 0:
+    def _together(self, model: nn.Module, work: Callable[[], None], *, once: bool = False) -> bool:
+        """Do one thing in all processes; False: it failed in one, and the tracking ends in all.
+
+        What talks to the other processes in ``work`` must fail in all alike, or in none.
+        """
+        failure = None
+        try:
+            with undisturbed(model), self.pace.spending(once=once):
+                work()
+        except GatherError:  # nobody knows where the others are
+            raise
+        except Exception as error:
+            failure = told(error)
+        try:
+            self._processes.agree(failure)
+        except ProcessError as error:
+            self.disabled = str(error)
+            self._tracker = self._trainer = None
+            self._warn("tracking of the spectra ends here, the training goes on: %s", self.disabled)
+            return False
+        return True
+
+    def _open(self, model: nn.Module, args: Any, step: int) -> None:
+        """Open the folder: the first process, which alone writes there."""
+        _refuse_sharded(model, max(getattr(args, "world_size", 1), self._processes.count))
+        if self.out is None:
+            return
+        settings = {
+            "base": None if self.base is None else str(self.base.resolve()),
+            "modules": list(self.modules),
+            "rank": str(self.rank),
+        }
+        self._folder = TrackingFolder(self.out, settings)
+        if self._processes.number > 0:
+            return
+        if step == 0:
+            aside = self._folder.start()
+            if aside:
+                self._warn("an earlier training's files are now %s", ", ".join(map(str, aside)))
+        else:
+            rows = self._folder.resume(step)
+            self.records = [SpectralRecord(s, at, group) for (s, at), group in by_event(rows).items()]
+
+    def _find_reference(self, model: nn.Module, step: int) -> None:
+        """Where the training's start is kept, and all processes' view of what was measured of it."""
+        self.records = self._processes.first(self.records)
+        if self.base is None and step == 0 and self._folder is not None:
+            self._folder.save_reference(model, self.modules, self._processes)
+        elif self.base is None and step > 0:
             base = None if self._folder is None else self._folder.reference
             if base is None or not base.is_dir():
                 where = "without out=" if base is None else f"and {base} is not there"
@@ -164,28 +205,40 @@ class SpectralCallback(TrainerCallback):
                     f"resumed at step {step} {where}, so the weights that the training began with are not known; give "
                     "them as base="
                 )
+            self._reference = base
+
+    def _begin(self, model: nn.Module) -> None:
+        """Decompose the reference."""
+        base = self.base or self._reference
         options: dict[str, Any] = {"modules": self.modules, "rank": self.rank}
+        if self._processes.count > 1:
+            device = None if base is None else _device(model)
+            self._tracker = DealtTracker(model, base=base, device=device, **options)
+            return
         if base is None:
             basis = SpectralBasis.from_model(model, **options)
         else:
             basis = SpectralBasis.from_checkpoint(base, device=_device(model), **options)
         # On a device every byte is the training's.
-        return SpectralTracker(basis, arrays=False, factors="host")
+        self._tracker = SpectralTracker(basis, arrays=False, factors="host")
 
     def _measure(self, model: nn.Module, state: Any, control: Any) -> None:
         """One event: measured, kept, logged."""
-        if self._tracker is None:
+        tracker = self._tracker
+        if tracker is None:
             return
         self._due = False
-        try:
-            with undisturbed(model), self.pace.spending():
-                record = self._tracker.measure(model, step=state.global_step, stage=_STAGE)
-                if self._folder is not None:
-                    self._folder.append(record.rows)
-                self.records.append(record)
-                self._log(record.rows, control)
-        except Exception as error:
-            self._disable(error)
+        records: list[SpectralRecord] = []
+        if self._together(
+            model, lambda: records.append(tracker.measure(model, step=state.global_step, stage=_STAGE))
+        ):
+            self._together(model, lambda: self._keep(records[0], control), once=True)
+
+    def _keep(self, record: SpectralRecord, control: Any) -> None:
+        if self._folder is not None and self._processes.number == 0:
+            self._folder.append(record.rows)
+        self.records.append(record)
+        self._log(record.rows, control)
 
     def _log(self, rows: list[Row], control: Any) -> None:
         trainer = self._trainer
@@ -199,11 +252,9 @@ class SpectralCallback(TrainerCallback):
         Trainer.log(trainer, logs)
         control.should_log = trainer.control.should_log = should_log
 
-    def _disable(self, error: Exception) -> None:
-        name = "" if isinstance(error, RlspecError) else f"{type(error).__name__}: "
-        self.disabled = f"{name}{' '.join(str(error).split())}"
-        self._tracker = self._trainer = None
-        _LOG.warning("tracking of the spectra ends here, the training goes on: %s", self.disabled)
+    def _warn(self, message: str, *values: Any) -> None:
+        if self._processes.number == 0:
+            _LOG.warning(message, *values)
 
 
 def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
@@ -221,14 +272,14 @@ def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
 
 
 def _refuse_sharded(model: nn.Module, world_size: int) -> None:
-    """Refuse a model whose weights this process has parts of: gathering them takes all processes."""
+    """Refuse a model whose weights this process has parts of that are no DTensors, so that nothing tells what of."""
     if world_size == 1:
         return
     for name, parameter in model.named_parameters():
-        if hasattr(parameter, "full_tensor") or hasattr(parameter, "ds_shape") or "_fsdp_wrapped" in name:
+        if hasattr(parameter, "ds_shape") or "_fsdp_wrapped" in name:
             raise TensorError(
-                f"{name}: spread over {world_size} processes (FSDP, ZeRO-3 or tensor parallel), which is not gathered "
-                "inside a training; measure the checkpoints that it saves"
+                f"{name}: spread over {world_size} processes by FSDP1 or DeepSpeed's ZeRO-3, which is not gathered "
+                "inside a training; use FSDP2 (fsdp_version: 2 for accelerate), or measure the checkpoints that it saves"
             )
 
 

@@ -7,6 +7,7 @@ import torch
 from rlspec.errors import CheckpointError
 from rlspec.io.index import TensorEntry
 
+_LONGEST = (1 << 63) - 1
 _TORCH_NAMES = {
     "BOOL": "bool",
     "U8": "uint8",
@@ -39,8 +40,12 @@ def torch_dtype(entry: TensorEntry) -> torch.dtype:
     """The dtype of a tensor on disk.
 
     Raises:
-        CheckpointError: torch has no such dtype (packed 4- and 6-bit floats).
+        CheckpointError: torch has no such dtype (packed 4- and 6-bit floats), or no axis as long as one of these.
     """
+    if any(size > _LONGEST for size in entry.shape):  # an empty tensor may claim that
+        raise CheckpointError(
+            f"{entry.shard}: {entry.name!r} has shape {list(entry.shape)}, torch has axes of at most {_LONGEST}"
+        )
     if entry.dtype not in TORCH_DTYPES:
         raise CheckpointError(
             f"{entry.shard}: {entry.name!r} has dtype {entry.dtype}, which torch {torch.__version__} does not have"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import stat
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ _LOADED = (".json", ".jinja", ".model", ".txt")
 def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     """Yield a temporary name beside ``path``. What the block leaves there takes the name at once, when it ends.
 
-    Readers see the old file or the new one; a kill leaves the old one. The file is on the disk afterwards.
+    Readers see the old file or the new one; a kill leaves the old one. The file is on the disk afterwards, with the
+    permissions that `open` gives a new one, whatever the library that wrote it does.
 
     Args:
         shared: several processes may be writing this file.
@@ -34,7 +36,10 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
     # A leftover of a kill, or a link in a folder that came from elsewhere: what it points to must not be written.
     temporary.unlink(missing_ok=True)
     try:
+        temporary.touch(exist_ok=False)
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -42,6 +47,25 @@ def replacing(path: Path, *, shared: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
+
+
+def give_usual_modes(folder: Path) -> None:
+    """Give all files below a folder the permissions that `open` gives new ones there.
+
+    safetensors writes files that their owner alone may read.
+
+    Raises:
+        OSError: they cannot be given.
+    """
+    probe = folder / f".{os.getpid()}-{threading.get_ident()}.mode"
+    probe.touch(exist_ok=False)
+    try:
+        mode = stat.S_IMODE(probe.stat().st_mode)
+    finally:
+        probe.unlink()
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)
 
 
 def write_atomically(path: Path, content: bytes) -> None:

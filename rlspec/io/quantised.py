@@ -30,6 +30,7 @@ _ENDINGS = re.compile(
 # scales of activations (input_scale, activation_scale) say nothing about the weight.
 _BESIDE_WEIGHT = re.compile(r"(.+\.weight)(?:_\w+|\..+)")
 _BESIDE_OWNER = re.compile(r"(.+)\.(?:qweight|qzeros|SCB|absmax|quant_map|W_q|codebooks|scales?|zeros|g_idx)")
+_BESIDE_EXPERTS = re.compile(r"(.+\.experts\.\w+?)_scale(?:_inv)?")
 _ADVICE = "start from weights of 16 or 32 bits, or dequantise them first"
 
 
@@ -62,10 +63,15 @@ def companions(names: Iterable[str]) -> dict[str, list[str]]:
 
 def _weight_of(name: str) -> str | None:
     """The weight that a tensor's name says it lies beside."""
-    if match := _BESIDE_WEIGHT.fullmatch(name):
+    if match := _BESIDE_WEIGHT.fullmatch(name) or _BESIDE_EXPERTS.fullmatch(name):
         return match[1]
     match = _BESIDE_OWNER.fullmatch(name)
     return None if match is None else f"{match[1]}.weight"
+
+
+def scales_of(name: str, beside: Iterable[str]) -> list[str]:
+    """Which of the tensors beside a weight are its scales; codes of a known scheme have one."""
+    return [n for n in beside if n in (name + _SCALES[0], name + _SCALES[1])]
 
 
 def block_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
@@ -86,7 +92,7 @@ def block_size(config: Mapping[str, Any] | None) -> tuple[int, int] | None:
 
 
 def _is_block(size: object) -> bool:
-    return isinstance(size, Sequence) and len(size) == 2 and all(isinstance(n, int) and n > 0 for n in size)
+    return isinstance(size, Sequence) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)
 
 
 def dequantised(
@@ -111,7 +117,7 @@ def dequantised(
     """
     if has_own_scheme(stored):
         return stored.dequantize()
-    scales = [n for n in beside if n in (name + _SCALES[0], name + _SCALES[1])]
+    scales = scales_of(name, beside)
     if stored.is_floating_point() and stored.element_size() > 1:
         told = next((n for n in beside if is_quantised(n)), None)
         if told is not None:
@@ -152,6 +158,24 @@ def scaled(
     Raises:
         TensorError: another shape, or one that several blocks fit.
     """
+    wide, (rows, columns) = scale_grid(name, codes, scale_name, scale, block)
+    out = codes.to(torch.float32)
+    if wide.shape[1] > 1:
+        wide = wide.repeat_interleave(columns, dim=1)[:, : codes.shape[1]]
+    if rows == 1 or wide.shape[0] == 1:
+        return out.mul_(wide)
+    for i, factors in enumerate(wide):
+        out[i * rows : (i + 1) * rows].mul_(factors)
+    return out
+
+
+def scale_grid(
+    name: str, codes: Tensor, scale_name: str, scale: Tensor, block: tuple[int, int] | None
+) -> tuple[Tensor, tuple[int, int]]:
+    """A scale as a grid (a, b) in float32, and the block of entries that each of its numbers stands for.
+
+    Arguments and errors are those of `scaled`.
+    """
     wide = _as_float32(scale_name, scale)
     shape = tuple(codes.shape)
     problem = f"{scale_name}: {tuple(scale.shape)} does not scale {name} {shape} by rows or blocks"
@@ -172,14 +196,7 @@ def scaled(
             f"{problem}; {'without a' if block is None else 'nor by the'} weight_block_size in config.json"
         )
     rows, columns = (size or 1 for size in sizes)
-    out = codes.to(torch.float32)
-    if wide.shape[1] > 1:
-        wide = wide.repeat_interleave(columns, dim=1)[:, : shape[1]]
-    if rows == 1 or wide.shape[0] == 1:
-        return out.mul_(wide)
-    for i, factors in enumerate(wide):
-        out[i * rows : (i + 1) * rows].mul_(factors)
-    return out
+    return wide, (rows, columns)
 
 
 def _as_float32(name: str, scale: Tensor) -> Tensor:

@@ -273,7 +273,7 @@ def stream_rows(
             f"{entry.shard}: a row of {name!r} has {row_bytes} bytes, the bound is {memory_bytes}; two rows must fit, "
             "allow more memory"
         )
-    count = max(1, (memory_bytes // _BLOCKS - overhead) // max(row_bytes, 1))
+    count = max(1, (memory_bytes // _BLOCKS - overhead) // row_bytes) if row_bytes else max(rows, 1)
     blocks = []
     for first in range(0, rows, count):
         last = min(first + count, rows)

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from rlspec.errors import TensorError
+from rlspec.errors import TensorError, check_type
 from rlspec.io.fused import Config
 from rlspec.io.module import ModuleTensors, module_config, strip_wrappers, with_adapters
 from rlspec.io.projections import Projection, counterparts, read_config
-from rlspec.io.quantised import block_size, companions, dequantised
+from rlspec.io.quantised import block_size, companions, dequantised, scales_of
+from rlspec.io.requantised import ScaledCodes
+
+if TYPE_CHECKING:
+    from rlspec.io.index import CheckpointIndex
 
 # What reading a folder ahead may hold, where its largest tensor does not need more.
 READ_AHEAD_BYTES = 1 << 27
@@ -22,13 +28,19 @@ _SLACK_BYTES = 1 << 15
 
 
 def open_weights(source: WeightSource) -> Weights:
-    """Give any weight source the same face."""
+    """Give any weight source the same face.
+
+    Raises:
+        OptionError: it is none.
+    """
     if isinstance(source, Weights):
         return source
     if isinstance(source, nn.Module):
         return _ModuleWeights(source)
     if isinstance(source, Mapping):
         return _TensorMapping(source)
+    wanted = "a module, a mapping of names to tensors, or the path of a checkpoint"
+    check_type("model", source, (str, Path), wanted)
     return CheckpointWeights(Path(source))
 
 
@@ -193,8 +205,18 @@ class CheckpointWeights(Weights):
         # Here and below: the reader needs the compiled extension, tensors in memory do not.
         from rlspec.io.index import CheckpointIndex
 
-        self._index = CheckpointIndex.open(folder)
-        self.where = f"the checkpoint {folder}"
+        self._take(CheckpointIndex.open(folder))
+
+    @classmethod
+    def of(cls, index: CheckpointIndex) -> CheckpointWeights:
+        """The weights of a checkpoint whose headers are at hand."""
+        weights = cls.__new__(cls)
+        weights._take(index)
+        return weights
+
+    def _take(self, index: CheckpointIndex) -> None:
+        self._index = index
+        self.where = f"the checkpoint {index.path}"
 
     def config(self) -> Config | None:
         return read_config(self._index.path)
@@ -208,6 +230,44 @@ class CheckpointWeights(Weights):
         place = {entry.name: at for at, entry in enumerate(in_file_order(self._index))}
         # One that is not there is refused when it is to be read.
         return sorted(projections, key=lambda projection: place.get(projection.tensor, -1))
+
+    def scale_of(self, name: str) -> str | None:
+        """The tensor that scales the codes of a weight; None where the weight is stored as numbers.
+
+        Raises:
+            TensorError: codes of a scheme that is not known, or a scale that does not fit. Headers tell, nothing is read.
+        """
+        beside = self._companions.get(name, [])
+        with self._file_named(name):
+            dequantised(name, self._empty(name), beside, self._empty, self._block)
+        return next(iter(scales_of(name, beside)), None)
+
+    def numbers(self, name: str, stored: Tensor) -> Tensor:
+        """What a tensor that was read stands for: scaled fp8 dequantised to float32, all else as it is.
+
+        Raises:
+            TensorError: as `scale_of`.
+        """
+        with self._file_named(name):
+            return self._decoded(name, stored)
+
+    def codes(self, name: str, stored: Tensor, scale: str) -> ScaledCodes:
+        """A matrix that was read, with its scale, as `scale_of` names that."""
+        return ScaledCodes(name, stored, scale, self._load(scale), self._block)
+
+    def _empty(self, name: str) -> Tensor:
+        """A tensor's dtype and shape, without values."""
+        from rlspec.io.dtypes import torch_dtype
+
+        entry = self._index.tensors[name]
+        return torch.empty(entry.shape, dtype=torch_dtype(entry), device="meta")
+
+    @contextmanager
+    def _file_named(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except TensorError as error:
+            raise TensorError(f"{self._index.tensors[name].shard}: {error}") from None
 
     def _names(self) -> Collection[str]:
         return self._index.tensors.keys()
@@ -230,10 +290,8 @@ class CheckpointWeights(Weights):
     def _parts(
         self, name: str, stored: Tensor, projections: Sequence[Projection], places: Sequence[int]
     ) -> dict[int, Tensor]:
-        try:
+        with self._file_named(name):
             return super()._parts(name, stored, projections, places)
-        except TensorError as error:
-            raise TensorError(f"{self._index.tensors[name].shard}: {error}") from None
 
 
 WeightSource = nn.Module | Mapping[str, Tensor] | str | Path | Weights

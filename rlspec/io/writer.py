@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import threading
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -334,17 +333,15 @@ def _copy_companion(source: Path, target: Path) -> None:
 
 
 def _copy_file(source: Path, target: Path) -> None:
-    """Copy a small file with its permissions; regular also where the source is a link."""
+    """Copy a small file; regular also where the source is a link, with the permissions of a new file."""
     try:
-        status = source.stat()
+        size = source.stat().st_size
     except OSError as error:
         raise read_error(source, error) from None
-    mode = stat.S_IMODE(status.st_mode)
     try:
         file = _C.OutputFile(os.fsencode(target))
-        file.copy(os.fsencode(source), 0, 0, status.st_size)
+        file.copy(os.fsencode(source), 0, 0, size)
         file.finish()
-        os.chmod(target, mode | stat.S_IWUSR)
     except _C.FileError as error:
         path = target if error.kind == "write_failed" else source
         raise CheckpointError(f"{path}: {error}") from None

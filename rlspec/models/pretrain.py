@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from rlspec.io.files import give_usual_modes
 from rlspec.models.corpus import KINDS, example
 from rlspec.models.muon import Muon
 from rlspec.models.vocabulary import make_tokenizer
@@ -138,6 +139,7 @@ def pretrain(out: Path, *, steps: int, peak: float, seed: int, held_out: int) ->
     stored: Any = model
     stored.to(torch.bfloat16).save_pretrained(out)
     tokenizer.save_pretrained(out)
+    give_usual_modes(Path(out))
     click.echo(f"saved to {out}: {json.dumps({k: round(v, 4) for k, v in final.items()})}")
     return final
 

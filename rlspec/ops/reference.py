@@ -49,3 +49,8 @@ def add_rounded_ref(tuned: Tensor, change: Tensor, strength: float, dtype: torch
         nearer = (candidate.double() - exact).abs() < (best.double() - exact).abs()
         best = torch.where(nearer, candidate, best)
     return best
+
+
+def add_low_rank_ref(tuned: Tensor, left: Tensor, right: Tensor, strength: float) -> Tensor:
+    """See :func:`rlspec.ops.add_low_rank.add_low_rank`, before rounding: float64."""
+    return tuned.double() + strength * (left.double() @ right.double().mT)

@@ -59,6 +59,15 @@ def _product_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
     return _kernel_misfit(dtypes, shape)
 
 
+def _rounding_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
+    """``dtypes`` of the weight, the change or its factors, and the result; ``shape`` begins with (L, m, n)."""
+    if dtypes[1] != torch.float32:
+        return f"the kernel adds float32 changes, not {_name(dtypes[1])}"
+    if shape[0] > _MOST_MATRICES:
+        return f"the kernel takes up to {_MOST_MATRICES} matrices, not {shape[0]}"
+    return _kernel_misfit(dtypes, shape)
+
+
 #: operation -> its implementations, the preferred first; the last one takes everything
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "delta_stats": (
@@ -72,10 +81,22 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("triton", "triton", _product_misfit),
         Implementation("row blocks", "torch"),
     ),
-    "add_rounded": (Implementation("row blocks", "torch"),),
+    "add_rounded": (
+        Implementation("triton", "triton", _rounding_misfit),
+        Implementation("row blocks", "torch"),
+    ),
+    "add_low_rank": (
+        Implementation("triton", "triton", _rounding_misfit),
+        Implementation("row blocks", "torch"),
+    ),
 }
-# Tensors that each takes: W and W_ref, and a block; a weight and a change.
-_ARGUMENTS = {"delta_stats": 2, "delta_matmul": 3, "add_rounded": 2}
+# Tensors that each takes: W and W_ref, and a block; a weight, a change, and the result.
+_ARGUMENTS: dict[str, Callable[[torch.dtype, torch.dtype], Dtypes]] = {
+    "delta_stats": lambda weights, wide: (weights, weights),
+    "delta_matmul": lambda weights, wide: (weights, weights, wide),
+    "add_rounded": lambda weights, wide: (weights, wide, weights),
+    "add_low_rank": lambda weights, wide: (weights, wide, weights),
+}
 
 
 def choose(op: str, device: torch.device, dtypes: Dtypes, shape: Sequence[int]) -> str:
@@ -117,7 +138,7 @@ def summary(op: str, device: torch.device) -> str:
     for weights in _SHOWN:
         # Products are taken in float32 unless the weights hold more.
         wide = weights if weights == torch.float64 else torch.float32
-        arguments = op, device, (weights, weights, wide)[: _ARGUMENTS[op]], (1, 4096, 4096, 1024)
+        arguments = op, device, _ARGUMENTS[op](weights, wide), (1, 4096, 4096, 1024)
         chosen.setdefault(choose(*arguments), []).append(_name(weights))
         reasons |= {f"{name}: {why}": None for name, why in passed_over(*arguments)}
     if len(chosen) == 1:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from rlspec.linalg.dense import thin_svd
 from rlspec.linalg.transfer import to_host
+from rlspec.ops.add_low_rank import LowRank, add_low_rank
+from rlspec.ops.add_rounded import ChangeSums, add_rounded
+from rlspec.ops.draws import Draws
 from rlspec.perturb.coordinates import Side
 from rlspec.perturb.delta import Delta, DenseDelta, frobenius
 from rlspec.perturb.matrix import MatrixBasis
@@ -30,15 +33,25 @@ _SUBSPACE = 3e-3
 class Change:
     """``delta`` (m, n) float32 or float64, at full strength.
 
-    ``error`` estimates its Frobenius error. ``sine_rms`` is the root mean square of the sines of the principal
+    ``error`` estimates its Frobenius error, but for the rounding of its arithmetic, which is ``rounding`` of its norm.
+    ``sine_rms`` is the root mean square of the sines of the principal
     angles between the tuned and the base's directions I, the larger of the two sides: the rotation that is undone.
     ``method`` is "delta", "exact" or "none".
     """
 
-    delta: Tensor
+    delta: Tensor | LowRank
     error: float
     sine_rms: float
     method: str
+    rounding: float = 0.0
+
+    def added(
+        self, tuned: Tensor, strength: float, dtype: torch.dtype, draws: Draws | None
+    ) -> tuple[Tensor, ChangeSums]:
+        """``tuned + strength * delta`` (m, n) in ``dtype``; see :func:`rlspec.ops.add_rounded.add_rounded`."""
+        if isinstance(self.delta, LowRank):
+            return add_low_rank(tuned, self.delta, strength, dtype, draws=draws)
+        return add_rounded(tuned, self.delta, strength, dtype, draws=draws)
 
 
 def restoring_change(
@@ -82,23 +95,24 @@ def _by_perturbation(reference: Reference, delta: Delta, start: int, stop: int, 
     if mode == "values":
         scale = (reference.S[0, start:stop] - tuned).to(dtype)
         left = u @ inside_left.to(dtype) + outside_left
-        change = (left * scale) @ (v @ inside_right.to(dtype) + outside_right).mT
+        change = LowRank(left * scale, v @ inside_right.to(dtype) + outside_right)
     else:
         values = reference.S[0, start:stop] if mode == "directions_and_values" else tuned
         core = torch.diag(values) - (inside_left * tuned) @ inside_right.mT
         near = u @ core.to(dtype) - outside_left @ (inside_right * tuned).mT.to(dtype)
         far = (u @ inside_left.to(dtype) + outside_left) * tuned.to(dtype)
-        change = torch.addmm(near @ v.mT, far, outside_right.mT, alpha=-1)
-    norms = to_host([frobenius(x) for x in (outside_left, outside_right, change)])
-    left_norm, right_norm, change_norm = (float(norm) for norm in norms)
+        change = LowRank(torch.cat([near, -far], dim=1), torch.cat([v, outside_right], dim=1))
+    norms = to_host([frobenius(x) for x in (outside_left, outside_right)])
+    left_norm, right_norm = (float(norm) for norm in norms)
     largest = float(solution.left_over.sigma[0, start])
     wrong = float(solution.subspace[0]) * float(solution.rotation[0])
     error = 2.0 * largest * (2.0**0.5 * wrong + (stop - start) ** 0.5 * float(solution.sigma[0]))
     return Change(
         change,
-        error + 4.0 * torch.finfo(dtype).eps * change_norm,
+        error,
         max(left_norm, right_norm) / (stop - start) ** 0.5,
         "delta",
+        4.0 * torch.finfo(dtype).eps,
     )
 
 

@@ -8,7 +8,6 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
@@ -16,13 +15,15 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from rlspec.errors import CheckpointError, TensorError
+from rlspec.errors import CheckpointError, TensorError, check_type
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import RankLike
+from rlspec.restore.codes import StoredWeights, restore_codes
 from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, streamed_by_rows
 from rlspec.restore.options import Dtype, RestoreOptions, Rounding
 from rlspec.restore.plan import Plan, Step, plan_restore
 from rlspec.restore.report import Journal, MatrixReport, RestoreReport
+from rlspec.restore.target import Target
 from rlspec.restore.tensors import (
     Block,
     Changes,
@@ -36,9 +37,6 @@ from rlspec.restore.tensors import (
 
 if TYPE_CHECKING:
     from rlspec.io.writer import CheckpointWriter
-
-# How the names of a checkpoint's files end; what else an output holds, an input held.
-_CHECKPOINT_FILES = (".safetensors", ".json", ".jinja", ".model", ".txt")
 
 
 def restore_checkpoint(
@@ -66,7 +64,8 @@ def restore_checkpoint(
 
     The output has the files, names, dtypes and metadata of the tuned checkpoint; tensors that are not restored and
     all other files are copied. Where an adapter trains one of a tied embedding and head, the output stores both, and its
-    config.json says that they are not tied; a stored copy of a tied head is written as the embedding is. The output
+    config.json says that they are not tied; a stored copy of a tied head is written as the embedding is. Weights in
+    scaled fp8 are restored as the numbers that they stand for and stored in the same scheme, rounded to it. The output
     appears under its name when it is complete; what an interrupted call leaves beside it, ``resume`` finishes to the
     same bytes, and what no call could finish is removed.
 
@@ -85,8 +84,8 @@ def restore_checkpoint(
         What was done to each matrix, and why the others were left.
 
     Raises:
-        CheckpointError: inputs that cannot be read, are quantised or do not belong together; an output that exists
-            or cannot be written.
+        CheckpointError: inputs that cannot be read, are quantised in a form that is not known, or do not belong
+            together; an output that exists or cannot be written.
         OptionError: a setting that does not exist or is out of range; memory that is too small.
         ProjectionError: modules that the checkpoint lacks.
         TensorError: NaN or infinity in a matrix to be restored.
@@ -104,49 +103,11 @@ def restore_checkpoint(
         exact=exact,
         device=device,
     )
+    for name, given in (("base", base), ("tuned", tuned), ("out", out)):
+        check_type(name, given, (str, Path), "the path of a checkpoint")
     target = Target(Path(out), Path(base), Path(tuned), resume=resume, overwrite=overwrite)
     plan = plan_restore(target.base, target.tuned, options)
     return run_plan(plan, target, memory_gib=memory_gib, cache_dir=cache_dir)
-
-
-@dataclass(frozen=True)
-class Target:
-    """Where the output goes and what must not be harmed there.
-
-    Raises:
-        CheckpointError: ``out`` touches an input, or exists and is not to be overwritten.
-    """
-
-    out: Path
-    base: Path
-    tuned: Path
-    resume: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        place = self.out.resolve()
-        for name, given in (("base", self.base), ("tuned", self.tuned)):
-            source = given.resolve()
-            if place == source or source in place.parents or place in source.parents:
-                raise CheckpointError(
-                    f"{self.out} is, holds or lies in the {name} checkpoint {given}; inputs are never written, "
-                    "choose another folder"
-                )
-        if not self.out.exists():
-            return
-        if not self.overwrite:
-            complete = "; it is complete, nothing is left to resume" if self.resume else ""
-            raise CheckpointError(f"{self.out} exists already{complete}; give overwrite=True to replace it")
-        if not self.out.is_dir() or (any(self.out.iterdir()) and not any(self.out.glob("*.safetensors"))):
-            raise CheckpointError(f"{self.out} is not a checkpoint; overwrite=True replaces checkpoints only")
-        # What is replaced is gone: a folder of weights may hold other things.
-        for entry in sorted(self.out.iterdir()):
-            known = entry.suffix in _CHECKPOINT_FILES and not entry.is_dir()
-            if not known and not any((given / entry.name).exists() for given in (self.base, self.tuned)):
-                raise CheckpointError(
-                    f"{self.out} also holds {entry.name}, which is no part of a checkpoint; move it elsewhere, "
-                    "overwrite=True would delete it"
-                )
 
 
 @pinned_arithmetic()
@@ -225,6 +186,7 @@ def _fill(
         writer.close(keep=False)
         raise
     on_commit()
+    target.refuse_losses()  # once more: hours may have passed
     writer.commit()
     return done, len(earlier)
 
@@ -248,6 +210,7 @@ def _carry_out(
     journal: Journal,
 ) -> Iterator[tuple[Step, list[MatrixReport]]]:
     """Do the steps in order; tensors that need not be held whole go through row by row."""
+    there, here = StoredWeights(plan.base), StoredWeights(plan.like)
     for by_rows, group in groupby(pending, lambda step: streamed_by_rows(step, plan)):
         steps = list(group)
         if by_rows:
@@ -260,14 +223,19 @@ def _carry_out(
         for name, base, tuned in _pairs(plan, [step.name for step in steps], pool_bytes(plan, memory)):
             step = plan.steps[name]
             with _file_named(plan, step):
+                scale = None
                 if step.action == "merge":
                     out, rows = converted(name, tuned, step.dtype or tuned.dtype, plan.options), []
+                elif step.dequantised:
+                    sides = (there.side(name, base), here.side(name, tuned))
+                    out, scale, rows = restore_codes(step, *sides, plan.options, cache_dir)
+                    del sides
                 else:
                     out, rows = restore_stored(step, base, tuned, plan.options, cache_dir)
             del base, tuned  # their buffers go back to the reader before the next pair is asked for
             journal.append(rows)
             for written in _pending(plan, step, writer):
-                writer.put(written, out)
+                writer.put(written, out if scale is None or written != step.scale else scale)
             yield step, rows
 
 

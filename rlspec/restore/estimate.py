@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Callable
 from math import prod
+from numbers import Real
 
 import torch
 
-from rlspec.errors import OptionError
+from rlspec.errors import OptionError, check_type
 from rlspec.io.index import TensorEntry
 from rlspec.linalg.dense import eigh
 from rlspec.restore.plan import Plan, Step
@@ -20,6 +21,8 @@ from rlspec.restore.tensors import BLOCK_ENTRIES
 # matrices, and a tenth more.
 _MATRIX_COPIES = 5.5
 _GRAM_COPIES = 7.5
+# Of a matrix that is stored as codes: the numbers of both sides, and the result before it is codes again, in float32.
+_DEQUANTISED_BYTES = 12
 # A block of the elementwise modes: its float64 copies.
 _BLOCK_COPIES = 10
 # Row streams and pools get at least this.
@@ -31,7 +34,7 @@ def streamed_by_rows(step: Step, plan: Plan) -> bool:
     if step.action == "merge":
         return bool(step.entry.shape)
     whole = all(p.rows is None and not p.transposed for p in step.projections)
-    return plan.options.elementwise and whole and len(step.projections) == 1
+    return plan.options.elementwise and whole and len(step.projections) == 1 and not step.dequantised
 
 
 def working_bytes(step: Step, plan: Plan) -> int:
@@ -39,6 +42,8 @@ def working_bytes(step: Step, plan: Plan) -> int:
     if streamed_by_rows(step, plan):
         return _BLOCK_COPIES * 8 * BLOCK_ENTRIES
     whole = prod(step.entry.shape) * (4 if plan.adapter is not None else 0) + step.bytes
+    if step.dequantised:
+        whole += prod(step.entry.shape) * _DEQUANTISED_BYTES
     if plan.options.elementwise:
         return whole + _BLOCK_COPIES * 8 * BLOCK_ENTRIES
     shapes = [shape for _, shape in step.matrices()]
@@ -57,6 +62,7 @@ def memory_bytes(memory_gib: float) -> int:
     Raises:
         OptionError: not a number above 0.
     """
+    check_type("memory_gib", memory_gib, Real, "a number")
     if not (math.isfinite(memory_gib) and memory_gib > 0):
         raise OptionError(f"memory_gib={memory_gib} must be a number above 0")
     return int(memory_gib * 2**30)

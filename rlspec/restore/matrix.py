@@ -8,17 +8,19 @@ bit.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from numbers import Real
+from types import NoneType
 from typing import get_args
 
 import torch
 from torch import Tensor
 
-from rlspec.errors import OptionError, TensorError
+from rlspec.errors import OptionError, TensorError, check_type
 from rlspec.io.projections import check_finite
 from rlspec.linalg.factor import reference_factors
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
-from rlspec.ops.add_rounded import add_rounded
+from rlspec.ops.draws import Draws
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.change import Change, restoring_change
 from rlspec.restore.options import Mode, Rounding
@@ -90,12 +92,19 @@ def restore_matrix(
         rounding: to nearest, or stochastic (unbiased: small changes survive on average).
         basis: the base's decomposition, where it is at hand.
         exact: decompose the tuned matrix in float64 instead of working from the update; slower, for checking.
-        generator: for stochastic rounding.
+        generator: of the CPU, for stochastic rounding; a matrix takes two numbers from it. Default: torch's own.
 
     Raises:
-        OptionError: an unknown mode or rounding, a strength or band out of range.
+        OptionError: an unknown mode or rounding, a strength or band out of range, an argument of another type.
         TensorError: shapes differ or are not two-dimensional, dtypes that are not floating, NaN or infinity.
     """
+    for name, given in (("W_base", W_base), ("W_tuned", W_tuned)):
+        check_type(name, given, Tensor, "a tensor")
+    check_type("strength", strength, Real, "a number")
+    check_type("dtype", dtype, (torch.dtype, NoneType), "a torch.dtype")
+    check_type(
+        "basis", basis, (MatrixBasis, NoneType), "a MatrixBasis, as SpectralBasis.matrix(name) gives it"
+    )
     _check(W_base, W_tuned, mode, band, strength, rounding)
     target = dtype if dtype is not None else W_tuned.dtype
     if not target.is_floating_point:
@@ -120,9 +129,8 @@ def restore_matrix(
             change = Change(torch.zeros_like(W_tuned, dtype=torch.float32), 0.0, 0.0, "none")
         else:
             change = restoring_change(base, W_tuned, start, stop, mode, exact=exact)
-    weight, sums = add_rounded(
-        W_tuned, change.delta, strength, target, stochastic=rounding == "stochastic", generator=generator
-    )
+    draws = Draws.of(generator) if rounding == "stochastic" else None
+    weight, sums = change.added(W_tuned, strength, target, draws)
     if is_plain_copy(mode, strength, W_base.dtype, target):
         weight = W_base.to(W_tuned.device, copy=True)
     return RestoreResult(
@@ -134,7 +142,7 @@ def restore_matrix(
         change_relative=sums.relative,
         rounding_share=sums.rounding_share,
         entries_changed=sums.entries_changed,
-        error_estimate=strength * change.error,
+        error_estimate=strength * change.error + change.rounding * sums.frobenius,
         method=change.method,
         rotation_sine_rms=None if change.method == "none" else change.sine_rms,
         note=note,

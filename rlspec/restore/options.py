@@ -6,9 +6,11 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from numbers import Integral, Real
+from types import NoneType
 from typing import Any, Literal, get_args
 
-from rlspec.errors import OptionError
+from rlspec.errors import OptionError, check_type
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.settings import setting
 
@@ -67,6 +69,11 @@ class RestoreOptions:
     device: str = setting("auto", "Where matrices are computed: auto, cpu, cuda or cuda:<index>.")
 
     def __post_init__(self) -> None:
+        check_type("part", self.part, str, "a text")
+        check_type("strength", self.strength, Real, "a number")
+        check_type("modules", self.modules, Iterable, "names, or a text")
+        check_type("layers", self.layers, (str, NoneType), "a text such as '0:25%', '0-9,20' or '3'")
+        check_type("seed", self.seed, Integral, "a whole number")
         if not isinstance(self.modules, str):
             object.__setattr__(self, "modules", ",".join(self.modules))
         Rank.parse(self.rank)

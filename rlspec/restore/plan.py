@@ -13,20 +13,24 @@ from typing import Literal
 
 import torch
 
-from rlspec.errors import CheckpointError
+from rlspec.errors import CheckpointError, OptionError, TensorError
 from rlspec.io.adapter import Adapter, is_adapter
+from rlspec.io.dtypes import torch_dtype
 from rlspec.io.index import CheckpointIndex, TensorEntry
 from rlspec.io.projections import Projection, counterpart, model_of, read_config
-from rlspec.io.quantised import is_quantised
+from rlspec.io.quantised import companions, is_quantised, unknown_scheme
 from rlspec.io.stream import in_file_order
 from rlspec.io.tied import find_tie, open_adapter, stored_alike, untied_config, with_head
+from rlspec.io.weights import CheckpointWeights
 from rlspec.restore.options import RestoreOptions
-from rlspec.restore.select import Selection, select
+from rlspec.restore.select import Selection, is_wanted, select
 
-Action = Literal["restore", "merge", "tied", "keep"]
+Action = Literal["restore", "merge", "tied", "scale", "keep"]
 
 #: safetensors' names of the dtypes that can be restored
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+#: and of the codes that can, where a scale lies beside them
+CODES = ("F8_E4M3", "F8_E5M2", "F8_E4M3FNUZ", "F8_E5M2FNUZ")
 # These modules commonly differ between a base and what was tuned from it: vocabularies grow, heads are tied.
 _MAY_DIFFER = ("embed", "lm_head")
 
@@ -41,7 +45,8 @@ class Step:
 
     ``restore``: the matrices in ``projections`` are restored, ``directions`` tells how many directions of each
     (None where the singular values decide). ``merge``: the adapter's update is added and nothing is restored.
-    ``tied``: a stored copy of the tensor ``source``, written as that is. ``keep``: copied as it is, for ``reason``.
+    ``tied``: a stored copy of the tensor ``source``, written as that is. ``scale``: of the codes in ``source``, written
+    with those. ``keep``: copied as it is, for ``reason``.
     """
 
     entry: TensorEntry
@@ -51,6 +56,8 @@ class Step:
     directions: tuple[int | None, ...] = ()
     reason: str = ""
     source: str = ""
+    scale: str = ""  #: the tensor that scales its codes, where the result is stored as such
+    dequantised: bool = False  #: the base's or the tuned one is stored as codes, and held whole in float32
 
     @property
     def name(self) -> str:
@@ -102,7 +109,8 @@ class Plan:
 
     def written_by(self, step: Step) -> list[str]:
         """The tensors whose content a step gives: its own, and those tied to it."""
-        return [step.name, *(tied.name for tied in self.chosen("tied") if tied.source == step.name)]
+        others = [*self.chosen("tied"), *self.chosen("scale")]
+        return [step.name, *(other.name for other in others if other.source == step.name)]
 
     def chosen(self, action: Action) -> list[Step]:
         return [step for step in self.steps.values() if step.action == action]
@@ -116,23 +124,30 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
         tuned: the same, or the folder of a LoRA adapter trained on ``base``.
 
     Raises:
-        CheckpointError: a checkpoint that cannot be read or is quantised, or two that do not belong together.
+        CheckpointError: a checkpoint that cannot be read or is quantised in a form that is not known, or two that do
+            not belong together.
         OptionError, ProjectionError: modules, layers or indices that the checkpoint does not have.
     """
     base_index = CheckpointIndex.open(base)
-    _refuse_quantised(base_index)
+    _refuse_unknown(base_index, options)
     adapter, untied = None, None
     if is_adapter(tuned):
         adapter, base_index, untied = open_adapter(tuned, base_index)
     like = base_index if adapter is not None else CheckpointIndex.open(tuned)
     if like is not base_index:
-        _refuse_quantised(like)
+        _refuse_unknown(like, options)
     base_index = _under_names_of(like, base_index)
     entries = in_file_order(like)
-    shapes = {entry.name: tuple(entry.shape) for entry in entries}
+    shapes = {entry.name: tuple(entry.shape) for entry in entries if not is_quantised(entry.name)}
     selection = select(shapes, options, read_config(like.path))
-    steps = {entry.name: _step(entry, selection, options, base_index, like, adapter) for entry in entries}
+    sides = _Sides(base_index, like, adapter)
+    steps = {entry.name: _step(entry, selection, options, sides) for entry in entries}
+    steps |= _scale_steps(steps)
     notes = [] if selection.note is None else [selection.note]
+    if coded := [step for step in steps.values() if step.scale]:
+        notes.append(
+            f"{len(coded)} of the tensors to restore are fp8 codes with scales and are stored so again, rounded to fp8"
+        )
     config = None
     if untied is None:
         steps |= _tied_steps(like, steps)
@@ -171,6 +186,11 @@ def _tied_steps(like: CheckpointIndex, steps: Mapping[str, Step]) -> dict[str, S
     embed, head = steps[tie.embed], steps[tie.head]
     if embed.action == head.action == "keep" or not stored_alike(like, tie):
         return {}
+    if embed.scale or head.scale:
+        raise CheckpointError(
+            f"{head.entry.shard}: {head.name} is a stored copy of {embed.name}, both as fp8 codes; leave embed and "
+            "lm_head out of modules, or dequantise them first"
+        )
     reason = f"a stored copy of {tie.embed}, to which the head is tied"
     if embed.action == "keep":
         return {tie.head: Step(head.entry, "keep", reason=f"{reason}; ask for embed")}
@@ -197,24 +217,32 @@ def _under_names_of(like: CheckpointIndex, base: CheckpointIndex) -> CheckpointI
         for name in missing
         if (there := counterpart(name, sides[mine.holds(name)])) is not None
     }
+    beside = companions(base.tensors)
+    for name, entry in list(found.items()):  # and what their codes are read with
+        scales = (scale for scale in beside.get(entry.name, []) if scale.startswith(entry.name))
+        found.update({name + scale.removeprefix(entry.name): base.tensors[scale] for scale in scales})
     renamed = {name: replace(entry, name=name) for name, entry in found.items()}
     return replace(base, tensors={**base.tensors, **renamed}) if renamed else base
 
 
-def _step(
-    entry: TensorEntry,
-    selection: Selection,
-    options: RestoreOptions,
-    base: CheckpointIndex,
-    like: CheckpointIndex,
-    adapter: Adapter | None,
-) -> Step:
+class _Sides:
+    """What a restoration reads."""
+
+    def __init__(self, base: CheckpointIndex, like: CheckpointIndex, adapter: Adapter | None) -> None:
+        self.base, self.like, self.adapter = base, like, adapter
+        self.base_weights, self.like_weights = CheckpointWeights.of(base), CheckpointWeights.of(like)
+
+
+def _step(entry: TensorEntry, selection: Selection, options: RestoreOptions, sides: _Sides) -> Step:
     projections = selection.chosen.get(entry.name, [])
     reason = selection.reasons.get(entry.name, "")
-    merged = adapter is not None and adapter.changes(entry.name)
+    if is_quantised(entry.name):
+        reason = "belongs to codes that are kept"
+    merged = sides.adapter is not None and sides.adapter.changes(entry.name)
+    scale, dequantised = "", False
     if projections:
-        reason = _unusable(entry, projections, base, like)
-        if not reason and adapter is not None and not merged:
+        reason, scale, dequantised = _unusable(entry, projections, sides)
+        if not reason and sides.adapter is not None and not merged:
             reason = _NOT_ADAPTED
     if not reason:
         kept, directions = [], []
@@ -228,61 +256,107 @@ def _step(
         elif options.strength == 0 and not merged and options.dtype == "keep":
             reason = _NO_STRENGTH
         else:
-            return Step(entry, "restore", _result_dtype(entry, options), tuple(kept), tuple(directions))
+            if merged and dequantised:
+                _refuse_adapter(entry)
+            dtype = _result_dtype(entry, options)
+            return Step(
+                entry, "restore", dtype, tuple(kept), tuple(directions), scale=scale, dequantised=dequantised
+            )
     if merged:
         if entry.dtype not in FLOATS:
-            raise CheckpointError(
-                f"{entry.shard}: {entry.name} is stored as {entry.dtype}: no adapter can be added to it"
-            )
+            _refuse_adapter(entry)
         return Step(entry, "merge", FLOATS[entry.dtype], reason=reason)
     return Step(entry, "keep", reason=reason)
 
 
+def _refuse_adapter(entry: TensorEntry) -> None:
+    raise CheckpointError(
+        f"{entry.shard}: {entry.name} is stored as {entry.dtype}: no adapter can be added to it; dequantise "
+        "the base first"
+    )
+
+
 def _result_dtype(entry: TensorEntry, options: RestoreOptions) -> torch.dtype:
-    return torch.float32 if options.dtype == "float32" else FLOATS[entry.dtype]
+    if entry.dtype not in CODES:
+        return torch.float32 if options.dtype == "float32" else FLOATS[entry.dtype]
+    if options.dtype != "keep":
+        raise OptionError(
+            f"dtype={options.dtype!r}: {entry.shard}: {entry.name} is stored as fp8 codes with a scale, as config.json "
+            "says, and can be stored only so; leave dtype out, or dequantise the checkpoint first"
+        )
+    return torch_dtype(entry)
 
 
-def _unusable(
-    entry: TensorEntry, projections: list[Projection], base: CheckpointIndex, like: CheckpointIndex
-) -> str:
-    """Why a chosen tensor is left as it is after all, or "".
+def _unusable(entry: TensorEntry, projections: list[Projection], sides: _Sides) -> tuple[str, str, bool]:
+    """Why a chosen tensor is left as it is after all, or ""; the scale of its codes, or ""; whether either side is codes.
 
     Raises:
-        CheckpointError: base and tuned do not belong together.
+        CheckpointError: base and tuned do not belong together, or codes that cannot be read.
     """
+    base, like = sides.base, sides.like
     by_name = projections[0].module == "other"
-    if entry.dtype not in FLOATS:
+    scale = _scale_of(sides.like_weights, entry)
+    if entry.dtype not in FLOATS and scale is None:
         if by_name:
-            return f"{entry.dtype} cannot be restored"
+            return f"{entry.dtype} cannot be restored", "", False
         raise CheckpointError(
-            f"{entry.shard}: {entry.name} is stored as {entry.dtype}; restoring needs {', '.join(FLOATS)}: start from "
-            "a checkpoint that is not quantised"
+            f"{entry.shard}: {entry.name} is stored as {entry.dtype}; restoring needs {', '.join(FLOATS)}, or fp8 with a "
+            "scale beside it: start from a checkpoint that is not quantised"
         )
     if not prod(entry.shape) or not entry.shape:
-        return "empty or a scalar"
+        return "empty or a scalar", "", False
     there = base.tensors.get(entry.name)
     if there is None:
         problem = "not in the base"
     elif tuple(there.shape) != tuple(entry.shape):
         problem = f"{list(entry.shape)} here, {list(there.shape)} in the base"
-    elif there.dtype not in FLOATS:
+    elif there.dtype not in (*FLOATS, *CODES):
         problem = f"stored as {there.dtype} in the base"
     else:
-        return ""
+        _scale_of(sides.base_weights, there)
+        return "", scale or "", bool(scale) or there.dtype in CODES
     if projections[0].module in _MAY_DIFFER:
-        return problem
+        return problem, "", False
     raise CheckpointError(
         f"{like.path}: {entry.name} cannot be restored from {base.path}: {problem}; is that the model it was tuned "
         "from?"
     )
 
 
-def _refuse_quantised(index: CheckpointIndex) -> None:
-    for name, entry in index.tensors.items():
-        if is_quantised(name):
+def _scale_of(weights: CheckpointWeights, entry: TensorEntry) -> str | None:
+    """The scale of a tensor that may be codes.
+
+    Raises:
+        CheckpointError: it is, of a scheme that is not known.
+    """
+    if entry.dtype not in (*FLOATS, *CODES):
+        return None
+    try:
+        return weights.scale_of(entry.name)
+    except TensorError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _scale_steps(steps: Mapping[str, Step]) -> dict[str, Step]:
+    """The scales of codes that are written anew are written with them."""
+    found = {}
+    for step in steps.values():
+        if step.scale:
+            entry = steps[step.scale].entry
+            found[entry.name] = Step(
+                entry, "scale", torch_dtype(entry), reason=f"the scale of {step.name}", source=step.name
+            )
+    return found
+
+
+def _refuse_unknown(index: CheckpointIndex, options: RestoreOptions) -> None:
+    """Refuse weights that are wanted and stored in a scheme that is not known, before they are missed by name."""
+    for weight, told in unknown_scheme(index.tensors).items():
+        if is_wanted(weight, options) or is_wanted(told, options):
             raise CheckpointError(
-                f"{entry.shard}: {name} belongs to quantised weights (GPTQ, AWQ, bitsandbytes, fp8); restoring needs "
-                "16 or 32 bit floats: start from the checkpoint before quantisation"
+                f"{index.tensors[told].shard}: {told} belongs to quantised weights of a scheme that is not known (GPTQ, "
+                "AWQ, bitsandbytes, packed integers); restoring needs 16 or 32 bit floats, or fp8 with scales: start "
+                "from the checkpoint before quantisation"
             )
 
 

@@ -86,6 +86,15 @@ def select(shapes: Mapping[str, Shape], options: RestoreOptions, config: Config 
     return Selection(chosen, reasons, tuple(unmatched), model.note)
 
 
+def is_wanted(name: str, options: RestoreOptions) -> bool:
+    """Whether a weight's name alone says that ``options.modules`` is about it."""
+    modules = str(options.modules)
+    known = _known_modules(modules)
+    if known is None:
+        return _pattern(modules).search(name) is not None
+    return not in_tower(name) and bool(set(modules_in(name, (1, 1))) & set(known))
+
+
 def _known_modules(text: str) -> tuple[str, ...] | None:
     """The modules named, or None where the text must be a regular expression."""
     try:

@@ -15,6 +15,7 @@ from rlspec.io.projections import check_finite
 from rlspec.linalg.dense import lapack_svd
 from rlspec.linalg.rank import Rank
 from rlspec.ops.add_rounded import ChangeSums, add_rounded
+from rlspec.ops.draws import Draws
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.matrix import RestoreResult, difference, is_plain_copy, restore_matrix
 from rlspec.restore.options import RestoreOptions
@@ -176,22 +177,18 @@ def restore_rows(
     Raises:
         NotFiniteError: names the rows.
     """
-    draw, stochastic = generator(options.seed, label), options.rounding == "stochastic"
+    own = draws(options, label)
     for first, base, tuned in _small(blocks):
         copied = is_plain_copy(options.restore_mode, options.strength, base.dtype, dtype)
         if base.dtype == tuned.dtype == dtype and torch.equal(base, tuned):
             changes.sums.add(ChangeSums(tuned_sq=float(tuned.double().square().sum())))
-            if stochastic:  # what follows draws the same, wherever blocks begin
-                torch.rand(tuned.numel(), generator=draw, dtype=torch.float64)
             yield first, base if copied else tuned  # equal, but for the sign of a zero
             continue
         _check_sides(f"{label}: rows {first}:{first + len(tuned)}", base, tuned)
-        sides = (len(tuned), -1) if tuned.ndim > 1 else (1, -1)
+        sides = (len(tuned), -1)
         here = tuned.reshape(sides)
         change = difference(base.reshape(sides), here)
-        weight, sums = add_rounded(
-            here, change, options.strength, dtype, stochastic=stochastic, generator=draw
-        )
+        weight, sums = add_rounded(here, change, options.strength, dtype, draws=own, first=first)
         changes.sums.add(sums)
         yield first, base if copied else weight.reshape(tuned.shape)
 
@@ -218,6 +215,11 @@ def generator(seed: int, label: str) -> torch.Generator:
     """A source of draws that belongs to one tensor, whatever was drawn before."""
     digest = hashlib.blake2b(f"{seed} {label}".encode(), digest_size=7).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def draws(options: RestoreOptions, label: str) -> Draws | None:
+    """What a tensor is rounded by; None to nearest."""
+    return Draws.of(generator(options.seed, label)) if options.rounding == "stochastic" else None
 
 
 def _check_sides(label: str, base: Tensor, tuned: Tensor) -> None:

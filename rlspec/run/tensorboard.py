@@ -30,8 +30,8 @@ class TensorBoardLog:
     of its own, and a branch leaves the trunk where it began.
 
     The event files are written anew from the rows of the events so far, because TensorBoard's files cannot be cut
-    back: a resumed run leaves no doubled or stale points. Event files of others in the folder stay. Without TensorBoard
-    nothing is written, and nothing fails.
+    back: a resumed run leaves no doubled or stale points. Event files that the manifest does not name stay, and
+    TensorBoard shows the new ones in their place. Without TensorBoard nothing is written, and nothing fails.
     """
 
     def __init__(
@@ -57,7 +57,9 @@ class TensorBoardLog:
             folder = self._folder / segment
             folder.mkdir(parents=True, exist_ok=True)
             others = set(folder.iterdir())
-            self._writers[segment] = SummaryWriter(str(folder))
+            # What earlier event files say from step 0 on, TensorBoard then leaves out: runs of before there was a
+            # manifest have theirs here, which nobody can tell from those of others.
+            self._writers[segment] = SummaryWriter(str(folder), purge_step=0 if others else None)
             for path in set(folder.iterdir()) - others:
                 self._manifest.record(path)
         return self._writers[segment]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rlspec.linalg.rank import Rank
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.spectra.basis import SpectralBasis
+from rlspec.spectra.dealt import DealtTracker
 from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
 
-__all__ = ["MatrixBasis", "Rank", "SpectralBasis", "SpectralRecord", "SpectralTracker"]
+__all__ = ["DealtTracker", "MatrixBasis", "Rank", "SpectralBasis", "SpectralRecord", "SpectralTracker"]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlspec.backend import choose_device
-from rlspec.errors import OptionError
+from rlspec.errors import OptionError, check_type
 from rlspec.io.coverage import partly_found
 from rlspec.io.projections import Projection, check_finite, find_projections, language_model, parse_modules
 from rlspec.io.weights import WeightSource, open_weights
@@ -95,6 +95,7 @@ class SpectralBasis:
 
         Arguments and errors are those of :meth:`from_model`; CheckpointError where the files are at fault.
         """
+        check_type("folder", folder, (str, Path), "the path of a checkpoint")
         return cls._build(Path(folder), modules, rank, cache_dir, device, progress)
 
     @classmethod

@@ -11,7 +11,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rlspec.errors import OptionError, TensorError
+from rlspec.errors import OptionError, TensorError, check_type
 from rlspec.io.projections import Projection, check_finite
 from rlspec.io.weights import WeightSource, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
@@ -31,7 +31,7 @@ _ENGINES = {"delta": measure_delta, "exact": measure_exact}
 
 # Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. On a CPU that keeps a stack of
 # small matrices inside the last-level cache; on a device it bounds working memory (a few dozen bytes per entry).
-_STACK_ENTRIES, _DEVICE_STACK_ENTRIES = 4_000_000, 1 << 28
+STACK_ENTRIES, _DEVICE_STACK_ENTRIES = 4_000_000, 1 << 28
 
 
 @dataclass
@@ -93,6 +93,8 @@ class SpectralTracker:
     ) -> None:
         if engine not in _ENGINES:
             raise OptionError(f"unknown engine {engine!r}; valid: {', '.join(_ENGINES)}")
+        wanted = "a SpectralBasis, as SpectralBasis.from_checkpoint(path) builds it"
+        check_type("basis", basis, SpectralBasis, wanted)
         self.basis = basis
         self.engine = engine
         self.arrays = arrays
@@ -168,7 +170,7 @@ def _groups(basis: SpectralBasis, engine: Engine, factors: Factors) -> Iterator[
         by_kind.setdefault(kind, []).append(projection)
     for members in by_kind.values():
         first, device = basis.matrix(members[0].name), basis.device(members[0].name)
-        most = _STACK_ENTRIES if device.type == "cpu" else _DEVICE_STACK_ENTRIES
+        most = STACK_ENTRIES if device.type == "cpu" else _DEVICE_STACK_ENTRIES
         size = max(1, most // first.W.numel())
         dtype = torch.float32 if engine == "delta" and first.W.dtype != torch.float64 else None
         for start in range(0, len(members), size):

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rlspec.io.files import give_usual_modes
 from rlspec.io.staging import Staging
 
 
@@ -34,6 +35,7 @@ def save_checkpoint(
     try:
         model.save_pretrained(staging.checkpoint, safe_serialization=True)
         tokenizer.save_pretrained(staging.checkpoint)
+        give_usual_modes(staging.checkpoint)
         for path in staging.checkpoint.rglob("*"):
             if path.is_file():
                 with open(path, "rb") as file:

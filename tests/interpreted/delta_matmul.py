@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +16,7 @@ from unittest import mock
 import op_cases
 import pytest
 import torch
-from interpreter_toys import HALO, in_halo, shuffle_programs, whole_buffer
+from interpreter_toys import HALO, far_apart, in_halo, shuffle_programs, whole_buffer
 from op_cases import Case
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
@@ -29,7 +28,6 @@ from rlspec.ops.reference import delta_matmul_ref, delta_ref, delta_rmatmul_ref
 
 CASES = [case for case in op_cases.SMALL if torch.float64 not in (case.dtype, case.base_dtype)]
 TILES = [Config(16, 16, 16, 4, 1), Config(32, 16, 64, 4, 1), Config(64, 64, 32, 4, 1)]
-_NO_RESERVE = 0x4000  # of Linux; mmap.MAP_NORESERVE from Python 3.13 on
 
 
 def product(module: ModuleType, transposed: bool) -> Callable[..., Tensor]:
@@ -90,21 +88,10 @@ def writes_stay_inside(module: ModuleType) -> None:
         assert whole_buffer(found).isnan().sum() == 2 * HALO
 
 
-def _far_apart(shape: tuple[int, int, int], strides: tuple[int, int], values: Tensor) -> Tensor:
-    """``values`` in memory whose entries lie more than 2^31 apart, with as much before: what is between is never touched,
-    and where an offset of 32 bits wraps to lies inside."""
-    before = 1 << 31
-    entries = before + 1 + sum((size - 1) * stride for size, stride in zip(shape, (*strides, 1)))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE
-    memory = mmap.mmap(-1, entries * values.element_size(), flags=flags)
-    whole = torch.frombuffer(memory, dtype=values.dtype, count=entries)
-    return whole.as_strided(shape, (*strides, 1), before).copy_(values)
-
-
 def offsets_have_64_bits(module: ModuleType) -> None:
     for shape, strides in (((3, 5, 7), (1 << 30, 8)), ((1, 40, 7), (1 << 32, 1 << 26))):
         weight, reference = op_cases.pair(Case(shape, 3))
-        far = [_far_apart(shape, strides, t) for t in (weight, reference)]
+        far = [far_apart(shape, strides, t) for t in (weight, reference)]
         assert sum((size - 1) * stride for size, stride in zip(shape, strides)) >= 2**31
         for transposed in (False, True):
             x = op_cases.block(Case(shape, 3), transposed)

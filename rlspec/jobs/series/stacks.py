@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from rlspec.errors import OptionError
 from rlspec.io.projections import Projection
+from rlspec.spectra.tracker import STACK_ENTRIES
 
-# As many entries as a tracker stacks on a CPU: a row is then the same as that of a tracker of the whole model.
-_ENTRIES = 4_000_000
 # Bytes for each entry of a stack (weights, factors, the update, what an engine makes of them) and for each of one smaller
 # Gram matrix. Above the peaks measured of either engine, with every direction followed and random updates drawn; what is
 # usual, the delta engine and a fifth of the directions, takes half.
@@ -40,7 +39,8 @@ def stacks(
                 f"memory_gib={memory_gib} is too little: {members[0].name} ({shape[0]}x{shape[1]}) takes up to "
                 f"{alone / 2**30:.2g} GiB to decompose and measure"
             )
-        size = max(1, _ENTRIES // max(1, shape[0] * shape[1]))
+        # As a tracker stacks on a CPU: a row is then the same as that of a tracker of the whole model.
+        size = max(1, STACK_ENTRIES // max(1, shape[0] * shape[1]))
         while size > 1 and stack_bytes(shape, size) > memory:
             size -= 1
         found += [tuple(members[i : i + size]) for i in range(0, len(members), size)]

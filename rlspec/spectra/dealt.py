@@ -1,0 +1,224 @@
+"""Track a model that several processes train together: each measures its share of the matrices.
+
+The weights may be copies (DistributedDataParallel) or spread over the processes as DTensors (FSDP2, tensor parallelism).
+Then all join the gather of each matrix, one after the other, and its owner alone keeps it: no process ever holds more
+than a stack of small matrices, or one large matrix, and its share of the reference.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlspec.errors import RlspecError
+from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.io.weights import CheckpointWeights, Weights, WeightSource, find_tensor, open_weights
+from rlspec.linalg.precision import pinned_arithmetic
+from rlspec.linalg.rank import Rank, RankLike
+from rlspec.perturb.matrix import MatrixBasis
+from rlspec.spectra.basis import SpectralBasis, reference_matrix
+from rlspec.spectra.processes import GatherError, Processes, raise_failures, told
+from rlspec.spectra.table import Row
+from rlspec.spectra.tracker import STACK_ENTRIES, SpectralRecord, SpectralTracker
+
+
+@dataclass
+class _Stack:
+    """Matrices of one shape that one process measures together."""
+
+    owner: int
+    projections: tuple[Projection, ...]
+    tracker: SpectralTracker | None = field(default=None, repr=False)  # of the owner, once decomposed
+
+
+class DealtTracker:
+    """A :class:`SpectralTracker` for a model that all processes of a training hold together.
+
+    Every process makes one and calls its methods at the same points. On CPUs the rows are those that one process would
+    measure, bit for bit, where ``rank`` is a share or a count.
+
+    Args:
+        model: what this process trains: whole, or with DTensors of FSDP2 or tensor parallelism. It may be wrapped.
+        base: the reference, a safetensors checkpoint that every process can read; None for the model as it is now.
+        modules, rank, cache_dir: see ``SpectralBasis.from_model``.
+        device: where to measure; None: where the model's weights are.
+
+    Raises:
+        ProcessError: it failed in one process, in all of them: for causes see ``SpectralBasis.from_model``; or they hold
+            different matrices, as pipeline parallelism has it.
+        GatherError: a process is gone.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        base: str | Path | None = None,
+        modules: str | Sequence[str] = ("q", "k", "v"),
+        rank: RankLike = 0.2,
+        cache_dir: str | Path | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        self.processes = Processes.of_training()
+        self._rank = Rank.parse(rank)
+        self._device = device
+        self._cache_dir = cache_dir
+        self._stacks: list[_Stack] = []
+        reference: CheckpointWeights | None = None
+        failure, shapes = None, {}
+        try:
+            reference = None if base is None else CheckpointWeights(Path(base))
+            shapes = self._find(reference or open_weights(model), model, modules)
+        except Exception as error:
+            failure = told(error)
+        found = self.processes.gathered((failure, shapes))
+        raise_failures([one for one, _ in found])
+        first = found[0][1]
+        raise_failures(
+            [None if other == first else "holds other matrices than process 0" for _, other in found]
+        )
+        self._deal(shapes)
+        with pinned_arithmetic():
+            self.processes.agree(self._decompose(model if reference is None else reference))
+
+    def _find(
+        self, source: Weights, model: nn.Module, modules: str | Sequence[str]
+    ) -> dict[str, tuple[int, int]]:
+        """Keep the projections; their shapes by name."""
+        shapes = source.shapes()
+        self.projections = tuple(find_projections(shapes, parse_modules(modules), source.config()))
+        held = open_weights(model)
+        for projection in self.projections:
+            find_tensor(projection.tensor, held.shapes().keys(), held.where)
+        return {p.name: p.shape(shapes[p.tensor]) for p in self.projections}
+
+    def _deal(self, shapes: Mapping[str, tuple[int, int]]) -> None:
+        """Stacks as one process would measure them, the costliest first to whoever has the least to do."""
+        by_shape: dict[tuple[int, int], list[Projection]] = {}
+        for projection in self.projections:
+            by_shape.setdefault(shapes[projection.name], []).append(projection)
+        costs: list[tuple[int, list[Projection]]] = []
+        for (m, n), members in by_shape.items():
+            size = max(1, STACK_ENTRIES // max(1, m * n))
+            parts = [members[start : start + size] for start in range(0, len(members), size)]
+            costs += [(m * n * min(m, n) * len(part), part) for part in parts]
+        load = [0] * self.processes.count
+        for cost, part in sorted(costs, key=lambda pair: -pair[0]):
+            owner = load.index(min(load))
+            load[owner] += cost
+            self._stacks.append(_Stack(owner, tuple(part)))
+        # By layer: what a fused tensor holds for other stacks does not wait for long.
+        place = {projection.name: at for at, projection in enumerate(self.projections)}
+        self._stacks.sort(key=lambda stack: place[stack.projections[0].name])
+
+    def _decompose(self, source: WeightSource) -> str | None:
+        """Make the trackers of this process's stacks; what went wrong, None where nothing did."""
+
+        def work(stack: _Stack, matrices: dict[str, Tensor]) -> None:
+            basis: list[MatrixBasis] = []
+            devices = {}
+            for projection in stack.projections:
+                weight = matrices.pop(projection.name)
+                devices[projection.name] = self._device or weight.device
+                basis.append(reference_matrix(projection.name, weight, self._rank, self._cache_dir))
+            reference = SpectralBasis(stack.projections, basis, self._rank, devices=devices)
+            stack.tracker = SpectralTracker(reference, arrays=False, factors="host")
+
+        return self._walk(source, work)
+
+    def measure(self, model: nn.Module, *, step: int, stage: str = "") -> SpectralRecord:
+        """Measure the model as it is now.
+
+        Returns:
+            The same record in all processes, without arrays.
+
+        Raises:
+            ProcessError: it failed in one process, in all of them; for causes see ``SpectralTracker.measure``.
+            GatherError: a process is gone.
+        """
+        rows: dict[str, Row] = {}
+        seconds = [0.0]
+
+        def work(stack: _Stack, matrices: dict[str, Tensor]) -> None:
+            assert stack.tracker is not None
+            record = stack.tracker.measure(_Handed(matrices), step=step, stage=stage)
+            rows.update(zip((p.name for p in stack.projections), record.rows, strict=True))
+            seconds[0] += record.seconds
+
+        with pinned_arithmetic():
+            failure = self._walk(model, work)
+        found = self.processes.gathered((failure, rows, seconds[0]))
+        raise_failures([one for one, _, _ in found])
+        by_name = {name: row for _, part, _ in found for name, row in part.items()}
+        ordered = [by_name[projection.name] for projection in self.projections]
+        return SpectralRecord(stage, step, ordered, seconds=max(spent for _, _, spent in found))
+
+    def _walk(self, source: WeightSource, work: Callable[[_Stack, dict[str, Tensor]], None]) -> str | None:
+        """Call ``work`` with the matrices of each stack of this process; join the gathers of the others' stacks.
+
+        Returns:
+            What went wrong in this process, whose later stacks are then gathered and dropped.
+        """
+        gathers = isinstance(source, nn.Module) and is_spread(source)
+        mine = self.processes.number
+        stacks = [stack for stack in self._stacks if gathers or stack.owner == mine]
+        failure: str | None = None
+        stream = gathered(source, [p for stack in stacks for p in stack.projections])
+        try:
+            for stack in stacks:
+                matrices: dict[str, Tensor] = {}
+                for _ in stack.projections:
+                    projection, matrix = next(stream)
+                    if stack.owner == mine and failure is None:
+                        matrices[projection.name] = matrix
+                    del matrix
+                if stack.owner == mine and failure is None:
+                    try:
+                        work(stack, matrices)
+                    except Exception as error:
+                        failure = told(error)
+        except GatherError:
+            raise
+        except (
+            Exception
+        ) as error:  # of the weights: where they are spread, all processes meet it at the same one
+            failure = failure or told(error)
+        return failure
+
+
+def gathered(source: WeightSource, projections: Sequence[Projection]) -> Iterator[tuple[Projection, Tensor]]:
+    """``Weights.stream``; where it gathers, an error that leaves the processes in different places is told as such.
+
+    Raises:
+        GatherError: the weights are spread and could not be gathered; other errors are those of ``Weights.stream``.
+    """
+    gathers = isinstance(source, nn.Module) and is_spread(source)
+    try:
+        yield from open_weights(source).stream(projections)
+    except RlspecError:
+        raise
+    except Exception as error:
+        if gathers:
+            raise GatherError(f"gathering the weights failed: {error}") from error
+        raise
+
+
+class _Handed(Weights):
+    """Matrices by the name of their projection, each handed on once."""
+
+    def __init__(self, matrices: dict[str, Tensor]) -> None:
+        self._given = matrices
+
+    def stream(self, projections: Sequence[Projection]) -> Iterator[tuple[Projection, Tensor]]:
+        return ((projection, self._given.pop(projection.name)) for projection in projections)
+
+
+def is_spread(model: nn.Module) -> bool:
+    """Whether some of a model's parameters are DTensors, which only all processes together can put in one piece."""
+    tensors: Any = model.parameters()
+    return any(hasattr(tensor, "full_tensor") for tensor in tensors)

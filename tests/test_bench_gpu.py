@@ -1,0 +1,57 @@
+"""The GPU's report, rehearsed on a CPU: it runs from end to end, gates before it times, and never passes for a GPU's."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from gpu_cases import Case
+from gpu_clock import Clock
+from gpu_report import REHEARSAL, main, measured
+from roofline import CARDS, Stage
+from roofline import main as roofline
+
+BEST = {"copy": 1e10, "float32": 1e11}
+
+
+def test_the_report_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+    result = CliRunner().invoke(main, ["--device", "cpu", "--quick", "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert REHEARSAL in text and "# rlspec on a CPU" in text
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert set(report["sections"]) >= {"Operations", "Tracking", "Restoration", "Truncated decompositions"}
+    rows = [row for rows in report["sections"].values() for row in rows]
+    assert all(0 <= row["error_over_bar"] <= 1 and row["seconds"] for row in rows)
+
+
+def test_what_is_wrong_is_told_and_not_timed() -> None:
+    clock = Clock(torch.device("cpu"), float("inf"))
+    calls: list[int] = []
+    case = Case("wrong", {"ours": lambda: calls.append(1)}, lambda: float("nan"))
+    assert measured(case, clock, BEST)["failure"] == "wrong: not timed" and not calls
+    broken = Case("broken", {"ours": lambda: 1 / 0}, lambda: 0.0)
+    assert "ZeroDivisionError" in measured(broken, clock, BEST)["failure"]
+
+
+def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("for machines without a GPU")
+    result = CliRunner().invoke(main, ["--out", str(tmp_path / "out")])
+    assert result.exit_code == 1 and "--device cpu --quick" in result.output
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_stage_takes_as_long_as_what_limits_it() -> None:
+    card = CARDS["H100"]
+    assert Stage("", 3.35e12, 0.0).seconds(card, "bf16") == (1.0, "bytes")
+    assert Stage("", 0.0, card.tf32).seconds(card, "tf32x3") == (pytest.approx(3.0), "products")
+
+
+def test_the_model_says_that_it_is_one() -> None:
+    result = CliRunner().invoke(roofline, ["--model", "Qwen2.5-7B", "--card", "H100"])
+    assert result.exit_code == 0 and "A MODEL, NOT A MEASUREMENT" in result.output
