@@ -6,7 +6,7 @@ that trains or evaluates gets sizes of seconds after its own options; a shell co
 
 from __future__ import annotations
 
-import functools
+import importlib
 import re
 import shlex
 import shutil
@@ -32,10 +32,15 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 _FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 #: What makes a command one of seconds; the later of two equal options counts.
 _SMALL = {
-    "track": "--sft-steps 2 --every 2 --ppo-from 1,2 --ppo-updates 1 --turns-per-update 4 --deals 2 --batch-size 2 "
+    "track": "--sft-steps 2 --every 2 --ppo-from 1,2 --ppo-updates 1 --turns-per-update 8 --deals 2 --batch-size 2 "
     "--turns 1",
     "eval": "--deals 2 --turns 1",
 }
+
+
+class OnCPU(trl.SFTConfig):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"use_cpu": True, "bf16": False, **kwargs})
 
 
 @dataclass(frozen=True)
@@ -80,6 +85,10 @@ def run_command(words: list[str], block: Block) -> None:
         what, *extras = re.findall(r"[.\w]+", words[-1])
         declared = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
         assert what in (".", "rlspec") and set(extras) <= declared, f"{block}: {words}"
+    elif words[0] == "python":  # a bench: it is there, and knows its options
+        bench = importlib.import_module(Path(words[1]).stem)
+        assert (ROOT / words[1]).exists()
+        bench.main.make_context(words[1], words[2:])
     else:
         assert words[0] == "rlspec", f"{block}: nothing knows how to run {words[0]}"
         arguments = words[1:]
@@ -125,7 +134,7 @@ def test_what_a_page_shows_runs(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
     # TRL's own default is bfloat16, which it refuses on a CPU unless told.
-    monkeypatch.setattr(trl, "SFTConfig", functools.partial(trl.SFTConfig, use_cpu=True))
+    monkeypatch.setattr(trl, "SFTConfig", OnCPU)
     furnish(Path("runs/mine"))
     words = list(make_tokenizer().get_vocab())
     namespace = {
