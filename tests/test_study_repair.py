@@ -118,6 +118,20 @@ def test_what_was_scored_is_what_the_restore_line_writes(candidate: Any, given: 
     assert scores.tuned().general == pytest.approx(direct(given / "tuned", texts[::2]), abs=1e-5)  # put back
 
 
+def test_the_random_control_moves_each_tensor_as_far_in_another_direction(given: Path) -> None:
+    scores, options = losses(given), directions(0.2).options
+    tuned, ours, random_ = (
+        tensors_of(given / "tuned"),
+        scores.weights(options),
+        scores.random_weights(options),
+    )
+    assert ours.keys() == random_.keys()
+    for name in ours:
+        a, b = (w[name].double() - tuned[name].double() for w in (ours, random_))
+        assert float(b.norm()) == pytest.approx(float(a.norm()), rel=1e-4)
+        assert abs(float((a * b).sum() / a.norm() / b.norm())) < 0.2
+
+
 def test_the_printed_line_is_the_recommended_setting(given: Path, tmp_path: Path) -> None:
     result = rank(given, tmp_path / "out", *by_loss(given), "--budget", "12", "--tolerance", "1")
     assert result.exit_code == 0, result.output

@@ -41,6 +41,8 @@ def lines(found: Found, base: Path, tuned: Path) -> Iterator[str]:
     yield from (_line(_named(trial), trial.score, found) for trial in curve)
     yield "beside it:"
     yield from (_line(_named(trial), trial.score, found) for trial in rest)
+    if found.random is not None:
+        yield _line("a random change as large as the recommended one (control)", found.random, found)
     if found.passed_over:
         yield f"not possible here: {len(found.passed_over)} settings, the first: {found.passed_over[0][1]}"
     yield ""
@@ -71,6 +73,11 @@ def as_csv(found: Found) -> str:
         settings = [trial.candidate.settings.get(name, "") for name in names]
         marks = [int(trial.candidate.is_control), int(trial in curve), int(trial == found.recommended)]
         writer.writerow(["restored", *settings, trial.score.general, trial.score.task, share, *marks])
+    if found.random is not None:
+        share = share_won_back(found.random, found.base, found.tuned)
+        writer.writerow(
+            ["random", *[""] * len(names), found.random.general, found.random.task, share, 1, "", ""]
+        )
     return text.getvalue()
 
 

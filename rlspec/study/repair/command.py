@@ -53,7 +53,7 @@ class CommandScores:
         self._names = {"win_back": list(win_back), "keep": list(keep)}
         self._sign = 1.0 if lower_is_better else -1.0
         self._place = beside.with_name(f".{beside.name}.candidate")
-        self.can_confirm = confirm is not None
+        self.can_confirm, self.can_randomise = confirm is not None, False
         self.identity = f"command {json.dumps([self._commands[False], confirm, self._names, self._sign])}"
 
     def base(self, *, confirm: bool = False) -> Score:
@@ -70,6 +70,9 @@ class CommandScores:
             return self._score(self._place, confirm)
         finally:
             self._remove()
+
+    def randomised(self, options: RestoreOptions) -> Score:
+        raise OptionError("random controls are for losses in memory")
 
     def _remove(self) -> None:
         """The name is the search's own: what lies there, a search that was killed has left."""

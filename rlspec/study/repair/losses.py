@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from rlspec.backend import choose_device
 from rlspec.errors import CheckpointError
 from rlspec.io.adapter import is_adapter
-from rlspec.io.stream import stream_pairs
+from rlspec.io.stream import read_tensor, stream_pairs
 from rlspec.jobs.loading import load_model, load_tokenizer, model_folder
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import plan_restore
-from rlspec.restore.tensors import restore_stored
+from rlspec.restore.tensors import generator, restore_stored
 from rlspec.study.repair.scores import Score, Sums
 from rlspec.study.repair.texts import halves, read_traces
 from rlspec.train.encode import pad_id
@@ -48,7 +48,7 @@ class LossScores:
         OptionError: texts that cannot be read.
     """
 
-    can_confirm = True
+    can_confirm = can_randomise = True
 
     def __init__(
         self,
@@ -93,6 +93,10 @@ class LossScores:
         with self._holding(self.weights(options)):
             return self._score(confirm)
 
+    def randomised(self, options: RestoreOptions) -> Score:
+        with self._holding(self.random_weights(options)):
+            return self._score(False)
+
     @pinned_arithmetic()
     def weights(self, options: RestoreOptions) -> dict[str, Tensor]:
         """The tensors that `rlspec restore` would write anew, by name, as it would write them."""
@@ -105,6 +109,18 @@ class LossScores:
             out, _ = restore_stored(step, base, tuned, options, self._cache)
             found |= dict.fromkeys(plan.written_by(step), out.clone())
             del base, tuned
+        return found
+
+    @pinned_arithmetic()
+    def random_weights(self, options: RestoreOptions) -> dict[str, Tensor]:
+        """The same tensors, each moved from the tuned one as far as the restoration moves it, in a random direction."""
+        index = plan_restore(self._base, self._tuned, options).like
+        found: dict[str, Tensor] = {}
+        for name, weight in self.weights(options).items():
+            tuned = read_tensor(index, name).double()
+            noise = torch.randn(tuned.shape, dtype=torch.float64, generator=generator(options.seed, name))
+            noise *= (weight.double() - tuned).norm() / noise.norm()
+            found[name] = (tuned + noise).to(weight.dtype)
         return found
 
     @contextmanager

@@ -22,6 +22,7 @@ from rlspec.study.repair.scores import Score, Scores
 class Found:
     """What a search has found. ``confirmed`` are the scores of base, tuned and recommended on unseen data.
 
+    ``random`` is the score of a change as large as the recommended one in random directions, where scores are losses.
     ``passed_over`` tells of candidates that the checkpoints cannot have, and why.
     """
 
@@ -29,6 +30,7 @@ class Found:
     tuned: Score
     trials: tuple[Trial, ...]
     recommended: Trial | None
+    random: Score | None
     confirmed: dict[str, Score] | None
     passed_over: tuple[tuple[Candidate, str], ...]
     resumed: int
@@ -89,7 +91,10 @@ def search(
         trials.append(Trial(candidate, score))
         on_trial(trials[-1])
     best = recommend(trials, of_base, of_tuned, tolerance)
-    confirmed = None
+    random, confirmed = None, None
+    if best is not None and scores.can_randomise:
+        of = {"model": "random", **_plain(best.candidate)}
+        random = ledger.score(of, partial(scores.randomised, best.candidate.options))
     if best is not None and scores.can_confirm:
         parts: dict[str, tuple[dict[str, Any], Callable[[], Score]]] = {
             "base": ({"confirm": "base"}, lambda: scores.base(confirm=True)),
@@ -101,7 +106,15 @@ def search(
         }
         confirmed = {name: ledger.score(of, compute) for name, (of, compute) in parts.items()}
     return Found(
-        of_base, of_tuned, tuple(trials), best, confirmed, tuple(passed_over), ledger.resumed, tolerance
+        of_base,
+        of_tuned,
+        tuple(trials),
+        best,
+        random,
+        confirmed,
+        tuple(passed_over),
+        ledger.resumed,
+        tolerance,
     )
 
 
