@@ -28,7 +28,7 @@ from rlspec.tasks import get_task
 from rlspec.tasks.base import training_problem
 from rlspec.train import SFTConfig, train_sft
 
-_TEXTS, _ANSWERS = 64, 64
+_HELD_OUT = 64  # deals that are never trained on, of which the first are scored
 _CHARACTERS = 1000  # of a piece of prose, about 230 tokens
 
 
@@ -64,18 +64,18 @@ def write_base(folder: Path) -> None:
     transformers.AutoTokenizer.from_pretrained(source, gguf_file=file.name).save_pretrained(folder)
 
 
-def write_data(texts: Path, answers: Path) -> frozenset[Any]:
+def write_data(texts: Path, answers: Path, count: int) -> frozenset[Any]:
     """The two files that the search scores; returns the problems that must not be trained on."""
     pieces = list(prose())
     random.Random(0).shuffle(pieces)
-    write_rows(texts, [{"text": text} for text in pieces[:_TEXTS]])
+    write_rows(texts, [{"text": text} for text in pieces[:count]])
     task, rng = get_task("general_points"), random.Random("held out")
     rows, seen = [], set()
-    while len(rows) < _ANSWERS:
+    while len(rows) < _HELD_OUT:
         problem = training_problem(task, rng, frozenset(seen))
         seen.add(problem.key)
         rows.append({"messages": task.prompt(problem), "answer": task.answer(problem)})
-    write_rows(answers, rows)
+    write_rows(answers, rows[:count])
     return frozenset(seen)
 
 
@@ -103,18 +103,27 @@ def fine_tune(
 @click.command()
 @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for weights and tables.")
 @click.option("--seed", default=0, show_default=True)
-@click.option("--steps", default=120, show_default=True)
-@click.option("--batch", default=8, show_default=True)
-@click.option("--rate", default=1e-4, show_default=True)
-@click.option("--budget", default="40", show_default=True, help="Of the search: evaluations, or 20m, 2h.")
-@click.option("--only-tune", is_flag=True)
-def main(out: Path, seed: int, steps: int, batch: int, rate: float, budget: str, only_tune: bool) -> None:
+@click.option("--steps", default=40, show_default=True)
+@click.option("--batch", default=4, show_default=True)
+@click.option("--rate", default=3e-4, show_default=True)
+@click.option(
+    "--rows",
+    type=click.IntRange(4, _HELD_OUT),
+    default=24,
+    show_default=True,
+    help="Texts, and answers; half of them confirm.",
+)
+@click.option("--budget", default="30", show_default=True, help="Of the search: evaluations, or 20m, 2h.")
+@click.option("--only-tune", is_flag=True, help="Without the search.")
+def main(
+    out: Path, seed: int, steps: int, batch: int, rate: float, rows: int, budget: str, only_tune: bool
+) -> None:
     out.mkdir(parents=True, exist_ok=True)
     base, tuned = out / "base", out / f"tuned-{seed}"
     if not base.exists():
         write_base(base)
     texts, answers = out / "texts.jsonl", out / "answers.jsonl"
-    exclude = write_data(texts, answers)
+    exclude = write_data(texts, answers, rows)
     if not tuned.exists():
         fine_tune(base, tuned, exclude, seed=seed, steps=steps, batch=batch, rate=rate)
     if only_tune:
