@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 
-.PHONY: help track test lint typecheck docs cpp-test cpp-tsan fuzz format clean
+.PHONY: help track test lint typecheck docs kernels-earlier cpp-test cpp-tsan fuzz format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -42,6 +42,12 @@ typecheck: $(VENV)/installed-dev ## mypy
 
 docs: $(VENV)/installed-dev ## build the documentation into build/site
 	$(BIN)/mkdocs build --quiet
+
+# What cards with torch 2.11 have; other releases allot registers otherwise.
+TRITON := 3.6.0
+kernels-earlier: $(VENV)/installed-dev ## compile every kernel by the Triton of an earlier torch
+	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
+	TRITON_CACHE_DIR=build/triton-cache PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m rlspec.kernels.report --check > build/triton-$(TRITON).log || { cat build/triton-$(TRITON).log; exit 1; }
 
 # Everything but the bindings, which need Python.
 CORE := $(filter-out csrc/bindings.cpp,$(wildcard csrc/*.cpp))

@@ -42,7 +42,7 @@ PRODUCT: dict[tuple[Family, Precision], Sizes] = {
     ("sm_80", "bf16"): Sizes(Config(128, 128, 32, 8, 3), Config(64, 32, 32, 4, 3)),
     ("sm_90", "tf32x3"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 32, 4, 3)),
     ("sm_90", "bf16"): Sizes(Config(128, 128, 64, 8, 3), Config(64, 32, 64, 4, 3)),
-    ("sm_100", "tf32x3"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 64, 4, 3)),
+    ("sm_100", "tf32x3"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 64, 8, 3)),
     ("sm_100", "bf16"): Sizes(Config(128, 128, 32, 8, 3), Config(64, 32, 64, 4, 3)),
     ("gfx942", "ieee"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 64, 4, 2)),
     ("gfx942", "bf16"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 64, 4, 2)),

@@ -18,7 +18,8 @@ def as_flags(message: str, command: click.Command) -> str:
     for option in command.params:
         if isinstance(option, click.Option) and option.name is not None:
             spelled = max(option.opts, key=len)
-            here = rf"(?<![\w.=/-]){option.name}="
+            name = option.name.removesuffix("_")  # eval_, say, where Python has a name of its own
+            here = rf"(?<![\w.=/-]){name}="
             if option.is_flag:
                 message = re.sub(here + r"True\b", spelled, message)
             message = re.sub(here + r"(?=[\w'\"./~-])", f"{spelled} ", message)

@@ -1,0 +1,63 @@
+"""From scores to a recommendation: the trade-off curve, the rule, and intervals over texts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from rlspec.study.repair.candidates import Candidate
+from rlspec.study.repair.scores import Score, Sums
+
+_DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class Trial:
+    candidate: Candidate
+    score: Score
+
+
+def most_task(base: Score, tuned: Score, tolerance: float) -> float:
+    """The largest task cost that the rule accepts: the tuned one's and a share of what tuning gained."""
+    return tuned.task + tolerance * abs(base.task - tuned.task)
+
+
+def recommend(trials: Sequence[Trial], base: Score, tuned: Score, tolerance: float) -> Trial | None:
+    """The trial of least general cost among those within the tolerance; None where none is below the tuned one's.
+
+    The first of equals, so that the answer does not depend on how a search was interrupted.
+    """
+    limit = most_task(base, tuned, tolerance)
+    fit = [trial for trial in trials if trial.score.task <= limit and trial.score.general < tuned.general]
+    return min(fit, key=lambda trial: trial.score.general, default=None)
+
+
+def front(trials: Sequence[Trial]) -> list[Trial]:
+    """The trade-off curve: trials that no other betters in both, by rising general cost."""
+    found: list[Trial] = []
+    for trial in sorted(trials, key=lambda trial: (trial.score.general, trial.score.task)):
+        if not found or trial.score.task < found[-1].score.task:
+            found.append(trial)
+    return found
+
+
+def share_won_back(score: Score, base: Score, tuned: Score) -> float | None:
+    """Of the general score that tuning lost; None where it lost none."""
+    lost = tuned.general - base.general
+    return (tuned.general - score.general) / lost if lost > 0 else None
+
+
+def difference_interval(a: Sums, b: Sums, *, seed: int = 0) -> tuple[float, float]:
+    """95 % percentile bootstrap interval, over texts, of the mean token loss in ``a`` less that in ``b``.
+
+    Both are of the same texts, which are drawn in pairs (B. Efron, R. Tibshirani, 1993, chapter 13).
+    """
+    first, second = (torch.tensor([total for total, _ in sums], dtype=torch.float64) for sums in (a, b))
+    counts = torch.tensor([count for _, count in a], dtype=torch.float64)
+    draw = torch.Generator().manual_seed(seed)
+    rows = torch.randint(len(a), (_DRAWS, len(a)), generator=draw)
+    found = (first - second)[rows].sum(dim=1) / counts[rows].sum(dim=1)
+    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high
