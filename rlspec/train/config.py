@@ -51,6 +51,10 @@ class SFTConfig:
     weight_decay: float = 0.0
     warmup_ratio: float = 0.3  # slow at first, so that the early rise of OOD accuracy can be seen
     schedule: Literal["cosine", "constant"] = "cosine"
+    # dft (arXiv 2508.05629) weighs a token's loss by its own probability, so that it learns least from what it would
+    # never have said.
+    loss: Literal["cross_entropy", "dft"] = "cross_entropy"
+    kl_coef: float = 0.0  # added per nat of KL(model || reference) and answer token
     max_grad_norm: float = 1.0
     dtype: Dtype = "auto"  # autocast; "auto" is bf16 on CUDA, float32 elsewhere
     checkpoint_every: int = 50  # steps between resume states
@@ -61,6 +65,8 @@ class SFTConfig:
         _require_positive(self, "learning_rate", "max_grad_norm")
         _require_share(self, "warmup_ratio")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _require(0 <= self.kl_coef < float("inf"), "kl_coef", self.kl_coef, "at least 0")
+        _require_choice("loss", self.loss, ("cross_entropy", "dft"))
         _require_choice("schedule", self.schedule, ("cosine", "constant"))
         _require_choice("dtype", self.dtype, ("auto", "float32", "bf16"))
 

@@ -1,0 +1,78 @@
+"""`rlspec study PLAN`: many runs with shared parents, into one table with statistics and a page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import click
+
+from rlspec.cli.exits import stopped
+from rlspec.cli.settings import options_of
+from rlspec.errors import OptionError
+from rlspec.study.plans import StudyOptions
+
+_TOLD = {
+    "duration": "SFT of many lengths, PPO from each: what comes back, and until when.",
+    "rank": "Restorations of one tuned model by rank, part, mode, modules and strength, and their controls.",
+    "prevent": "Ways to train that forget less: rate, stopping, rules, KL, loss, straight line.",
+    "layers": "Restorations of the first, middle and last layers.",
+}
+
+
+@click.group("study", short_help="Run a plan of many runs, resumably; a table, statistics, a page.")
+def command() -> None:
+    """Run all cells of a plan, those that are missing. The same command goes on where it was stopped."""
+
+
+def _plan(name: str, told: str) -> click.Command:
+    @click.command(name, short_help=told, help=f"{told}\n\nThe same command goes on where it was stopped.")
+    @click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder of the study.")
+    @options_of(StudyOptions)
+    @click.option(
+        "--workers", type=click.IntRange(min=1), default=1, show_default=True, help="Cells run at once."
+    )
+    @click.option(
+        "--threads", type=click.IntRange(min=1), help="CPU threads of each.  [default: a fair share]"
+    )
+    @click.option(
+        "--executor",
+        type=click.Choice(["local", "slurm"]),
+        default="local",
+        show_default=True,
+        help="Where cells run: this machine, or a Slurm cluster.",
+    )
+    @click.option("--slurm", "slurm", default="", help="For its jobs, as in partition=cpu,timeout_min=60.")
+    def run(
+        out: Path, workers: int, threads: int | None, executor: str, slurm: str, seeds: str, **settings: Any
+    ) -> None:
+        from rlspec.study.job import Places, run_plan
+
+        options = StudyOptions(seeds=seeds, **settings)
+        places = Places(executor=executor, workers=workers, threads=threads, slurm=_pairs(slurm))
+        try:
+            for line in run_plan(name, options, _seeds(seeds), out, places):
+                click.echo(line)
+        except KeyboardInterrupt as stop:
+            click.echo("Stopped; what is finished is kept. To go on: the same command", err=True)
+            raise SystemExit(stopped(stop)) from None
+
+    return run
+
+
+def _seeds(text: str) -> list[int]:
+    if not re.fullmatch(r"\d+(,\d+)*", text):
+        raise OptionError(f"seeds={text!r} must be whole numbers with commas between them, as in 0,1,2")
+    return list(dict.fromkeys(map(int, text.split(","))))
+
+
+def _pairs(text: str) -> dict[str, str]:
+    pairs = [part.partition("=") for part in text.split(",") if part]
+    if any(not name or not value for name, _, value in pairs):
+        raise OptionError(f"slurm={text!r} must be name=value, with commas between them")
+    return {name: value for name, _, value in pairs}
+
+
+for _name, _text in _TOLD.items():
+    command.add_command(_plan(_name, _text))

@@ -1,0 +1,3 @@
+"""Studies: many runs with shared parents, resumable, that end in one table with statistics and a page."""
+
+from __future__ import annotations
