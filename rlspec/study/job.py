@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -11,7 +12,9 @@ import torch
 
 from rlspec.errors import MissingPackageError
 from rlspec.jobs.loading import check_checkpoint, model_folder
+from rlspec.study.findings import sections
 from rlspec.study.folder import StudyFolder
+from rlspec.study.page import write_page
 from rlspec.study.plans import StudyOptions, make_study
 from rlspec.study.runner import Here, Pool, Processes, run_study
 from rlspec.study.table import write_tables
@@ -36,7 +39,7 @@ def run_plan(plan: str, options: StudyOptions, seeds: Sequence[int], out: Path, 
     """
     check_checkpoint(model_folder(options.model))
     if places.executor == "slurm" and importlib.util.find_spec("submitit") is None:
-        raise MissingPackageError("executor='slurm'", "slurm")
+        raise MissingPackageError("a study on a Slurm cluster", "submitit", extra="slurm")
     folder = StudyFolder(out)
     begun = (out / "study.json").is_file()
     share = folder.study().threads if begun else max(1, torch.get_num_threads() // places.workers)
@@ -44,7 +47,10 @@ def run_plan(plan: str, options: StudyOptions, seeds: Sequence[int], out: Path, 
     study = replace(make_study(plan, options, seeds), threads=threads)
     run_study(study, folder, lambda: _pool(out, places, threads))
     write_tables(study, folder)
-    return [f"table   {out / 'table.csv'}"]
+    found = sections(study, folder)
+    write_page(study, folder, found)
+    told = [line for section in found for line in textwrap.wrap(section.text, 110)]
+    return [*told, "", f"table   {out / 'table.csv'}", f"page    {out / 'report.html'}"]
 
 
 def _pool(out: Path, places: Places, threads: int) -> Pool:
