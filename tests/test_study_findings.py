@@ -112,7 +112,7 @@ def test_settings_are_chosen_on_the_deals_of_the_choice_and_told_by_the_others()
     ]
     chosen, sensitivity = choice_sections(rows, by="modules")
     assert "rank 0.2" in chosen.text and "55.0% OOD" in chosen.text and "rank 0.5" not in chosen.text
-    # 90 deals gained against the tuned and 50 against the line, none lost; by Holm times 3 and 2, the line's own being last.
+    # 90 deals gained against the tuned, 50 against the line, none lost; Holm: times 3 and 2, the line's own is last.
     assert (
         f"p = {3 * 2 * 0.5**90:.2g}, against the straight line at equal ID p = {2 * 2 * 0.5**50:.2g}"
         in chosen.text
