@@ -1,7 +1,7 @@
 """`python -m rlspec.kernels.report`: compile every key and write what came of it to compiled.json, beside this file.
 
-The table holds for one release of Triton; a test compares what that release makes now. With ``--check`` nothing is written:
-whether another release's compiler makes what may be shipped (`make kernels-earlier`).
+The table holds for one release of Triton; a test compares what that release makes now. With ``--check`` nothing is
+written: whether another release makes what may be shipped (`make kernels-earlier`).
 """
 
 from __future__ import annotations
