@@ -45,9 +45,9 @@ class BackendError(RlspecError):
 class MissingPackageError(RlspecError, ImportError):
     """A package is not installed that few need, so that it does not come with rlspec."""
 
-    def __init__(self, needed_by: str, package: str) -> None:
+    def __init__(self, needed_by: str, package: str, *, extra: str | None = None) -> None:
         super().__init__(
-            f"{needed_by} needs {package}, which is not installed: pip install 'rlspec[{package}]'"
+            f"{needed_by} needs {package}, which is not installed: pip install 'rlspec[{extra or package}]'"
         )
 
 

@@ -5,6 +5,7 @@ Plain ``pytest`` skips what the environment cannot run, and says so.
 
 from __future__ import annotations
 
+import importlib.util
 import platform
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -59,6 +60,9 @@ MEANT: dict[str, tuple[Meant, ...]] = {
     "test_op_delta_matmul.py::test_in_the_interpreter": (_TRITON,),
     "test_spectra_kernels.py::test_tracking_in_the_interpreter": (_TRITON,),
     "test_kernels_compiled.py": (_TRITON,),
+    "test_study.py::test_jobs_of_a_cluster_change_no_result": (
+        Meant("submitit is not installed", lambda: importlib.util.find_spec("submitit") is None),
+    ),
 }
 
 

@@ -15,7 +15,7 @@ from rlspec.errors import RlspecError
 from rlspec.signals import sigterm_raises
 
 # Command -> module; a command's module is imported when that command is asked for (or listed by --help).
-COMMANDS = ("track", "measure", "restore", "eval", "study", "report", "cache", "env")
+COMMANDS = ("track", "measure", "restore", "study", "eval", "report", "cache", "env")
 
 
 class _Commands(click.Group):

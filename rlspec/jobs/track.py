@@ -284,18 +284,13 @@ def _train(
         "resume_dir": folder.resume_dir(segment.id),
     }
     train = inputs.stages[segment.stage]
-    trained = inputs.model, inputs.tokenizer, inputs.task
-    if segment.stage == "sft":
-        return train(*trained, config.sft, **shared)
-    return train(*trained, config.ppo, reference=_reference(segment, config, inputs, folder), **shared)
+    settings = config.sft if segment.stage == "sft" else config.ppo
+    if config.trainer == "rlspec" and settings.kl_coef > 0:
+        shared["reference"] = _reference(segment, inputs, folder)
+    return train(inputs.model, inputs.tokenizer, inputs.task, settings, **shared)
 
 
-def _reference(segment: Segment, config: TrackConfig, inputs: _Inputs, folder: RunFolder) -> Any | None:
-    """The model that the segment starts from, where PPO is held near it; also in a segment that goes on.
-
-    TRL loads its own.
-    """
-    if config.ppo.kl_coef == 0 or config.trainer == "trl":
-        return None
+def _reference(segment: Segment, inputs: _Inputs, folder: RunFolder) -> Any:
+    """The model that the segment starts from, to be held near it; also in a segment that goes on."""
     start = inputs.folder if segment.parent is None else folder.checkpoint_dir(*segment.parent)
     return load_model(start, inputs.device).eval()

@@ -31,8 +31,8 @@ EMBEDDED_BRANCH = 100
 # PPO updates where none are given. TRL samples by transformers' generate, which takes longer.
 PPO_UPDATES = {"rlspec": 20, "trl": 5}
 
-# What TRL's GRPOTrainer does of what our own does; nothing else can be asked of it.
-_OF_TRL = {"advantages": "grpo", "ppo_level": "token"}
+# What TRL's trainers do of what our own do; nothing else can be asked of them.
+_OF_TRL = {"advantages": "grpo", "ppo_level": "token", "sft_loss": "cross_entropy", "sft_kl_coef": 0.0}
 
 # Headings of --help.
 _MEASURED = "What is measured"

@@ -1,1 +1,3 @@
-"""Studies: many settings tried on the same data, and what comes of them."""
+"""Studies: many runs with shared parents, resumable, that end in one table with statistics and a page."""
+
+from __future__ import annotations

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
 from fractions import Fraction
 from typing import Literal
 
 from rlspec.errors import OptionError
 from rlspec.tasks.answers import Answer, read_answer
 from rlspec.tasks.base import IN_DISTRIBUTION, Message, Verdict, check_shift
-from rlspec.tasks.cards import SHIFTS, Deal, deal
+from rlspec.tasks.cards import SHIFTS, Deal, Rule, deal
 from rlspec.tasks.expression import Expression, ExpressionError, parse_expression
 from rlspec.tasks.prompts import STYLES, Prompts
 from rlspec.tasks.solver import can_finish, solve
@@ -44,6 +46,8 @@ class GeneralPoints:
         other_target: the number to reach under the shift ``"target"``.
         history_share: share of supervised examples whose conversation already holds a wrong answer and the
             verifier's message, so that a fine-tuned model knows what a second turn looks like.
+        training_rules: rules that supervised examples are put under, each by chance; none: the one in distribution.
+            Hands stay those of the problem, so what is kept for evaluation is kept under every rule.
 
     Raises:
         OptionError: an argument is out of range.
@@ -61,6 +65,7 @@ class GeneralPoints:
         target: int = 24,
         other_target: int = 20,
         history_share: float = 0.2,
+        training_rules: Sequence[Rule] = (),
     ) -> None:
         if style not in STYLES:
             raise OptionError(f"unknown style {style!r}; valid: {', '.join(STYLES)}")
@@ -75,6 +80,7 @@ class GeneralPoints:
         self.target = target
         self.other_target = other_target
         self.history_share = history_share
+        self.training_rules = tuple(training_rules)
         self.prompts: Prompts = STYLES[style]
         self.max_answer_tokens = self.prompts.max_answer_tokens
 
@@ -92,6 +98,11 @@ class GeneralPoints:
         return self.prompts.answer(problem, formula)
 
     def sft_example(self, problem: Deal, rng: random.Random) -> tuple[list[Message], str]:
+        solvable = [
+            r for r in self.training_rules if solve(r.numbers(problem.cards), problem.target) is not None
+        ]
+        if solvable:
+            problem = replace(problem, rule=rng.choice(solvable))
         messages, answer = self.prompt(problem), self.answer(problem)
         if rng.random() < self.history_share:
             wrong = self._wrong_answer(problem, rng)

@@ -55,6 +55,14 @@ class SFTConfig:
     schedule: Literal["cosine", "constant"] = setting(
         "cosine", "After the rise: cosine, which ends at 0, or constant.", fine=True
     )
+    # dft (arXiv 2508.05629) weighs a token's loss by its own probability, so that it learns least from what it would
+    # never have said.
+    loss: Literal["cross_entropy", "dft"] = setting(
+        "cross_entropy",
+        "Of a token: cross_entropy, or dft, which weighs it by the token's probability.",
+        fine=True,
+    )
+    kl_coef: float = setting(0.0, "Added per nat of KL(model || start) and answer token.", fine=True)
     max_grad_norm: float = setting(1.0, "Gradients are clipped to this norm.", fine=True)
     dtype: Dtype = setting("auto", "Autocast: auto (bf16 on CUDA, float32 elsewhere), float32 or bf16.")
     checkpoint_every: int = setting(50, "Steps between resume states.")
@@ -65,6 +73,8 @@ class SFTConfig:
         _require_positive(self, "learning_rate", "max_grad_norm")
         _require_share(self, "warmup_ratio")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "at least 0")
+        _require(0 <= self.kl_coef < float("inf"), "kl_coef", self.kl_coef, "at least 0")
+        _require_choice("loss", self.loss, ("cross_entropy", "dft"))
         _require_choice("schedule", self.schedule, ("cosine", "constant"))
         _require_choice("dtype", self.dtype, ("auto", "float32", "bf16"))
 

@@ -48,6 +48,7 @@ def evaluate(
     deals: int = 234,
     turns: int | None = None,
     seed: int = 0,
+    first: int = 0,
     temperature: float = 0.2,
     batch_size: int = 256,
     dtype: Any = "float32",
@@ -55,7 +56,8 @@ def evaluate(
     """Play ``deals`` fixed problems of a shift, ``turns`` verification turns each (the task's limit if None).
 
     Problems and random numbers depend on (seed, shift) alone, so two checkpoints are judged on the same
-    problems with the same luck. The model's mode and the global random state are left as they were.
+    problems with the same luck. ``first`` problems of that fixed order are passed over, so that two sets of one seed
+    share none. The model's mode and the global random state are left as they were.
 
     Raises:
         OptionError: the task has no such shift.
@@ -63,7 +65,7 @@ def evaluate(
     check_shift(task, shift)
     began = time.perf_counter()
     limit = task.max_turns if turns is None else turns
-    problems = evaluation_problems(task, deals, shift=shift, seed=seed)
+    problems = evaluation_problems(task, first + deals, shift=shift, seed=seed)[first:]
     episodes = play(
         model,
         tokenizer,

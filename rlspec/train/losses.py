@@ -1,9 +1,24 @@
-"""The losses of PPO (Schulman et al. 2017, arXiv 1707.06347), per action and not yet averaged."""
+"""The losses of SFT, per token, and of PPO (Schulman et al. 2017, arXiv 1707.06347), per action; not yet averaged."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+
+
+def token_losses(logits: Tensor, tokens: Tensor, kind: str) -> Tensor:
+    """-log p of each token (S,) under logits (S, V); ``dft`` (Wu et al. 2025, arXiv 2508.05629) weighs it by p, through
+    which no gradient goes.
+    """
+    losses = F.cross_entropy(logits, tokens, reduction="none")
+    return losses * torch.exp(-losses.detach()) if kind == "dft" else losses
+
+
+def divergences(logits: Tensor, reference: Tensor) -> Tensor:
+    """KL(model || reference) in nats of each row (S,), exact over the vocabulary, of two tensors of logits (S, V)."""
+    own, other = torch.log_softmax(logits, -1), torch.log_softmax(reference, -1)
+    return (own.exp() * (own - other)).sum(-1)
 
 
 def policy_losses(log_ratio: Tensor, advantages: Tensor, clip: float) -> Tensor:

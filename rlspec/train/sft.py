@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.nn import functional as F
 
+from rlspec.errors import OptionError
 from rlspec.tasks.base import training_problem
 from rlspec.train.batch import autocast
 from rlspec.train.callbacks import Callback
@@ -17,6 +17,8 @@ from rlspec.train.config import SFTConfig
 from rlspec.train.encode import encode_example, pad_id
 from rlspec.train.forward import answer_logits, answer_tokens, forward_passes
 from rlspec.train.loop import TrainResult, run_steps
+from rlspec.train.losses import divergences, token_losses
+from rlspec.train.modes import evaluation_mode
 from rlspec.train.optimizer import make_adamw, set_share
 from rlspec.train.schedule import learning_rate_at
 from rlspec.train.traces import Pair, single
@@ -31,6 +33,7 @@ def train_sft(
     task: Task,
     config: SFTConfig,
     *,
+    reference: Any | None = None,
     exclude: frozenset[Any] = frozenset(),
     callbacks: Sequence[Callback] = (),
     resume_dir: Path | None = None,
@@ -38,14 +41,18 @@ def train_sft(
     """Train every parameter of a model in place, on in-distribution problems.
 
     Args:
+        reference: model that ``kl_coef`` pulls towards; needed when that is not 0.
         exclude: keys of the problems never to train on (those of the evaluation).
         resume_dir: folder of the resume state; one that holds a state is continued, the model's weights
             included.
 
     Raises:
+        OptionError: ``kl_coef`` without a reference.
         TensorError: the loss is not finite.
         RunFolderError: ``resume_dir`` holds a state of other settings.
     """
+    if config.kl_coef > 0 and reference is None:
+        raise OptionError(f"kl_coef is {config.kl_coef}, and there is no reference model to measure it by")
     device = next(model.parameters()).device
     pad = pad_id(model, tokenizer)
     optimizer = make_adamw([(model, config.learning_rate)], config.weight_decay)
@@ -64,7 +71,11 @@ def train_sft(
             chosen = [traces[row] for row in rows]
             with autocast(device, config.dtype):
                 logits, _ = answer_logits(model, chosen, pad)
-            total = F.cross_entropy(logits.float(), answer_tokens(chosen, device), reduction="sum")
+            total = token_losses(logits.float(), answer_tokens(chosen, device), config.loss).sum()
+            if reference is not None and config.kl_coef > 0:
+                with torch.no_grad(), evaluation_mode(reference), autocast(device, config.dtype):
+                    towards, _ = answer_logits(reference, chosen, pad)
+                total = total + config.kl_coef * divergences(logits.float(), towards.float()).sum()
             # Divided by the tokens of the whole batch, so that the split into micro-batches weighs nothing.
             part = total / count
             part.backward()

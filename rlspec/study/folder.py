@@ -1,0 +1,116 @@
+"""The folder of a study: study.json, a folder a cell with its result, and the table that comes of them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from rlspec.errors import RunFolderError
+from rlspec.io.files import write_atomically
+from rlspec.study.cells import Cell, Study
+
+FORMAT = 1
+Row = dict[str, Any]
+
+
+class StudyFolder:
+    """Files of a study. A cell is finished when its result is there, whole."""
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+
+    def cell(self, digest: str) -> Path:
+        return self.path / "cells" / digest
+
+    def checkpoint(self, digest: str, step: int) -> Path:
+        return self.cell(digest) / f"checkpoint-{step}"
+
+    def finished(self, digest: str) -> bool:
+        return (self.cell(digest) / "result.json").is_file()
+
+    def result(self, digest: str) -> Row:
+        """The result of a finished cell.
+
+        Raises:
+            RunFolderError: it cannot be read.
+        """
+        return _read(self.cell(digest) / "result.json")
+
+    def seconds(self, digest: str) -> float | None:
+        """What a cell took; None where that is not known."""
+        path = self.cell(digest) / "seconds.json"
+        return float(_read(path)["seconds"]) if path.is_file() else None
+
+    def finish(self, digest: str, result: Row, seconds: float) -> None:
+        """Write a cell's files, the one that makes it finished last."""
+        write_atomically(self.cell(digest) / "seconds.json", _json({"seconds": seconds}))
+        write_atomically(self.cell(digest) / "result.json", _json(result))
+
+    def check(self, study: Study) -> None:
+        """Refuse a folder that holds anything but a part of this study. Writes nothing.
+
+        Raises:
+            RunFolderError: it holds something else, or a study with cells that this one does not have.
+        """
+        if (self.path / "study.json").is_file():
+            stored = self.study()
+            if stored.threads != study.threads:
+                raise RunFolderError(
+                    f"{self.path}: was begun with threads={stored.threads}, cannot go on with threads={study.threads}"
+                )
+            if stored.plan != study.plan or not _digests(stored) <= _digests(study):
+                raise RunFolderError(
+                    f"{self.path}: holds a study of plan {stored.plan!r} with other settings; give the same ones to go "
+                    "on (more seeds may be added), or another folder"
+                )
+        elif self.path.is_dir():
+            if any(entry.name != ".lock" for entry in self.path.iterdir()):
+                raise RunFolderError(f"{self.path}: exists and is no study; choose another folder")
+        elif self.path.exists():
+            raise RunFolderError(f"{self.path}: is no folder")
+
+    def begin(self, study: Study) -> None:
+        """Write study.json."""
+        (self.path / "cells").mkdir(parents=True, exist_ok=True)
+        cells = [cell.to_json() for cell in study.cells]
+        content = {"format": FORMAT, "plan": study.plan, "threads": study.threads, "cells": cells}
+        write_atomically(self.path / "study.json", _json(content))
+
+    def study(self) -> Study:
+        """The study as study.json has it.
+
+        Raises:
+            RunFolderError: it is missing, damaged or of another format.
+        """
+        path = self.path / "study.json"
+        content = _read(path)
+        if content.get("format") != FORMAT:
+            raise RunFolderError(
+                f"{path}: format {content.get('format')!r}; this version reads format {FORMAT}"
+            )
+        try:
+            cells = [Cell.from_json(cell) for cell in content["cells"]]
+            return Study(content["plan"], cells, content["threads"])
+        except (KeyError, TypeError) as error:
+            raise RunFolderError(f"{path}: not the cells of a study ({error!r})") from None
+
+
+def _digests(study: Study) -> set[str]:
+    return {cell.digest for cell in study.cells}
+
+
+def _json(content: Row) -> bytes:
+    return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
+
+
+def _read(path: Path) -> Row:
+    try:
+        content = json.loads(path.read_bytes())
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        raise RunFolderError(f"{path}: not JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise RunFolderError(f"{path}: expected a JSON object")
+    return content
