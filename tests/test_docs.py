@@ -25,6 +25,7 @@ from train_toys import save_toy_model
 
 import rlspec
 from rlspec.cli.main import main
+from rlspec.cli.study import command as study
 from rlspec.models.vocabulary import make_tokenizer
 from rlspec.spectra.table import COLUMNS
 
@@ -36,6 +37,7 @@ _SMALL = {
     "track": "--sft-steps 2 --every 2 --ppo-from 1,2 --ppo-updates 1 --turns-per-update 8 --deals 2 --batch-size 2 "
     "--turns 1",
     "eval": "--deals 2 --turns 1",
+    "study": "--budget 2",
 }
 
 
@@ -76,7 +78,7 @@ def run_block(block: Block, namespace: dict[str, Any]) -> None:
         for words in block.commands():
             run_command(words, block)
     else:
-        assert block.language == "", f"{block}: nothing runs {block.language}"
+        assert block.language in ("", "text"), f"{block}: nothing runs {block.language}"
 
 
 def run_command(words: list[str], block: Block) -> None:
@@ -90,6 +92,10 @@ def run_command(words: list[str], block: Block) -> None:
         bench = importlib.import_module(Path(words[1]).stem)
         assert (ROOT / words[1]).exists()
         bench.main.make_context(words[1], words[2:])
+    elif words[:2] == ["rlspec", "study"] and "--base" not in words:  # minutes, even the quick ones
+        name, plan, rest = study.resolve_command(study.make_context("study", words[2:]), words[2:])
+        assert plan is not None
+        plan.make_context(name, rest)
     else:
         assert words[0] == "rlspec", f"{block}: nothing knows how to run {words[0]}"
         arguments = words[1:]
@@ -122,6 +128,9 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tuned.save_pretrained(folder / f"runs/other/checkpoint-{step}")
     shutil.copytree(folder / "base-model", folder / "sft-model")  # with the tokenizer
     tuned.save_pretrained(folder / "sft-model")
+    words = " ".join(list(make_tokenizer().get_vocab())[20:40])
+    for name, row in (("texts", {"text": words}), ("task", {"prompt": words, "answer": words})):
+        (folder / f"{name}.jsonl").write_text(8 * (json.dumps(row) + "\n"))
     for name in ("A", "B", "path/to/hf-model"):
         shutil.copytree(folder / "base-model", folder / name)
     return folder
