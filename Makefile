@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 
-.PHONY: help track test lint typecheck kernels-earlier cpp-test cpp-tsan fuzz format clean
+.PHONY: help track test lint typecheck docs kernels-earlier cpp-test cpp-tsan fuzz format clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ lint: $(VENV)/installed-dev ## ruff check and ruff format --check
 
 typecheck: $(VENV)/installed-dev ## mypy
 	$(BIN)/mypy
+
+docs: $(VENV)/installed-dev ## build the documentation into build/site
+	$(BIN)/mkdocs build --quiet
 
 # What cards with torch 2.11 have; other releases allot registers otherwise.
 TRITON := 3.6.0

@@ -222,6 +222,10 @@ def test_settings_are_those_that_trl_has() -> None:
             {"turns_per_update": 100},
             "turns_per_update=100 must be a multiple of group_size=8 with trainer='trl'",
         ),
+        (
+            {"turns_per_update": 4},
+            "turns_per_update=4 must be a multiple of group_size=8 with trainer='trl'",
+        ),
         ({"ppo_mini_batch_size": 60}, "turns_per_update=256 must be a multiple of ppo_mini_batch_size=60"),
     ):
         with pytest.raises(OptionError) as error:

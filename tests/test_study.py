@@ -136,6 +136,21 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(arguments: list[st
     assert result.exit_code == 2 and "no study" in result.output
 
 
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("--seeds=1.5", "--seeds '1.5' must be whole numbers"),
+        ("--slurm=cpu", "--slurm 'cpu' must be name=value"),
+        ("--model=/nowhere", "no such folder; --model wants"),
+        ("--threads=0", "--threads"),
+    ],
+)
+def test_bad_options_are_told_as_they_were_given(given: str, shown: str, tmp_path: Path) -> None:
+    result = invoke("study", "layers", given, f"--out={tmp_path / 's'}")
+    assert result.exit_code == 2 and shown in result.output
+    assert not (tmp_path / "s").exists()
+
+
 def test_seeds_may_be_added(model: Path) -> None:
     options = StudyOptions(model=str(model), **TINY)
     one, two = make_study("duration", options, [0]), make_study("duration", options, [0, 1])

@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -223,6 +224,24 @@ def test_the_resume_state_is_let_go_before_training_goes_on(stage: str, tmp_path
     train(toy_model(), TOKENIZER, ToyTask(), config, callbacks=[stop], resume_dir=tmp_path)  # type: ignore[operator]
     train(toy_model(), TOKENIZER, ToyTask(), config, callbacks=[maps], resume_dir=tmp_path)  # type: ignore[operator]
     assert maps.seen and not any(maps.seen)
+
+
+def test_a_state_from_before_a_setting_goes_on_as_its_default(tmp_path: Path) -> None:
+    config = SFTConfig(steps=2, batch_size=2)
+
+    def train(config: SFTConfig) -> list[float]:
+        return train_sft(toy_model(), TOKENIZER, ToyTask(), config, resume_dir=tmp_path).losses
+
+    losses = train(config)
+    point = read_resume_point(tmp_path)
+    assert point is not None
+    older = {name: value for name, value in point.settings.items() if name not in ("loss", "kl_coef")}
+    write_resume_point(tmp_path, replace(point, settings=older))
+    assert train(config) == losses
+    with pytest.raises(
+        RunFolderError, match="was begun with loss = 'cross_entropy', cannot continue with 'dft'"
+    ):
+        train(replace(config, loss="dft"))
 
 
 def test_a_state_of_other_settings_or_a_damaged_one_is_refused(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ def flag(name: str) -> str:
 def as_flags(message: str, command: click.Command) -> str:
     """A message with the command's options in place of arguments: ``rank=2`` becomes ``--rank 2``, ``resume=True``
     becomes ``--resume``, and ``out=`` without a value ``--out``."""
-    for option in command.params:
+    below = command.commands.values() if isinstance(command, click.Group) else ()
+    for option in (param for each in (command, *below) for param in each.params):
         if isinstance(option, click.Option) and option.name is not None:
             spelled = max(option.opts, key=len)
             name = option.name.removesuffix("_")  # eval_, say, where Python has a name of its own

@@ -1,4 +1,4 @@
-"""`rlspec report`: write a run's report.html again."""
+"""`rlspec report`: write a run's report.html again, or that of spectra measured without a run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,12 @@ from pathlib import Path
 
 import click
 
-from rlspec.run.folder import RunFolder
 
-
-@click.command("report", short_help="Write the report of a run folder.")
-@click.argument("run", type=click.Path(path_type=Path))
-def command(run: Path) -> None:
-    """Write RUN/report.html from the files of the run folder RUN; works while the run is still going."""
+@click.command("report", short_help="Write the report of a run, or of measured spectra.")
+@click.argument("folder", type=click.Path(path_type=Path))
+def command(folder: Path) -> None:
+    """Write FOLDER/report.html: of a run folder, also while the run is still going, or of what `rlspec measure` or a
+    callback left there."""
     from rlspec.report.html import write_report
 
-    RunFolder(run).settings()
-    click.echo(write_report(run))
+    click.echo(write_report(folder))

@@ -10,13 +10,14 @@ from rlspec.run.branches import rows_by_segment, segment_titles
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import event_of
 
+# Title, lines, label and form of the axis, height, top of the axis.
+_Drawing = tuple[str, Sequence[Series], str, Callable[[float], str], int, float | None]
 _COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
 _DASHES = ("d1", "d2", "d3")  # of branches; the trunk's line is whole
 
 
 def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     """(title, chart) in the order of the page; None where nothing was measured."""
-    x_range, boundaries = _axis(run)
     x_label = "optimizer steps from the base"
     if len(run.segments) > 1:
         x_label += " (PPO updates count their optimizer steps)"
@@ -29,26 +30,38 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     others = [s for s in shifts if s not in ("none", ood)] if isinstance(shifts, list) else []
     for colour, shift in zip(_COLOURS[2:], others):
         accuracies += _metric_series(run, f"OOD ({shift})", f"{shift}_accuracy", colour, shift)
-    spectra = by_event(run.spectra)
-    modules = list(dict.fromkeys(row["module"] for row in run.spectra))
-    rotations: list[Series] = []
-    for colour, module in zip(_COLOURS[2:] + _COLOURS[:2], modules):
-
-        def turned(row: Row, module: str = module) -> float | None:
-            return mean(rotation(r) for r in spectra.get(event_of(row), []) if r["module"] == module)
-
-        rotations += _series(run, module, colour, turned)
+    rotations = _by_module(run, rotation)
     kl = _metric_series(run, "KL(base ‖ current)", "kl_base_nats_per_token", "c3")
     # PPO's loss mixes a clipped policy term with a value term: it is no measure of progress, so it is not drawn.
     loss = _series(
         run, "SFT, cross entropy", "c0", lambda row: row.get("loss") if row["stage"] == "sft" else None
     )
-    charts: list[tuple[str, Sequence[Series], str, Callable[[float], str], int, float | None]] = [
+    charts: list[_Drawing] = [
         ("Accuracy", accuracies, "deals solved", lambda v: f"{100 * v:.0f} %", 300, 1.0),
         ("Rotation", rotations, "mean angle, rad", lambda v: f"{v:.3g}", 200, None),
         ("KL to the base", kl, "nats per token", lambda v: f"{v:.3g}", 170, None),
         ("Training loss", loss, "nats per token", lambda v: f"{v:.3g}", 170, None),
     ]
+    return _drawn(run, charts, x_label)
+
+
+def spectral_curves(run: RunData) -> list[tuple[str, Chart | None]]:
+    """The same of spectra alone: rotation, change of the values, size of the update."""
+    charts: list[_Drawing] = [
+        ("Rotation", _by_module(run, rotation), "mean angle, rad", lambda v: f"{v:.3g}", 260, None),
+        (
+            "Singular-value change", _by_module(run, lambda r: r.get("sigma_change_rel_mean")), "mean, relative",
+            lambda v: f"{100 * v:.2g} %", 200, None,
+        ),
+        (
+            "Update", _by_module(run, lambda r: r.get("delta_relative")), "‖ΔW‖/‖W‖", lambda v: f"{v:.3g}", 200, None,
+        ),
+    ]  # fmt: skip
+    return _drawn(run, charts, "step")
+
+
+def _drawn(run: RunData, charts: Sequence[_Drawing], x_label: str) -> list[tuple[str, Chart | None]]:
+    x_range, boundaries = _axis(run)
     return [
         (
             title,
@@ -59,6 +72,21 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
         )
         for title, series, y_label, y_format, height, y_max in charts
     ]  # fmt: skip
+
+
+def _by_module(run: RunData, value_of: Callable[[Row], float | None]) -> list[Series]:
+    """Lines of every module: the mean over its matrices."""
+    spectra = by_event(run.spectra)
+    found: list[Series] = []
+    for colour, module in zip(
+        _COLOURS[2:] + _COLOURS[:2], dict.fromkeys(row["module"] for row in run.spectra)
+    ):
+
+        def mean_of(row: Row, module: str = module) -> float | None:
+            return mean(value_of(r) for r in spectra.get(event_of(row), []) if r["module"] == module)
+
+        found += _series(run, module, colour, mean_of)
+    return found
 
 
 def branch_legend(run: RunData) -> list[tuple[str, str]]:

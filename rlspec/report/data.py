@@ -87,12 +87,12 @@ def _rows(path: Path, *texts: str) -> list[Row]:
         raise RunFolderError(f"{path}: no such file; is this a run folder?")
     rows = []
     for number, row in numbered_rows(path):
-        _check_event(f"{path}, line {number}", row, *texts)
+        check_row(f"{path}, line {number}", row, *texts)
         rows.append(row)
     return rows
 
 
-def _check_event(place: str, row: Any, *texts: str) -> None:
+def check_row(place: str, row: Any, *texts: str) -> None:
     """Refuse what is no row of an event, or holds values of another kind than the page takes them for."""
     wanted = ("stage", "step", *texts)
     if any(_object(place, row).get(name) is None for name in wanted):
@@ -131,7 +131,7 @@ def _summary(folder: Path) -> Row:
     _check_values(str(path), summary)
     for name, event in _object(f"{path}, events", summary.get("events", {})).items():
         place = f"{path}, events, {_cut(name)}"
-        _check_event(place, _object(place, event).get("metrics"))
+        check_row(place, _object(place, event).get("metrics"))
     for kind in ("tests", "gains"):
         for name, shifts in _object(f"{path}, {kind}", summary.get(kind, {})).items():
             place = f"{path}, {kind}, {_cut(name)}"

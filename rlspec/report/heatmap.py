@@ -63,7 +63,9 @@ def heatmap(
     title: str,
 ) -> HeatMap:
     """One map: rows are layers, columns are events, ``cells[layer, column index]`` values in [0, top]."""
-    wide, high = max(6.0, min(26.0, 330 / len(columns))), max(4.0, min(20.0, 300 / len(layers)))
+    # Few columns are wide enough for the title above them and the two labels below.
+    wide = max(6.0, min(26.0, 330 / len(columns)), 150 / len(columns))
+    high = max(4.0, min(20.0, 300 / len(layers)))
     label_every = max(1, round(14 / high))
     placed, labels = [], []
     for row, layer in enumerate(layers):

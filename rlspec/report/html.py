@@ -15,9 +15,10 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.report import chart
-from rlspec.report.curves import branch_legend, curves
+from rlspec.report.curves import branch_legend, curves, spectral_curves
 from rlspec.report.data import RunData, read_run
 from rlspec.report.maps import maps
+from rlspec.report.series import ROWS, checkpoints, read_series, sentence
 from rlspec.report.tables import (
     configuration,
     correlations,
@@ -32,15 +33,20 @@ from rlspec.report.verdict import headlines, verdict
 
 
 def write_report(run_dir: Path | str) -> Path:
-    """Write ``report.html`` into a run folder and return its path.
+    """Write ``report.html`` into a run folder, or one that holds spectra alone, and return its path.
 
     Raises:
-        RunFolderError: the folder is no run folder, its files are malformed, or the page cannot be written.
+        RunFolderError: the folder is neither, its files are malformed, or the page cannot be written.
     """
-    run = read_run(run_dir)
-    target = run.folder / "report.html"
+    folder = Path(run_dir)
+    alone = not (folder / "config.yaml").exists()
+    if alone and folder.is_dir() and not (folder / ROWS).is_file():
+        raise RunFolderError(f"{folder} holds no run (no config.yaml) and no spectra (no {ROWS})")
+    alone = alone and folder.is_dir()
+    text = render_series(read_series(folder)) if alone else render(read_run(folder))
+    target = folder / "report.html"
     # Half of a surrogate pair, which JSON and file names may hold, has no UTF-8 and becomes a question mark.
-    page = render(run).encode(errors="replace")
+    page = text.encode(errors="replace")
     try:
         write_atomically(target, page)
     except OSError as error:
@@ -72,6 +78,21 @@ def render(run: RunData) -> str:
         "configuration": configuration(run),
     }
     return _environment().get_template("page.html.jinja").render(facts, frame=chart)
+
+
+def render_series(run: RunData) -> str:
+    """The page's HTML, of spectra without a run."""
+    facts: dict[str, Any] = {
+        "folder": run.folder.name,
+        "sentence": sentence(run),
+        "charts": spectral_curves(run),
+        "branches": [],
+        "maps": maps(run),
+        "checkpoints": checkpoints(run),
+        "nulls": nulls(run),
+        "notes": notes(run),
+    }
+    return _environment().get_template("series.html.jinja").render(facts, frame=chart)
 
 
 @cache

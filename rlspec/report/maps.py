@@ -18,7 +18,8 @@ def maps(run: RunData) -> list[tuple[str, ColourBar, list[HeatMap]]]:
         return []
     stride = -(-len(groups) // _MOST_COLUMNS)
     kept = [g for i, g in enumerate(groups) if (len(groups) - 1 - i) % stride == 0]
-    columns = [f"{segment} {step}" for (segment, step), _ in kept]
+    several = len({segment for (segment, _), _ in groups}) > 1
+    columns = [f"{segment} {step}" if several else f"step {step}" for (segment, step), _ in kept]
     sections = []
     kinds: tuple[tuple[str, Callable[[Row], float | None], Callable[[float], str]], ...] = (
         ("Rotation (mean angle, rad)", rotation, lambda v: f"{v:.3g} rad"),

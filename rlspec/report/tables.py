@@ -15,7 +15,7 @@ from rlspec.run.segments import event_of, segment_of
 Cells = list[list[str]]
 
 
-def _number(value: float | None, form: str) -> str:
+def number(value: float | None, form: str) -> str:
     return "–" if value is None else format(value, form)
 
 
@@ -30,10 +30,10 @@ def recoveries(run: RunData) -> Cells:
                 titles[segment.id],
                 accuracy(before, "ood"),
                 accuracy(after, "ood"),
-                f"{_number(test.get('gained'), '.0f')} / {_number(test.get('lost'), '.0f')}",
-                _number(test.get("p_value"), ".2g"),
+                f"{number(test.get('gained'), '.0f')} / {number(test.get('lost'), '.0f')}",
+                number(test.get("p_value"), ".2g"),
                 f"{percent(before.get('id_accuracy'))} → {percent(after.get('id_accuracy'))}",
-                f"{_number(turned(run, before), '.4f')} → {_number(turned(run, after), '.4f')}",
+                f"{number(turned(run, before), '.4f')} → {number(turned(run, after), '.4f')}",
             ]
         )
     return rows
@@ -52,10 +52,10 @@ def figures(run: RunData) -> Cells:
                 f"{segment_of(metrics)} {metrics['step']}",
                 accuracy(metrics, "id"),
                 accuracy(metrics, "ood"),
-                _number(metrics.get("kl_base_nats_per_token"), ".3f"),
-                _number(mean(rotation(r) for r in matrices), ".4f"),
+                number(metrics.get("kl_base_nats_per_token"), ".3f"),
+                number(mean(rotation(r) for r in matrices), ".4f"),
                 "–" if moved is None else f"{100 * moved:.2f} %",
-                _number(mean(r.get("delta_relative") for r in matrices), ".4f"),
+                number(mean(r.get("delta_relative") for r in matrices), ".4f"),
             ]
         )
     return rows
@@ -74,9 +74,9 @@ def nulls(run: RunData) -> Cells:
                 [
                     module,
                     f"{segment} {step}",
-                    _number(mean(rotation(r) for r in found), ".4f"),
-                    _number(mean(r["null_random_rad"] for r in found), ".4f"),
-                    _number(mean(r.get("null_rounding_rad") for r in found), ".2g"),
+                    number(mean(rotation(r) for r in found), ".4f"),
+                    number(mean(r["null_random_rad"] for r in found), ".4f"),
+                    number(mean(r.get("null_rounding_rad") for r in found), ".2g"),
                     f"{beyond} of {len(found)}",
                     _share_in_blocks(found),
                 ]
@@ -109,7 +109,7 @@ def correlations(run: RunData) -> Cells:
     for name, value_of in candidates.items():
         pairs = [(value, r["ood_accuracy"]) for r in rows if (value := value_of(r)) is not None]
         found = spearman([p[0] for p in pairs], [p[1] for p in pairs])
-        lines.append([name, _number(found, "+.2f"), str(len(pairs))])
+        lines.append([name, number(found, "+.2f"), str(len(pairs))])
     return lines if any(line[1] != "–" for line in lines) else []
 
 

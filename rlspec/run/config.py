@@ -194,8 +194,10 @@ class TrackConfig:
         for name, wanted in _OF_TRL.items():
             if (found := self.further[name]) != wanted:
                 raise OptionError(f"{name}={found!r}: trainer='trl' has {wanted!r} alone")
-        for name in ("group_size", "ppo_mini_batch_size"):
-            part = min(self.further[name], self.turns_per_update)
+        # A mini-batch is never more than the update; a group may not be.
+        parts = {"group_size": self.further["group_size"]}
+        parts["ppo_mini_batch_size"] = min(self.further["ppo_mini_batch_size"], self.turns_per_update)
+        for name, part in parts.items():
             if self.turns_per_update % part or part < 2:
                 raise OptionError(
                     f"turns_per_update={self.turns_per_update} must be a multiple of {name}={self.further[name]} with "

@@ -7,7 +7,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -95,7 +95,8 @@ def run_steps(
     point = read_resume_point(resume_dir) if resume_dir is not None else None
     fresh = point is None
     if point is not None and resume_dir is not None:
-        check_same_settings(point, stage, settings, resume_dir)
+        defaults = {each.name: each.default for each in fields(config)}
+        check_same_settings(point, stage, settings, defaults, resume_dir)
         load_parts(point, parts)
         done, losses, seconds = point.step, list(point.losses), point.seconds
     del point  # and with it the mapped file

@@ -95,8 +95,13 @@ def remove_resume_point(folder: Path) -> None:
         folder.rmdir()
 
 
-def check_same_settings(point: ResumePoint, stage: str, settings: Mapping[str, Any], folder: Path) -> None:
+def check_same_settings(
+    point: ResumePoint, stage: str, settings: Mapping[str, Any], defaults: Mapping[str, Any], folder: Path
+) -> None:
     """Refuse to continue a stage under settings that would change its trajectory.
+
+    Args:
+        defaults: what a setting was, in effect, that the state is too old to know.
 
     Raises:
         RunFolderError: naming the first setting that differs.
@@ -104,7 +109,7 @@ def check_same_settings(point: ResumePoint, stage: str, settings: Mapping[str, A
     if point.stage != stage:
         raise RunFolderError(f"{folder}: holds the state of stage {point.stage!r}, not of {stage!r}")
     for name, value in settings.items():
-        before = point.settings.get(name)
+        before = point.settings.get(name, defaults.get(name))
         if name not in FREE_SETTINGS and before != value:
             raise RunFolderError(
                 f"{folder}: was begun with {name} = {before!r}, cannot continue with {value!r}"

@@ -1,0 +1,88 @@
+"""What a report of spectra alone is made of: the rows of `rlspec measure` or of a callback, with no run around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rlspec.errors import RunFolderError
+from rlspec.io.jsonl import Row, numbered_rows
+from rlspec.report.data import RunData, by_event, check_row
+from rlspec.report.tables import Cells, number
+from rlspec.run.branches import tree_of
+from rlspec.run.rows import mean, rotation
+
+ROWS = "spectra.jsonl"
+
+
+def read_series(folder: Path) -> RunData:
+    """The rows of a folder as those of a run with one segment and no accuracies.
+
+    A checkpoint whose name has no step gets its place in the table for one.
+
+    Raises:
+        RunFolderError: the file is missing or empty, or a line is no JSON object or holds something else than numbers
+            where numbers belong; names file and line.
+    """
+    path = folder / ROWS
+    rows: list[Row] = []
+    places: dict[str, int] = {}
+    for line, row in numbered_rows(path):
+        place = places.setdefault(str(row.get("checkpoint", row.get("step"))), len(places))
+        step = row.get("step")
+        rows.append(row | {"stage": row.get("stage") or "series", "step": place if step is None else step})
+        check_row(f"{path}, line {line}", rows[-1], "module")
+    if not rows:
+        raise RunFolderError(f"{path}: no row yet; nothing to report")
+    rows.sort(key=lambda row: row["step"])
+    events = [
+        {"stage": stage, "step": step, "global_step": step, "checkpoint": found[0].get("checkpoint")}
+        for (stage, step), found in by_event(rows).items()
+    ]
+    return RunData(folder, {}, events, rows, {}, tree_of(events, {}))
+
+
+def checkpoints(run: RunData) -> Cells:
+    """Per checkpoint: matrices, mean rotation, the largest angle with its bound, values, size of the update."""
+    rows = []
+    for (_, step), matrices in by_event(run.spectra).items():
+        largest = max(matrices, key=_largest_angle)
+        moved = mean(row.get("sigma_change_rel_mean") for row in matrices)
+        rows.append(
+            [
+                str(matrices[0].get("checkpoint") or step),
+                str(len(matrices)),
+                number(mean(rotation(row) for row in matrices), ".4f"),
+                f"{number(_largest_angle(largest), '.4f')} ± {number(largest.get('angle_error_bound_rad'), '.1g')}",
+                str(largest.get("name", "")),
+                "–" if moved is None else f"{100 * moved:.2f} %",
+                number(mean(row.get("delta_relative") for row in matrices), ".4f"),
+            ]
+        )
+    return rows
+
+
+def sentence(run: RunData) -> str:
+    """What the last checkpoint shows, in plain words."""
+    last = list(by_event(run.spectra).values())[-1]
+    turned, moved = (
+        mean(rotation(row) for row in last),
+        mean(row.get("sigma_change_rel_mean") for row in last),
+    )
+    where = last[0].get("checkpoint") or f"step {last[0]['step']}"
+    if turned is None:
+        return f"At {where} no angle was measured: see the notes."
+    text = f"At {where} the leading directions of {len(last)} matrices have turned by {turned:.3g} rad on average"
+    text += "." if moved is None else f", and their singular values have changed by {100 * moved:.2g} %."
+    drawn = [row for row in last if row.get("null_random_rad") is not None]
+    if drawn:
+        beyond = sum(row.get("null_random_percentile") == 100 for row in drawn)
+        text += (
+            f" Random updates of the same size turn them by {mean(row['null_random_rad'] for row in drawn):.3g} rad; the "
+            f"measured rotation is beyond all of them in {beyond} of {len(drawn)} matrices."
+        )
+    return text
+
+
+def _largest_angle(row: Row) -> float:
+    found = [row.get(f"angle_{side}_max_rad") for side in ("left", "right")]
+    return max((float(angle) for angle in found if angle is not None), default=-1.0)

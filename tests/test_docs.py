@@ -1,0 +1,200 @@
+"""What the README and the docs show works: every command and every piece of Python in them runs, on tiny models.
+
+A page is a story: its blocks run in order, in one folder that holds the checkpoints that the pages speak of. A command
+that trains or evaluates gets sizes of seconds after its own options; a shell comment is one here, too.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import shlex
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+import trl
+from click.testing import CliRunner
+from train_toys import save_toy_model
+
+import rlspec
+from rlspec.cli.main import main
+from rlspec.cli.study import command as study
+from rlspec.models.vocabulary import make_tokenizer
+from rlspec.spectra.table import COLUMNS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+_FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+#: What makes a command one of seconds; the later of two equal options counts.
+_SMALL = {
+    "track": "--sft-steps 2 --every 2 --ppo-from 1,2 --ppo-updates 1 --turns-per-update 8 --deals 2 --batch-size 2 "
+    "--turns 1",
+    "eval": "--deals 2 --turns 1",
+    "study": "--budget 2",
+}
+
+
+class OnCPU(trl.SFTConfig):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{"use_cpu": True, "bf16": False, **kwargs})
+
+
+@dataclass(frozen=True)
+class Block:
+    page: Path
+    line: int
+    language: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.page.relative_to(ROOT)}:{self.line}"
+
+    def commands(self) -> Iterator[list[str]]:
+        """A shell block's commands, word by word; an ellipsis stands for options of the reader's own."""
+        for line in self.text.replace("\\\n", " ").splitlines():
+            if words := [word for word in shlex.split(line, comments=True) if word != "..."]:
+                yield words
+
+
+def blocks(page: Path, text: str | None = None) -> list[Block]:
+    text = page.read_text() if text is None else text
+    return [
+        Block(page, text.count("\n", 0, match.start()) + 1, match[1], match[2])
+        for match in _FENCE.finditer(text)
+    ]
+
+
+def run_block(block: Block, namespace: dict[str, Any]) -> None:
+    if block.language == "python":
+        exec(compile(block.text, str(block), "exec"), namespace)
+    elif block.language == "bash":
+        for words in block.commands():
+            run_command(words, block)
+    else:
+        assert block.language in ("", "text"), f"{block}: nothing runs {block.language}"
+
+
+def run_command(words: list[str], block: Block) -> None:
+    if words[0] == "make":
+        assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE), f"{block}: {words}"
+    elif words[:2] == ["pip", "install"]:
+        what, *extras = re.findall(r"[.\w]+", words[-1])
+        declared = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
+        assert what in (".", "rlspec") and set(extras) <= declared, f"{block}: {words}"
+    elif words[0] == "python":  # a bench: it is there, and knows its options
+        bench = importlib.import_module(Path(words[1]).stem)
+        assert (ROOT / words[1]).exists()
+        bench.main.make_context(words[1], words[2:])
+    elif words[:2] == ["rlspec", "study"] and "--base" not in words:  # minutes, even the quick ones
+        name, plan, rest = study.resolve_command(study.make_context("study", words[2:]), words[2:])
+        assert plan is not None
+        plan.make_context(name, rest)
+    else:
+        assert words[0] == "rlspec", f"{block}: nothing knows how to run {words[0]}"
+        arguments = words[1:]
+        if "--resume" not in arguments:
+            arguments += _SMALL.get(words[1], "").split()
+            if words[1] == "track" and "runs/mine" in arguments:
+                shutil.rmtree("runs/mine")
+        result = CliRunner().invoke(main, arguments)
+        assert result.exit_code == 0, f"{block}: {' '.join(words)}\n{result.output}\n{result.exception!r}"
+        if words[1] == "track":
+            furnish(Path("runs/mine"))
+
+
+def furnish(run: Path) -> None:
+    """The checkpoints that the pages take from a run of full length."""
+    for step in (50, 300):
+        if not (folder := run / "checkpoints" / f"sft-{step}").exists():
+            shutil.copytree("sft-model" if step == 300 else "base-model", folder)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("pages")
+    save_toy_model(folder / "base-model")
+    tuned = transformers.AutoModelForCausalLM.from_pretrained(folder / "base-model")
+    for step in (100, 200):
+        with torch.no_grad():
+            for weight in tuned.parameters():
+                weight.add_(0.01 * torch.randn_like(weight))
+        tuned.save_pretrained(folder / f"runs/other/checkpoint-{step}")
+    shutil.copytree(folder / "base-model", folder / "sft-model")  # with the tokenizer
+    tuned.save_pretrained(folder / "sft-model")
+    words = " ".join(list(make_tokenizer().get_vocab())[20:40])
+    for name, row in (("texts", {"text": words}), ("task", {"prompt": words, "answer": words})):
+        (folder / f"{name}.jsonl").write_text(8 * (json.dumps(row) + "\n"))
+    for name in ("A", "B", "path/to/hf-model"):
+        shutil.copytree(folder / "base-model", folder / name)
+    return folder
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_what_a_page_shows_runs(
+    page: Path, checkpoints: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(checkpoints, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+    # TRL's own default is bfloat16, which it refuses on a CPU unless told.
+    monkeypatch.setattr(trl, "SFTConfig", OnCPU)
+    furnish(Path("runs/mine"))
+    words = list(make_tokenizer().get_vocab())
+    namespace = {
+        "rlspec": rlspec,
+        "model": transformers.AutoModelForCausalLM.from_pretrained("sft-model"),
+        "dataset": trl_dataset(words),
+        "SFTTrainer": trl.SFTTrainer,
+        "args": trl.SFTConfig(output_dir="trained", max_steps=2, report_to="none"),
+        "W": torch.randn(40, 32),
+        "W_base": (base := torch.randn(40, 32)),
+        "W_tuned": base + 0.01 * torch.randn(40, 32),
+    }
+    for block in blocks(page):
+        run_block(block, namespace)
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda page: page.name)
+def test_a_notebook_runs_cell_by_cell(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+    cells = [cell for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code"]
+    assert not any(cell["outputs"] for cell in cells), "what a cell prints is not kept"
+    namespace: dict[str, Any] = {}
+    for number, cell in enumerate(cells):
+        code = "".join(cell["source"])
+        small = re.sub(r"STEPS, DEALS = \d+, \d+", "STEPS, DEALS = 4, 4", code)
+        exec(compile(small, f"{page.name}, cell {number}", "exec"), namespace)
+
+
+def trl_dataset(words: list[str]) -> Any:
+    from datasets import Dataset
+
+    return Dataset.from_dict({"text": [" ".join(words[i : i + 8]) for i in range(20, 28)]})
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["```bash\nrlspec restor\n```", "```bash\nrlspec measure --bass x\n```", "```python\nrlspec.sdv\n```"],
+)
+def test_a_page_that_shows_what_is_not_there_fails(text: str) -> None:
+    with pytest.raises((AssertionError, AttributeError)):
+        run_block(blocks(ROOT / "README.md", text + "\n")[0], {"rlspec": rlspec})
+
+
+def test_every_column_has_its_line_in_the_metric_reference() -> None:
+    shown = set(re.findall(r"`(\w+)`", (ROOT / "docs/metrics.md").read_text()))
+    assert not set(COLUMNS) - shown
+    told = {name for name in shown if re.match("(angle|sigma|null|delta|block|energy|intruder)_", name)}
+    assert not told - set(COLUMNS), "the page speaks of columns that no row has"
+
+
+def test_every_page_is_in_the_navigation() -> None:
+    navigation = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
+    assert navigation == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}

@@ -1,0 +1,99 @@
+"""The report of spectra without a run: what `rlspec measure` and the callback leave."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from rlspec.cli.main import main
+from rlspec.errors import RunFolderError
+from rlspec.report.html import write_report
+from rlspec.report.series import checkpoints, read_series, sentence
+
+
+def rows(count: int = 3, layers: int = 2, **more: Any) -> list[dict[str, Any]]:
+    return [
+        {
+            "checkpoint": f"checkpoint-{100 * i}", "stage": "", "step": 100 * i, "module": module, "layer": layer,
+            "name": f"model.layers.{layer}.self_attn.{module}_proj.weight", "angle_left_mean_rad": 0.01 * i,
+            "angle_right_mean_rad": 0.03 * i, "angle_left_max_rad": 0.1 * i + 0.01 * layer,
+            "angle_right_max_rad": 0.05 * i, "angle_error_bound_rad": 1e-5, "sigma_change_rel_mean": 0.002 * i,
+            "delta_relative": 0.04 * i, "note": None, **more,
+        }
+        for i in range(1, count + 1) for layer in range(layers) for module in "qv"
+    ]  # fmt: skip
+
+
+def write(folder: Path, content: list[dict[str, Any]]) -> Path:
+    folder.mkdir()
+    (folder / "spectra.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return folder
+
+
+def test_the_page_tells_what_the_rows_hold(tmp_path: Path) -> None:
+    result = CliRunner().invoke(main, ["report", str(write(tmp_path / "spectra", rows()))])
+    assert result.exit_code == 0, result.output
+    page = (tmp_path / "spectra" / "report.html").read_text()
+    assert "At checkpoint-300 the leading directions of 4 matrices have turned by 0.06 rad on average" in page
+    assert "checkpoint-100" in page and "0.3100 ± 1e-05" in page and "<script" not in page
+
+
+def test_figures_are_means_and_the_largest_angle_is_named(tmp_path: Path) -> None:
+    run = read_series(write(tmp_path / "spectra", rows()))
+    assert [row[0] for row in checkpoints(run)] == ["checkpoint-100", "checkpoint-200", "checkpoint-300"]
+    assert checkpoints(run)[1] == [
+        "checkpoint-200", "4", "0.0400", "0.2100 ± 1e-05", "model.layers.1.self_attn.q_proj.weight", "0.40 %", "0.0800",
+    ]  # fmt: skip
+
+
+def test_random_updates_stand_beside_the_rotation(tmp_path: Path) -> None:
+    chance = {"null_random_rad": 0.05, "null_random_percentile": 100.0, "null_rounding_rad": 1e-4}
+    told = sentence(read_series(write(tmp_path / "spectra", rows(**chance))))
+    assert "Random updates of the same size turn them by 0.05 rad" in told and "in 4 of 4 matrices" in told
+
+
+def test_checkpoints_without_a_step_stand_in_the_order_of_the_table(tmp_path: Path) -> None:
+    content = [row | {"step": None} for row in rows()]
+    run = read_series(write(tmp_path / "spectra", content))
+    assert [row["step"] for row in run.metrics] == [0, 1, 2]
+    assert [row[0] for row in checkpoints(run)] == ["checkpoint-100", "checkpoint-200", "checkpoint-300"]
+
+
+def test_a_series_of_an_80_layer_model_stays_a_page(tmp_path: Path) -> None:
+    page = write_report(write(tmp_path / "spectra", rows(100, 80)))
+    assert page.stat().st_size < 5_000_000
+    assert len(re.findall("<figure>", page.read_text())) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "told"),
+    [
+        ("", "no row yet"),
+        ("[]\n", "line 1: a row must be a JSON object"),
+        ('{"stage": "", "step": 1}\n', "line 1: wanted an object with stage, step, module"),
+        ('{"stage": "", "step": "x", "module": "q"}\n', "line 1: 'step' is 'x', wanted a number"),
+        (
+            '{"step": 1, "module": "q", "angle_left_mean_rad": "wide"}\n',
+            "angle_left_mean_rad' is 'wide', wanted a number",
+        ),
+    ],
+)
+def test_what_is_no_table_of_spectra_is_one_line(tmp_path: Path, content: str, told: str) -> None:
+    folder = tmp_path / "spectra"
+    folder.mkdir()
+    (folder / "spectra.jsonl").write_text(content)
+    with pytest.raises(RunFolderError) as error:
+        write_report(folder)
+    assert told in str(error.value) and "\n" not in str(error.value)
+    assert not (folder / "report.html").exists()
+
+
+def test_names_of_checkpoints_are_texts_on_the_page(tmp_path: Path) -> None:
+    content = [row | {"checkpoint": "<script>alert(1)</script>", "step": 1} for row in rows(1)]
+    page = write_report(write(tmp_path / "spectra", content)).read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page
