@@ -15,6 +15,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.report import chart
+from rlspec.report.chart import Chart
 from rlspec.report.curves import branch_legend, curves, spectral_curves
 from rlspec.report.data import RunData, read_run
 from rlspec.report.maps import maps
@@ -39,11 +40,8 @@ def write_report(run_dir: Path | str) -> Path:
         RunFolderError: the folder is neither, its files are malformed, or the page cannot be written.
     """
     folder = Path(run_dir)
-    alone = not (folder / "config.yaml").exists()
-    if alone and folder.is_dir() and not (folder / ROWS).is_file():
-        raise RunFolderError(f"{folder} holds no run (no config.yaml) and no spectra (no {ROWS})")
-    alone = alone and folder.is_dir()
-    text = render_series(read_series(folder)) if alone else render(read_run(folder))
+    run, alone = _read(folder)
+    text = render_series(run) if alone else render(run)
     target = folder / "report.html"
     # Half of a surrogate pair, which JSON and file names may hold, has no UTF-8 and becomes a question mark.
     page = text.encode(errors="replace")
@@ -52,6 +50,20 @@ def write_report(run_dir: Path | str) -> Path:
     except OSError as error:
         raise RunFolderError(f"{target}: cannot be written: {error.strerror or error}") from None
     return target
+
+
+def charts_of(folder: Path) -> tuple[list[tuple[str, Chart | None]], list[tuple[str, str]]]:
+    """(title, chart) of a folder's report, and its branches as (dash, segment in words)."""
+    run, alone = _read(folder)
+    return (spectral_curves(run), []) if alone else (curves(run), branch_legend(run))
+
+
+def _read(folder: Path) -> tuple[RunData, bool]:
+    """What a folder holds, and whether that is spectra alone."""
+    alone = folder.is_dir() and not (folder / "config.yaml").exists()
+    if alone and not (folder / ROWS).is_file():
+        raise RunFolderError(f"{folder} holds no run (no config.yaml) and no spectra (no {ROWS})")
+    return (read_series(folder) if alone else read_run(folder)), alone
 
 
 def render(run: RunData) -> str:
@@ -77,7 +89,7 @@ def render(run: RunData) -> str:
         "notes": notes(run),
         "configuration": configuration(run),
     }
-    return _environment().get_template("page.html.jinja").render(facts, frame=chart)
+    return environment().get_template("page.html.jinja").render(facts, frame=chart)
 
 
 def render_series(run: RunData) -> str:
@@ -92,11 +104,11 @@ def render_series(run: RunData) -> str:
         "nulls": nulls(run),
         "notes": notes(run),
     }
-    return _environment().get_template("series.html.jinja").render(facts, frame=chart)
+    return environment().get_template("series.html.jinja").render(facts, frame=chart)
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
     environment = Environment(
         loader=PackageLoader("rlspec", "report"),
         autoescape=True,

@@ -1,0 +1,77 @@
+"""The charts of a report as pictures of their own: SVG files with their legend, for a paper or a README."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlspec.errors import RunFolderError
+from rlspec.io.files import write_atomically
+from rlspec.report import chart
+from rlspec.report.chart import WIDTH, Chart
+from rlspec.report.html import charts_of, environment
+
+_ROW, _LETTER, _MARK = (
+    20,
+    6.6,
+    30,
+)  # height of a line of the legend; widths of a letter and of what stands before a text
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of the legend: where, what its mark looks like, what it says."""
+
+    x: float
+    y: float
+    style: str
+    text: str
+
+
+def write_figures(folder: Path | str, goal: Path) -> list[Path]:
+    """Write every chart of a folder's report into ``goal`` as <name>.svg; return the files.
+
+    Args:
+        folder: a run folder, or one that holds spectra alone.
+
+    Raises:
+        RunFolderError: as of :func:`rlspec.report.html.write_report`.
+    """
+    charts, branches = charts_of(Path(folder))
+    written = []
+    try:
+        goal.mkdir(parents=True, exist_ok=True)
+        for title, drawn in charts:
+            if drawn is not None:
+                name = re.sub(r"\W+", "-", title.lower()).strip("-")
+                target = goal / f"{name}.svg"
+                write_atomically(target, picture(title, drawn, branches).encode(errors="replace"))
+                written.append(target)
+    except OSError as error:
+        raise RunFolderError(f"{goal}: cannot be written: {error.strerror or error}") from None
+    return written
+
+
+def picture(title: str, drawn: Chart, branches: list[tuple[str, str]]) -> str:
+    """A chart with its legend above it, as the text of an SVG file."""
+    entries, head = _legend(drawn, branches)
+    template = environment().get_template("figure.svg.jinja")
+    return template.render(
+        title=title, chart=drawn, entries=entries, head=head, frame=chart, branches=branches
+    )
+
+
+def _legend(drawn: Chart, branches: list[tuple[str, str]]) -> tuple[list[Entry], int]:
+    """Entries from left to right, and the height that they take."""
+    told = [(line.colour, line.label) for line in drawn.legend]
+    told += [(f"ink {dash}", text) for dash, text in branches if len(drawn.dashes) > 1]
+    entries: list[Entry] = []
+    x, y = float(chart.LEFT), 14
+    for style, text in told:
+        width = _MARK + _LETTER * len(text) + 16
+        if entries and x + width > WIDTH:
+            x, y = float(chart.LEFT), y + _ROW
+        entries.append(Entry(x, y, style, text))
+        x += width
+    return entries, y + 10
