@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from rlspec.cli.exits import stopped
+from rlspec.errors import OptionError
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -46,17 +47,26 @@ def command(checkpoints: tuple[Path, ...], base: Path, out: Path, watch: bool, *
     """Measure CHECKPOINTS (safetensors, LoRA adapters, or folders of those) against the base, one matrix at a time.
 
     Leaves a row for each checkpoint and matrix in OUT/spectra.jsonl and prints a table of means. What the table holds is
-    not measured again; an interrupted command goes on when it is given again."""
+    not measured again; an interrupted command goes on when it is given again. Several processes share the work:
+    `torchrun --nproc-per-node 4 -m rlspec measure ...`, on several machines too where all see one file system."""
     from rlspec.cli.measure_text import Bar, heading, series_lines
 
     bar = Bar()
     try:
         if watch:
+            if _share().count > 1:
+                raise OptionError("watch=True is for one process; start it without torchrun")
             _watch(checkpoints, base, out, bar, settings)
             return
         from rlspec.jobs.series import measure
 
-        series = measure(base, checkpoints, out=out, on_matrix=bar, **settings)
+        share = _share()
+        first = share.number == 0
+        series = measure(
+            base, checkpoints, out=out, on_matrix=bar if first else None, share=share, **settings
+        )
+        if not first:
+            return
     except KeyboardInterrupt as stop:
         bar.close()
         click.echo("Stopped; what is measured is kept, the same command goes on", err=True)
@@ -65,6 +75,12 @@ def command(checkpoints: tuple[Path, ...], base: Path, out: Path, watch: bool, *
         bar.close()
     for line in (*series_lines(series), heading()):
         click.echo(line)
+
+
+def _share() -> Any:
+    from rlspec.jobs.series.parts import Share
+
+    return Share.of_launch()
 
 
 def _watch(paths: tuple[Path, ...], base: Path, out: Path, bar: Any, settings: dict[str, Any]) -> None:
