@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import rlspec
 from rlspec.errors import TensorError
-from rlspec.io.module import strip_wrappers
+from rlspec.io.module import gathered, strip_wrappers
 from rlspec.io.projections import find_projections
 from rlspec.io.weights import open_weights
 
@@ -312,3 +313,27 @@ def test_autocast_does_not_reach_measuring_and_restoring(base: LlamaForCausalLM,
     assert results[0][0] == results[1][0]
     for name, tensor in results[0][1].items():
         assert torch.equal(tensor, results[1][1][name])
+
+
+@pytest.mark.parametrize("held_on", ["cpu", "cuda"])
+def test_an_offloaded_dtensor_is_gathered_on_the_device_of_its_mesh(held_on: str) -> None:
+    class Offloaded:
+        """FSDP2's with CPU offload, as far as a gather sees it: NCCL has nothing for tensors on the host."""
+
+        device_mesh = SimpleNamespace(device_type="cuda")
+
+        def __init__(self, place: str) -> None:
+            self.device = torch.device(place)
+
+        def to(self, place: str) -> Offloaded:
+            assert self.device.type != place, "moved in vain"
+            return Offloaded(place)
+
+        def full_tensor(self) -> torch.Tensor:
+            if self.device.type == "cpu":
+                raise RuntimeError("No backend type associated with device type cpu")
+            return torch.eye(2)
+
+    with pytest.raises(RuntimeError, match="No backend"):
+        Offloaded("cpu").full_tensor()
+    assert torch.equal(gathered(Offloaded(held_on)), torch.eye(2))

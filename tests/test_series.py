@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from restore_toys import rewrite, save_model, tune
 from test_extras import run_without
 from transformers import AutoModelForCausalLM
 
 import rlspec
+from rlspec.cli.main import main
 from rlspec.errors import CheckpointError, OptionError, RunFolderError, TensorError
 from rlspec.jobs.series import Series
 from rlspec.jobs.series import job as jobs
@@ -369,6 +372,31 @@ def test_a_data_frame_of_all_rows(run: Path) -> None:
     assert isinstance(frame, pandas.DataFrame) and list(frame.columns) == ["checkpoint", *COLUMNS]
     assert frame.step.tolist() == [row["step"] for row in series.rows]
     assert isinstance(series[1:], Series) and len(series[1:]) == 2
+
+
+def test_a_csv_reads_back_as_the_same_numbers(run: Path) -> None:
+    out, table = run.parent / "out", run.parent / "table.csv"
+    command = [
+        "measure",
+        str(run),
+        "--base",
+        str(run.parent / "base"),
+        "--out",
+        str(out),
+        "--csv",
+        str(table),
+    ]
+    result = CliRunner().invoke(main, command)
+    assert result.exit_code == 0, result.output
+    with table.open(newline="") as file:
+        read = list(csv.DictReader(file))
+    rows = rows_in(out)
+    assert list(read[0]) == ["checkpoint", *COLUMNS] and len(read) == len(rows)
+    for cells, row in zip(read, rows, strict=True):
+        for name, value in row.items():
+            assert cells[name] == "" if value is None else type(value)(cells[name]) == value, name
+    with pytest.raises(CheckpointError, match="nowhere/t.csv: cannot be written"):
+        Series([]).to_csv(run.parent / "nowhere" / "t.csv")
 
 
 def test_without_pandas_the_message_says_what_to_install() -> None:

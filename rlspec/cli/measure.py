@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from rlspec.cli.exits import stopped
+from rlspec.errors import OptionError
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -41,33 +42,65 @@ _FOLDER = click.Path(path_type=Path)
 @click.option(
     "--memory-gib", default=4.0, show_default=True, help="Memory for tensors and decompositions, GiB."
 )
+@click.option(
+    "--csv",
+    "table",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Write the rows as comma-separated values to this file, too.",
+)
 @click.option("--watch", is_flag=True, help="Go on with the checkpoints that appear, until Ctrl-C.")
-def command(checkpoints: tuple[Path, ...], base: Path, out: Path, watch: bool, **settings: Any) -> None:
+def command(
+    checkpoints: tuple[Path, ...], base: Path, out: Path, table: Path | None, watch: bool, **settings: Any
+) -> None:
     """Measure CHECKPOINTS (safetensors, LoRA adapters, or folders of those) against the base, one matrix at a time.
 
     Leaves a row for each checkpoint and matrix in OUT/spectra.jsonl and prints a table of means. What the table holds is
-    not measured again; an interrupted command goes on when it is given again."""
+    not measured again; an interrupted command goes on when it is given again. Several processes share the work:
+    `torchrun --nproc-per-node 4 -m rlspec measure ...`, on several machines too where all see one file system."""
     from rlspec.cli.measure_text import Bar, heading, series_lines
 
     bar = Bar()
     try:
         if watch:
-            _watch(checkpoints, base, out, bar, settings)
+            if _share().count > 1:
+                raise OptionError("watch=True is for one process; start it without torchrun")
+            _watch(checkpoints, base, out, table, bar, settings)
             return
         from rlspec.jobs.series import measure
 
-        series = measure(base, checkpoints, out=out, on_matrix=bar, **settings)
+        share = _share()
+        first = share.number == 0
+        series = measure(
+            base, checkpoints, out=out, on_matrix=bar if first else None, share=share, **settings
+        )
+        if not first:
+            return
     except KeyboardInterrupt as stop:
         bar.close()
         click.echo("Stopped; what is measured is kept, the same command goes on", err=True)
         raise SystemExit(stopped(stop)) from None
     finally:
         bar.close()
+    if table is not None:
+        series.to_csv(table)
     for line in (*series_lines(series), heading()):
         click.echo(line)
 
 
-def _watch(paths: tuple[Path, ...], base: Path, out: Path, bar: Any, settings: dict[str, Any]) -> None:
+def _share() -> Any:
+    from rlspec.jobs.series.parts import Share
+
+    return Share.of_launch()
+
+
+def _watch(
+    paths: tuple[Path, ...],
+    base: Path,
+    out: Path,
+    table: Path | None,
+    bar: Any,
+    settings: dict[str, Any],
+) -> None:
     from rlspec.cli.measure_text import series_lines
     from rlspec.jobs.series.job import Job
     from rlspec.jobs.series.watch import watch
@@ -80,6 +113,8 @@ def _watch(paths: tuple[Path, ...], base: Path, out: Path, bar: Any, settings: d
     try:
         for added in watch(job, paths, on_matrix=bar, warn=warn):
             bar.close()
+            if table is not None:
+                job.table.series().to_csv(table)
             for line in series_lines(
                 spectra for spectra in job.table.series() if spectra.checkpoint in added
             ):

@@ -126,9 +126,7 @@ class ModuleTensors:
         Raises:
             TensorError: it has no values.
         """
-        tensor = self.tensors[name].detach()
-        if hasattr(tensor, "full_tensor"):  # a DTensor of FSDP2 or tensor parallelism
-            tensor = tensor.full_tensor()
+        tensor = gathered(self.tensors[name].detach())
         if not tensor.is_meta:
             return tensor
         owner, _, local = self._full_names[name].rpartition(".")
@@ -138,6 +136,17 @@ class ModuleTensors:
             if offloaded is not None and local in offloaded:
                 return torch.as_tensor(offloaded[local])
         raise TensorError(f"{name}: on the meta device, it has no values; load the weights first")
+
+
+def gathered(tensor: Any) -> Tensor:
+    """The whole of a DTensor of FSDP2 or tensor parallelism; any other tensor as it is.
+
+    What FSDP2 has offloaded to the host goes to its mesh's device first: NCCL gathers from GPUs alone.
+    """
+    if not hasattr(tensor, "full_tensor"):
+        return tensor
+    kind = tensor.device_mesh.device_type
+    return (tensor if tensor.device.type == kind else tensor.to(kind)).full_tensor()
 
 
 def _active_copy(wrapper: Any) -> str | None:
@@ -189,8 +198,7 @@ def with_adapters(name: str, layer: Any, weight: Tensor) -> Tensor:
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(wide)
     for adapter in active:
-        update = layer.get_delta_weight(adapter).detach()
-        update = update.full_tensor() if hasattr(update, "full_tensor") else update
+        update = gathered(layer.get_delta_weight(adapter).detach())
         total = total + update.to(total)
     return total
 

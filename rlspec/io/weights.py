@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from rlspec.errors import TensorError, check_type
 from rlspec.io.fused import Config
-from rlspec.io.module import ModuleTensors, module_config, strip_wrappers, with_adapters
+from rlspec.io.module import ModuleTensors, gathered, module_config, strip_wrappers, with_adapters
 from rlspec.io.projections import Projection, counterparts, read_config
 from rlspec.io.quantised import block_size, companions, dequantised, scales_of
 from rlspec.io.requantised import ScaledCodes
@@ -168,7 +168,7 @@ class _TensorMapping(Weights):
         return _shapes(self._tensors)
 
     def _load(self, name: str) -> Tensor:
-        return _gathered(self._tensors[name].detach())
+        return gathered(self._tensors[name].detach())
 
 
 class _ModuleWeights(Weights):
@@ -309,11 +309,6 @@ def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
             seen.add(memory)
         shapes[name] = tuple(tensor.shape)
     return shapes
-
-
-def _gathered(tensor: Tensor) -> Tensor:
-    """The whole of a DTensor of FSDP2 or tensor parallelism; any other tensor as it is."""
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def _with_values(name: str, tensor: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.spectra.basis import SpectralBasis, reference_matrix
-from rlspec.spectra.processes import GatherError, Processes, raise_failures, told
+from rlspec.spectra.processes import GatherError, Processes, dealt, raise_failures, told
 from rlspec.spectra.table import Row
 from rlspec.spectra.tracker import STACK_ENTRIES, SpectralRecord, SpectralTracker
 
@@ -107,11 +107,8 @@ class DealtTracker:
             size = max(1, STACK_ENTRIES // max(1, m * n))
             parts = [members[start : start + size] for start in range(0, len(members), size)]
             costs += [(m * n * min(m, n) * len(part), part) for part in parts]
-        load = [0] * self.processes.count
-        for cost, part in sorted(costs, key=lambda pair: -pair[0]):
-            owner = load.index(min(load))
-            load[owner] += cost
-            self._stacks.append(_Stack(owner, tuple(part)))
+        owners = dealt([cost for cost, _ in costs], self.processes.count)
+        self._stacks += [_Stack(owner, tuple(part)) for owner, (_, part) in zip(owners, costs)]
         # By layer: what a fused tensor holds for other stacks does not wait for long.
         place = {projection.name: at for at, projection in enumerate(self.projections)}
         self._stacks.sort(key=lambda stack: place[stack.projections[0].name])

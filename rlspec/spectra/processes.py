@@ -6,6 +6,7 @@ told, and then ends the work in all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,6 +80,15 @@ def raise_failures(failures: list[str | None]) -> None:
         if failure is not None:
             alike = all(other == failure for other in failures)
             raise ProcessError(failure if alike else f"process {number} of {len(failures)}: {failure}")
+
+
+def dealt(costs: Sequence[int], count: int) -> list[int]:
+    """The process that does each task: the costliest goes first, to whoever has the least to do."""
+    owners, load = [0] * len(costs), [0] * count
+    for task in sorted(range(len(costs)), key=lambda task: -costs[task]):
+        owners[task] = load.index(min(load))
+        load[owners[task]] += costs[task]
+    return owners
 
 
 def told(error: Exception) -> str:

@@ -6,8 +6,11 @@ once however many checkpoints there are, and no more is held than one stack need
 
 from __future__ import annotations
 
+import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
@@ -18,6 +21,7 @@ from rlspec.errors import OptionError, RlspecError, TensorError
 from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.io.weights import CheckpointWeights, find_tensor
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, find_checkpoints
+from rlspec.jobs.series.parts import ALONE, APART, LOOK, Share
 from rlspec.jobs.series.result import Series
 from rlspec.jobs.series.stacks import stacks
 from rlspec.jobs.series.table import SpectraTable
@@ -25,6 +29,7 @@ from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.restore.estimate import memory_bytes
 from rlspec.spectra.basis import SpectralBasis, reference_matrix
+from rlspec.spectra.processes import ProcessError, dealt
 from rlspec.spectra.tracker import Engine, SpectralTracker
 
 #: called with (matrices measured, matrices in all, checkpoint, matrix)
@@ -44,6 +49,7 @@ def measure(
     memory_gib: float = 4.0,
     cache_dir: str | Path | None = None,
     on_matrix: OnMatrix | None = None,
+    share: Share | None = None,
 ) -> Series:
     """The spectra of checkpoints on disk against those of their base.
 
@@ -56,17 +62,20 @@ def measure(
         modules, rank, engine, null_draws, device: see ``SpectralBasis.from_checkpoint`` and ``SpectralTracker``.
         memory_gib: bound on tensors and decompositions that are held at once on the host, GiB.
         cache_dir: where the base's decompositions are kept; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
-        on_matrix: called after every matrix of every checkpoint.
+        on_matrix: called after every matrix of every checkpoint that this process measures.
+        share: which process this is of several that call this with the same arguments, each for its stacks of matrices.
+            ``out`` is what they have in common; the first ends when all have. None is one process.
 
     Returns:
         All checkpoints that are whole in the table, in the order of their steps: those of earlier calls with the same
-        ``out``, too.
+        ``out``, too. Where several processes measure, the first one's is the table, with the bytes of one process.
 
     Raises:
         CheckpointError: a checkpoint is not there, not whole, malformed, or in a format that is not read.
         ProjectionError, TensorError: a matrix is missing, of another shape than the base's, or holds NaN or infinity.
         OptionError: an argument out of range, or less memory than one matrix takes.
         RunFolderError: ``out`` holds rows measured otherwise, or is in use.
+        ProcessError: another process has ended before its rows were there. The same call goes on.
     """
     given = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
     job = Job.open(
@@ -79,10 +88,15 @@ def measure(
         device=device,
         memory_gib=memory_gib,
         cache_dir=cache_dir,
+        share=share or ALONE,
     )
     try:
-        job.measure(find_checkpoints(given), on_matrix)
-        return job.table.settle()
+        labels = job.measure(find_checkpoints(given), on_matrix)
+        try:
+            job.wait_for_others(labels)
+        finally:
+            series = job.table.settle()
+        return series
     finally:
         job.table.close()
 
@@ -101,6 +115,8 @@ class Job:
     device: torch.device
     cache_dir: str | Path | None
     table: SpectraTable
+    share: Share
+    opened: float  #: ``time.monotonic()``
 
     @classmethod
     def open(
@@ -115,6 +131,7 @@ class Job:
         device: torch.device | str,
         memory_gib: float,
         cache_dir: str | Path | None = None,
+        share: Share = ALONE,
     ) -> Job:
         """Check the arguments, read the base's headers and open the table."""
         if engine not in get_args(Engine):
@@ -123,7 +140,9 @@ class Job:
             raise OptionError(f"null_draws={null_draws!r} must be a whole number, at least 0")
         memory = memory_bytes(memory_gib)
         rule, wanted, place = Rank.parse(rank), parse_modules(modules), Path(base)
-        chosen = choose_device(device)
+        chosen = share.device(choose_device(device))
+        if out is None and share.count > 1:
+            raise OptionError(f"out=None: {share.count} processes need a folder that all of them see")
         if out is not None and Path(out).resolve() == place.resolve():
             raise OptionError(f"out={str(out)!r} is the base, which is never written to")
         weights = CheckpointWeights(place)
@@ -139,8 +158,21 @@ class Job:
             "null_draws": null_draws,
         }
         names = [projection.name for projection in projections]
-        table = SpectraTable(None if out is None else Path(out), settings, names)
-        return cls(place, weights, parts, shapes, rule, engine, null_draws, chosen, cache_dir, table)
+        table = SpectraTable(None if out is None else Path(out), settings, names, share)
+        return cls(
+            place,
+            weights,
+            parts,
+            shapes,
+            rule,
+            engine,
+            null_draws,
+            chosen,
+            cache_dir,
+            table,
+            share,
+            time.monotonic(),
+        )
 
     @pinned_arithmetic()
     def measure(self, checkpoints: Sequence[Checkpoint], on_matrix: OnMatrix | None = None) -> list[str]:
@@ -152,7 +184,8 @@ class Job:
             (checkpoint, checkpoint.files()) for checkpoint in checkpoints
         ]
         labels = self.table.add(entries)
-        total = sum(len(self.table.missing(label)) for label in labels)
+        mine = {name for name, owner in self._owners.items() if owner == self.share.number}
+        total = sum(len(self.table.missing(label) & mine) for label in labels)
         done = 0
         for stack, label, (checkpoint, weights), tracker in self._to_do(labels, opened):
             lacking = self.table.missing(label)
@@ -169,6 +202,8 @@ class Job:
     ) -> Iterator[tuple[tuple[Projection, ...], str, tuple[Checkpoint, CheckpointWeights], SpectralTracker]]:
         """Each stack with each checkpoint that lacks some of it, and the tracker of the stack."""
         for stack in self.stacks:
+            if self._owners[stack[0].name] != self.share.number:
+                continue
             names = {projection.name for projection in stack}
             wanted = [i for i, label in enumerate(labels) if names & self.table.missing(label)]
             if not wanted:
@@ -176,6 +211,40 @@ class Job:
             tracker = SpectralTracker(self._basis(stack), engine=self.engine, arrays=False)
             for i in wanted:
                 yield stack, labels[i], opened[i], tracker
+
+    @cached_property
+    def _owners(self) -> dict[str, int]:
+        """Which process measures each matrix: the same one whatever is measured already."""
+        sides = [stack[0].shape(self.shapes[stack[0].tensor]) for stack in self.stacks]
+        costs = [m * n * min(m, n) * len(stack) for (m, n), stack in zip(sides, self.stacks)]
+        owners = dealt(costs, self.share.count)
+        return {p.name: owner for stack, owner in zip(self.stacks, owners) for p in stack}
+
+    def wait_for_others(self, labels: Sequence[str]) -> None:
+        """In the first of several processes: until the others' rows of these checkpoints are in the table.
+
+        Raises:
+            ProcessError: one has ended without them; those that live have finished.
+        """
+        if self.share.number > 0 or self.share.count == 1:
+            return
+        seen: set[int] = set()
+        while True:
+            late = time.monotonic() - self.opened > APART
+            held = self.table.take_in()
+            seen |= held
+            lacking = Counter(self._owners[name] for label in labels for name in self.table.missing(label))
+            if not lacking:
+                return
+            if all(number not in held and (late or number in seen) for number in lacking):
+                told = ", ".join(
+                    f"process {number} ({rows} rows)" for number, rows in sorted(lacking.items())
+                )
+                raise ProcessError(
+                    f"of {self.share.count} processes these have ended before their part was measured: {told}; what is "
+                    "measured is kept, the same command goes on"
+                )
+            time.sleep(LOOK)
 
     def _basis(self, stack: Sequence[Projection]) -> SpectralBasis:
         matrices = [

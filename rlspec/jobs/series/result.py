@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, overload
 
 from rlspec.errors import MissingPackageError
+from rlspec.io.files import write_atomically, write_error
 from rlspec.io.jsonl import Row
+from rlspec.spectra.table import COLUMNS
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,23 @@ class Series(Sequence[CheckpointSpectra]):
                 raise
             raise MissingPackageError("Series.to_pandas", "pandas") from None
         return pandas.DataFrame(self.rows)
+
+    def to_csv(self, path: str | Path) -> None:
+        """Write all rows as a table of comma-separated values, its first line the names of the columns.
+
+        Numbers are written so that they read back as the same; what is missing is an empty cell. Put there at once.
+
+        Raises:
+            CheckpointError: it cannot be written.
+        """
+        text = io.StringIO(newline="")
+        table = csv.DictWriter(text, ["checkpoint", *COLUMNS], lineterminator="\n")
+        table.writeheader()
+        table.writerows(self.rows)
+        try:
+            write_atomically(Path(path), text.getvalue().encode())
+        except OSError as error:
+            raise write_error(path, error) from None
 
     @overload
     def __getitem__(self, index: int) -> CheckpointSpectra: ...

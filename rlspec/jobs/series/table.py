@@ -5,12 +5,14 @@
     measure.json      settings, the base's files, and each checkpoint's path and files; written first
     spectra.jsonl     one row per checkpoint and matrix
 
-Rows are appended as they are measured and put in order when all are there. A kill leaves a table that goes on.
+Rows are appended as they are measured and put in order when all are there. A kill leaves a table that goes on. Where
+several processes measure, all but the first append to parts (`rlspec.jobs.series.parts`).
 """
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -19,6 +21,7 @@ from rlspec.errors import CheckpointError, RunFolderError
 from rlspec.io.files import read_json_object, write_atomically, write_error
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_rows
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, in_order, labels
+from rlspec.jobs.series.parts import ALONE, APART, LOOK, Share, ended, is_held, parts, take_part
 from rlspec.jobs.series.result import CheckpointSpectra, Series
 from rlspec.run.lock import take_lock
 
@@ -32,26 +35,36 @@ class SpectraTable:
         folder: made where it is missing; None for rows in memory alone.
         settings: what every row depends on beside its checkpoint, as JSON has it.
         names: the matrices, in order.
+        share: which process of several this is; all but the first wait in :meth:`add` until that has entered the same.
 
     Raises:
         RunFolderError: the folder holds something else, rows of other settings, or is in use.
         CheckpointError: it cannot be written.
     """
 
-    def __init__(self, folder: Path | None, settings: Mapping[str, Any], names: Sequence[str]) -> None:
+    def __init__(
+        self, folder: Path | None, settings: Mapping[str, Any], names: Sequence[str], share: Share = ALONE
+    ) -> None:
         self._folder = folder
         self._settings = json.loads(json.dumps(settings))
         self._order = {name: i for i, name in enumerate(names)}
         self._known: dict[str, dict[str, Any]] = {}  # label -> path and files
         self._rows: dict[str, dict[str, Row]] = {}  # label -> matrix -> row
         self._lock: IO[bytes] | None = None
-        if folder is not None:
+        self._share = share
+        self._opened = time.monotonic()
+        if folder is not None and share.number == 0:
             self._open(folder)
 
     @property
     def _path(self) -> Path:
         assert self._folder is not None
         return self._folder / "spectra.jsonl"
+
+    @property
+    def _append_to(self) -> Path:
+        number = self._share.number
+        return self._path if number == 0 else self._path.with_name(f"spectra.part-{number}.jsonl")
 
     @property
     def _about(self) -> Path:
@@ -66,13 +79,17 @@ class SpectraTable:
             raise write_error(folder, error) from None
         try:
             self._read(folder)
+            held = self.take_in()
         except BaseException:
             self.close()
             raise
+        if held and self._share.count == 1:
+            self.close()
+            raise RunFolderError(f"{folder} is in use by another rlspec process")
 
     def _read(self, folder: Path) -> None:
         if not self._about.exists():
-            if self._path.exists():
+            if self._path.exists() or parts(folder):
                 raise RunFolderError(f"{self._path}: rows of something else; choose another folder for out=")
             return
         found = read_json_object(self._about)
@@ -82,10 +99,61 @@ class SpectraTable:
             )
         check_settings(self._about, found["settings"], self._settings)
         self._known = found["checkpoints"]
-        repair(self._path)
-        for row in read_rows(self._path):
+        if self._share.number == 0:
+            repair(self._path)
+        self._take(self._path)
+
+    def _take(self, path: Path) -> None:
+        for row in read_rows(path):
             if row.get("checkpoint") in self._known and row.get("name") in self._order:
                 self._rows.setdefault(row["checkpoint"], {})[row["name"]] = row
+
+    def take_in(self) -> set[int]:
+        """Move the rows of parts whose process has ended into the table.
+
+        Returns:
+            The processes that still write theirs.
+        """
+        held = set()
+        assert self._folder is not None
+        for number, path in ended(self._folder):
+            if path is None:
+                held.add(number)
+                continue
+            found: dict[str, list[Row]] = {}
+            for row in read_rows(path):
+                if row.get("checkpoint") in self._known and row.get("name") in self._order:
+                    found.setdefault(row.pop("checkpoint"), []).append(row)
+            for label, rows in found.items():
+                self.put(label, rows)
+        return held
+
+    def _join(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+        """Hold this process's part, once the first process has entered the same checkpoints, and read what is there.
+
+        Raises:
+            RunFolderError: it does not come, or the part is in use.
+        """
+        folder = self._folder
+        assert folder is not None
+        while True:
+            came = is_held(folder / ".lock")
+            if self._about.exists():
+                self._read(folder)
+                if all(self._known.get(label) == entry for label, entry in wanted.items()):
+                    break
+            if not came and time.monotonic() - self._opened > APART:
+                raise RunFolderError(
+                    f"{folder}: process 0 of {self._share.count} has not entered the checkpoints in {APART:.0f} s; do "
+                    "all see one file system?"
+                )
+            time.sleep(LOOK)
+        self._lock = take_part(folder, self._share.number)
+        repair(self._append_to)
+        # Parts before the table: process 0 moves rows from those to that.
+        for path in parts(folder).values():
+            self._take(path)
+        self._take(self._path)
 
     def close(self) -> None:
         """Let other processes write to the folder."""
@@ -124,7 +192,9 @@ class SpectraTable:
                 )
             self._known[label] = {"path": str(place), "files": files}
             found.append(label)
-        if self._folder is not None:
+        if self._share.number > 0:
+            self._join({label: self._known[label] for label in found})
+        elif self._folder is not None:
             about = {"version": _VERSION, "settings": self._settings, "checkpoints": self._known}
             self._writing(
                 lambda: write_atomically(self._about, (json.dumps(about, indent=2) + "\n").encode())
@@ -145,7 +215,7 @@ class SpectraTable:
         missing = self.missing(label)
         new: list[Row] = [{"checkpoint": label, **row} for row in rows if row["name"] in missing]
         if self._folder is not None:
-            self._writing(lambda: append_rows(self._path, new))
+            self._writing(lambda: append_rows(self._append_to, new))
         self._rows.setdefault(label, {}).update({row["name"]: row for row in new})
 
     def forget(self, label: str) -> None:
@@ -173,7 +243,7 @@ class SpectraTable:
             What :meth:`series` does.
         """
         series = self.series()
-        if self._folder is not None:
+        if self._folder is not None and self._share.number == 0:
             whole = {spectra.checkpoint for spectra in series}
             rest = [row for label in self._rows if label not in whole for row in self._rows[label].values()]
             wanted = [*series.rows, *rest]
