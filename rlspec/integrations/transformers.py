@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from rlspec.errors import OptionError, RlspecError, RunFolderError, TensorError
 from rlspec.integrations.budget import Pace, parse_budget
+from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.jsonl import Row
@@ -27,6 +28,7 @@ from rlspec.report.data import by_event
 from rlspec.run.rows import mean
 from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
+from rlspec.tasks.alarm import Fall, describe_fall
 from rlspec.train.callbacks import undisturbed
 
 _LOG = logging.getLogger(__name__)
@@ -61,10 +63,19 @@ class SpectralCallback(TrainerCallback):
             twice; with ``base=None`` it is also where the reference is kept, so such a training needs it to be resumed.
             A training that starts anew sets the files of the one before aside, under names with a number.
         budget: the share of the training's time that all this may take, such as ``"1%"`` or ``0.01``, the reference
-            included: measurements wait until there is time for them. None: no limit.
+            included, scores too: measurements wait until there is time for them. None: no limit.
+        evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
+            numbers, or better lists of one number per problem (True and False for solved or not), always of the same
+            problems. It may use random numbers, and must change no weight. Scores go to ``out/scores.jsonl``, the
+            records and the loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone.
+        texts: a JSONL file with a ``text`` on each line; the score ``text_loss`` is the model's mean token loss on them,
+            by the trainer's tokenizer.
+        alarm: the score to be kept; see ``rlspec.tasks.alarm`` for when it rings and how often for nothing. The first
+            fall is warned of and kept in :attr:`fall`.
+        stop: end the training when the alarm rings.
 
     Raises:
-        OptionError: an argument out of range, an unknown module.
+        OptionError: an argument out of range, an unknown module, no texts, or an alarm without its score.
         CheckpointError: ``base`` is no checkpoint.
     """
 
@@ -77,6 +88,10 @@ class SpectralCallback(TrainerCallback):
         rank: RankLike = 0.2,
         out: str | Path | None = None,
         budget: str | float | None = None,
+        evaluate: Evaluate | None = None,
+        texts: str | Path | None = None,
+        alarm: str | None = None,
+        stop: bool = False,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise OptionError(f"every={every!r} must be a whole number of steps, at least 1")
@@ -93,6 +108,14 @@ class SpectralCallback(TrainerCallback):
         self.records: list[SpectralRecord] = []
         #: why tracking ended before the training did; None while all is well
         self.disabled: str | None = None
+        if stop and alarm is None:
+            raise OptionError("stop=True needs alarm=, the score whose fall ends the training")
+        self.stop = stop
+        #: what the alarm found; None while it has not rung
+        self.fall: Fall | None = None
+        #: why scores ended before the training did; None while all is well
+        self.unscored: str | None = None
+        self._scoring = Scoring(evaluate, texts, alarm)
         self._tracker: SpectralTracker | None = None
         self._folder: TrackingFolder | None = None
         self._trainer: Trainer | None = None
@@ -104,16 +127,18 @@ class SpectralCallback(TrainerCallback):
             return
         self.records, self.disabled, self._due, self._told = [], None, False, False
         self._tracker, self._trainer = None, _calling_trainer(self)
+        self.fall = self.unscored = None
         model: nn.Module = kwargs["model"]
         self.pace.begin()
         try:
             with undisturbed(model), self.pace.spending(once=True):
                 _refuse_sharded(model, getattr(args, "world_size", 1))
                 self._tracker = self._begin(model, state.global_step)
+                self._begin_scores()
         except Exception as error:
             self._disable(error)
         if state.global_step == 0:
-            self._measure(model, state, control)
+            self._measure(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._tracker is None:
@@ -122,7 +147,7 @@ class SpectralCallback(TrainerCallback):
         if (state.global_step % self.every == 0 or state.global_step == state.max_steps) and not done:
             self._due = True
         if self._due and self.pace.allows():
-            self._measure(kwargs["model"], state, control)
+            self._measure(args, state, control, **kwargs)
         elif self._due and not self._told:
             self._told = True
             _LOG.warning(
@@ -172,27 +197,61 @@ class SpectralCallback(TrainerCallback):
         # On a device every byte is the training's.
         return SpectralTracker(basis, arrays=False, factors="host")
 
-    def _measure(self, model: nn.Module, state: Any, control: Any) -> None:
-        """One event: measured, kept, logged."""
+    def _begin_scores(self) -> None:
+        """Show the alarm the scores of a resumed training's earlier parts."""
+        rows = [] if self._folder is None else self._folder.read_scores()
+        for record in self.records:
+            record.scores = {row["score"]: row["value"] for row in rows if row["step"] == record.step}
+        try:
+            self.fall = self._scoring.begin(rows)
+        except Exception as error:
+            self._end_scores(error)
+
+    def _measure(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One event: measured, scored, kept, logged."""
         if self._tracker is None:
             return
         self._due = False
+        model: nn.Module = kwargs["model"]
         try:
             with undisturbed(model), self.pace.spending():
                 record = self._tracker.measure(model, step=state.global_step, stage=_STAGE)
                 if self._folder is not None:
                     self._folder.append(record.rows)
                 self.records.append(record)
-                self._log(record.rows, control)
+                if self._scoring and self.unscored is None:
+                    self._score(record, args, control, **kwargs)
+                self._log(record.rows, record.scores, control)
         except Exception as error:
             self._disable(error)
 
-    def _log(self, rows: list[Row], control: Any) -> None:
+    def _score(self, record: SpectralRecord, args: Any, control: Any, **kwargs: Any) -> None:
+        try:
+            rows, fall = self._scoring.score(kwargs["model"], kwargs.get("processing_class"), record.step)
+        except Exception as error:
+            self._end_scores(error)
+            return
+        if self._folder is not None:
+            self._folder.append_scores(rows)
+        record.scores = {row["score"]: row["value"] for row in rows}
+        if fall is not None and self.fall is None:
+            self.fall = fall
+            checkpoint = Path(args.output_dir) / f"checkpoint-{fall.peak_step}"
+            _LOG.warning(describe_fall(fall, checkpoint=str(checkpoint) if checkpoint.is_dir() else None))
+            if self.stop:
+                control.should_training_stop = True
+
+    def _end_scores(self, error: Exception) -> None:
+        self.unscored = _told(error)
+        _LOG.warning("scores end here, the tracking and the training go on: %s", self.unscored)
+
+    def _log(self, rows: list[Row], scores: dict[str, float], control: Any) -> None:
         trainer = self._trainer
         if trainer is None:
             return
         means = {name: mean(row[column] for row in rows) for name, column in LOGGED.items()}
         logs = {name: value for name, value in means.items() if value is not None}
+        logs |= {f"spectra/score/{name}": value for name, value in scores.items()}
         # The base class's: those of TRL would add the averages that they gather for their own next line, and begin anew.
         # It also takes the trainer's wish to log this step for fulfilled.
         should_log = control.should_log
@@ -200,10 +259,15 @@ class SpectralCallback(TrainerCallback):
         control.should_log = trainer.control.should_log = should_log
 
     def _disable(self, error: Exception) -> None:
-        name = "" if isinstance(error, RlspecError) else f"{type(error).__name__}: "
-        self.disabled = f"{name}{' '.join(str(error).split())}"
+        self.disabled = _told(error)
         self._tracker = self._trainer = None
         _LOG.warning("tracking of the spectra ends here, the training goes on: %s", self.disabled)
+
+
+def _told(error: Exception) -> str:
+    """An error in one line."""
+    name = "" if isinstance(error, RlspecError) else f"{type(error).__name__}: "
+    return f"{name}{' '.join(str(error).split())}"
 
 
 def _calling_trainer(callback: TrainerCallback) -> Trainer | None:

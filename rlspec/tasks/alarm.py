@@ -82,6 +82,17 @@ class Alarm:
         return found
 
 
+def describe_fall(fall: Fall, *, title: str | None = None, checkpoint: str | None = None) -> str:
+    """One line: what fell, from where, and what to go back to, the checkpoint at the peak where it is known."""
+    form = ".4g" if lower_is_better(fall.name) or max(fall.peak, fall.value) > 1 else ".1%"
+    peak, value = (format(number, form).replace("%", " %") for number in (fall.peak, fall.value))
+    verb = "rose" if lower_is_better(fall.name) else "fell"
+    return (
+        f"{title or fall.name} {verb} from {peak} at step {fall.peak_step} to {value} at step {fall.step} "
+        f"(p = {fall.p_value:.2g}): go back to {checkpoint or f'step {fall.peak_step}'}"
+    )
+
+
 def correction(earlier: int) -> float:
     """What the p-value of an event after ``earlier`` others is multiplied by, see the module."""
     return earlier * earlier * (earlier + 1)
