@@ -44,7 +44,7 @@ class Alarm:
     """Watches one score.
 
     Args:
-        name: the score to keep; low where its name ends in ``loss``, ``perplexity`` or ``nll``, else high.
+        name: the score to keep; low or high, see ``rlspec.tasks.scores.lower_is_better``.
         level: chance of a false alarm over the whole training, in (0, 1).
 
     Raises:

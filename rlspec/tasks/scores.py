@@ -31,8 +31,8 @@ class Score:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a score is one to keep low: its name ends in ``loss``, ``perplexity`` or ``nll``."""
-    return name.lower().endswith(("loss", "perplexity", "nll"))
+    """Whether a score is one to keep low: its name ends in ``loss``, ``perplexity``, ``nll`` or ``forgetting``."""
+    return name.lower().endswith(("loss", "perplexity", "nll", "forgetting"))
 
 
 def read_scores(given: object, where: str) -> dict[str, Score]:
