@@ -35,8 +35,10 @@ def test_a_peak_without_a_checkpoint_is_told_by_its_step(tmp_path: Path) -> None
     assert [line.rpartition(": ")[2] for line in alarm_lines(run)] == ["go back to step 50"]
 
 
-@pytest.mark.parametrize("solved", [(44, 128, 125), (44, 60, 90)])
-def test_a_fall_that_chance_explains_or_none_is_not_told(tmp_path: Path, solved: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("solved", [(44, 128, 125), (44, 60, 90), (44, 8, 90)])
+def test_a_fall_that_chance_explains_or_that_was_made_good_is_not_told(
+    tmp_path: Path, solved: tuple[int, ...]
+) -> None:
     ood = {("sft", 50 * i): count for i, count in enumerate(solved)}
     run = make_tree(tmp_path / "x", ood, deals=234, sft_steps=100, stages=("sft",))
     assert alarm_lines(run) == [] == RunFolder(run).summary()["alarms"]

@@ -15,7 +15,7 @@ from rlspec.run.evaluation import compare_gains, describe_test, paired_test
 from rlspec.run.folder import RunFolder
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import Event, Segment, event_of, segment_of
-from rlspec.tasks.alarm import Alarm, Fall, describe_fall
+from rlspec.tasks.alarm import Fall, describe_fall, standing_fall
 from rlspec.tasks.scores import Score
 
 
@@ -59,22 +59,18 @@ def summarize(config: TrackConfig, folder: RunFolder) -> Row:
 
 
 def _alarms(config: TrackConfig, folder: RunFolder, evals: Sequence[Row]) -> list[Row]:
-    """The first fall from its peak of each shift in each segment."""
+    """The first fall from its peak of each shift in each segment, where that was not reached again."""
     found = []
     for segment in config.segments:
         for shift in config.shifts:
-            alarm = Alarm(shift)
-            for row in evals:
-                if segment_of(row) != segment.id or row["shift"] != shift:
-                    continue
-                results = tuple(float(outcome) for outcome in row["outcomes"])
-                fall = alarm.observe(row["step"], Score(row["accuracy"], row["n"], results))
-                if fall is not None:
-                    kept = config.keeps_checkpoint(segment.stage, fall.peak_step)
-                    place = folder.checkpoint_dir(segment.id, fall.peak_step).relative_to(folder.path)
-                    checkpoint = str(place) if kept else None
-                    found.append({"segment": segment.id, **asdict(fall), "checkpoint": checkpoint})
-                    break
+            rows = [row for row in evals if segment_of(row) == segment.id and row["shift"] == shift]
+            scores = [Score(row["accuracy"], row["n"], tuple(map(float, row["outcomes"]))) for row in rows]
+            fall = standing_fall(shift, zip((row["step"] for row in rows), scores))
+            if fall is not None:
+                kept = config.keeps_checkpoint(segment.stage, fall.peak_step)
+                place = folder.checkpoint_dir(segment.id, fall.peak_step).relative_to(folder.path)
+                checkpoint = str(place) if kept else None
+                found.append({"segment": segment.id, **asdict(fall), "checkpoint": checkpoint})
     return found
 
 

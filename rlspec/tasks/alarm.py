@@ -12,7 +12,7 @@ add up to 1 over all m. Over a whole training of any length, the chance of one f
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from rlspec.errors import OptionError
@@ -80,6 +80,18 @@ class Alarm:
                     found = Fall(self.name, peak_step, peak.value, step, score.value, p)
         self._seen.append((step, score))
         return found
+
+
+def standing_fall(name: str, events: Iterable[tuple[int, Score]]) -> Fall | None:
+    """The first fall of a finished training, given its (step, score) in order, whose peak was not reached again."""
+    alarm, found, sign = Alarm(name), None, -1 if lower_is_better(name) else 1
+    for step, score in events:
+        fall = alarm.observe(step, score)
+        if found is None:
+            found = fall
+        elif sign * score.value >= sign * found.peak:
+            found = None
+    return found
 
 
 def describe_fall(fall: Fall, *, title: str | None = None, checkpoint: str | None = None) -> str:

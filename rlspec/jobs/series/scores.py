@@ -9,6 +9,7 @@ import json
 import shlex
 import subprocess
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlspec.io.files import read_json_object, write_error
 from rlspec.io.jsonl import Row, read_rows, write_rows
 from rlspec.jobs.loading import load_model, load_tokenizer
 from rlspec.jobs.series.result import Series
-from rlspec.tasks.alarm import Alarm, Fall
+from rlspec.tasks.alarm import Fall, standing_fall
 from rlspec.tasks.scores import Score, read_scores
 from rlspec.train.texts import read_texts, text_losses
 
@@ -107,7 +108,7 @@ def check_command(evaluate: str | None) -> None:
 
 
 def find_fall(rows: Sequence[Row], name: str) -> tuple[Fall, str] | None:
-    """The first fall of a score from its peak, in the order of the rows, and the label of the peak's checkpoint.
+    """The first fall of a score from a peak not reached again, in the order of the rows, and that peak's checkpoint.
 
     Raises:
         OptionError: no row has such a score.
@@ -116,16 +117,14 @@ def find_fall(rows: Sequence[Row], name: str) -> tuple[Fall, str] | None:
     if not events:
         names = dict.fromkeys(row["score"] for row in rows)
         raise OptionError(f"alarm={name!r}: no such score; there are {', '.join(names) or 'none'}")
-    alarm = Alarm(name)
-    for i, row in enumerate(events):
-        results = None if row["results"] is None else tuple(row["results"])
-        fall = alarm.observe(i, Score(row["value"], row["n"], results))
-        if fall is not None:
-            peak = events[fall.peak_step]
-            steps = [e["step"] if e["step"] is not None else at for at, e in enumerate(events)]
-            told = Fall(name, steps[fall.peak_step], fall.peak, steps[i], fall.value, fall.p_value)
-            return told, peak["checkpoint"]
-    return None
+    results = [None if row["results"] is None else tuple(row["results"]) for row in events]
+    scores = [Score(row["value"], row["n"], found) for row, found in zip(events, results)]
+    fall = standing_fall(name, enumerate(scores))
+    if fall is None:
+        return None
+    steps = [at if row["step"] is None else row["step"] for at, row in enumerate(events)]
+    told = replace(fall, peak_step=steps[fall.peak_step], step=steps[fall.step])
+    return told, events[fall.peak_step]["checkpoint"]
 
 
 def run_command(command: str, checkpoint: Path) -> dict[str, Score]:
