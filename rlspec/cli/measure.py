@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from rlspec.cli.exits import stopped
 from rlspec.errors import OptionError
+
+if TYPE_CHECKING:
+    from rlspec.jobs.series import Series
 
 _FOLDER = click.Path(path_type=Path)
 
@@ -48,18 +51,50 @@ _FOLDER = click.Path(path_type=Path)
     type=click.Path(dir_okay=False, path_type=Path),
     help="Write the rows as comma-separated values to this file, too.",
 )
+@click.option(
+    "--eval",
+    "evaluate",
+    metavar="CMD",
+    help='Command that scores {checkpoint} and prints JSON, such as {"ood": [true, false]}.',
+)
+@click.option("--texts", type=_FOLDER, help="JSONL of texts; their token loss is a score, base included.")
+@click.option(
+    "--alarm", metavar="SCORE", help="Tell the checkpoint to go back to once SCORE fell from its peak."
+)
 @click.option("--watch", is_flag=True, help="Go on with the checkpoints that appear, until Ctrl-C.")
 def command(
-    checkpoints: tuple[Path, ...], base: Path, out: Path, table: Path | None, watch: bool, **settings: Any
+    checkpoints: tuple[Path, ...],
+    base: Path,
+    out: Path,
+    table: Path | None,
+    watch: bool,
+    evaluate: str | None,
+    texts: Path | None,
+    alarm: str | None,
+    **settings: Any,
 ) -> None:
     """Measure CHECKPOINTS (safetensors, LoRA adapters, or folders of those) against the base, one matrix at a time.
 
-    Leaves a row for each checkpoint and matrix in OUT/spectra.jsonl and prints a table of means. What the table holds is
-    not measured again; an interrupted command goes on when it is given again. Several processes share the work:
-    `torchrun --nproc-per-node 4 -m rlspec measure ...`, on several machines too where all see one file system."""
+    Leaves a row for each checkpoint and matrix in OUT/spectra.jsonl, and for each score in OUT/scores.jsonl, and prints
+    a table of means. What the table holds is not measured again; an interrupted command goes on when it is given again.
+    Several processes share the work: `torchrun --nproc-per-node 4 -m rlspec measure ...`, on several machines too where
+    all see one file system."""
     from rlspec.cli.measure_text import Bar, heading, series_lines
 
+    scoring = evaluate is not None or texts is not None
+    if watch and scoring:
+        raise OptionError("watch=True takes no scores (evaluate=, texts=): give the command again without it")
+    if alarm is not None and not scoring:
+        raise OptionError(f"alarm={alarm!r}: no such score; evaluate= or texts= gives scores")
+    if scoring:  # told before the work
+        from rlspec.jobs.series.scores import check_command
+        from rlspec.train.texts import read_texts
+
+        check_command(evaluate)
+        if texts is not None:
+            read_texts(texts)
     bar = Bar()
+    lines: list[str] = []
     try:
         if watch:
             if _share().count > 1:
@@ -75,6 +110,9 @@ def command(
         )
         if not first:
             return
+        bar.close()
+        if scoring:
+            lines = _scores(series, base, out, evaluate, texts, alarm, settings["device"])
     except KeyboardInterrupt as stop:
         bar.close()
         click.echo("Stopped; what is measured is kept, the same command goes on", err=True)
@@ -83,8 +121,30 @@ def command(
         bar.close()
     if table is not None:
         series.to_csv(table)
-    for line in (*series_lines(series), heading()):
+    for line in (*series_lines(series), heading(), *lines):
         click.echo(line)
+
+
+def _scores(
+    series: Series,
+    base: Path,
+    out: Path,
+    evaluate: str | None,
+    texts: Path | None,
+    alarm: str | None,
+    device: str,
+) -> list[str]:
+    """Score the checkpoints; what is told of it."""
+    from rlspec.cli.measure_text import score_lines
+    from rlspec.jobs.series.scores import find_fall, score_series
+    from rlspec.tasks.alarm import describe_fall
+
+    rows = score_series(series, base, out, evaluate=evaluate, texts=texts, device=device)
+    lines = ["", *score_lines(rows)]
+    if alarm is not None and (found := find_fall(rows, alarm)) is not None:
+        fall, label = found
+        lines.append(describe_fall(fall, checkpoint=label))
+    return lines
 
 
 def _share() -> Any:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from rlspec.io.jsonl import Row
 from rlspec.jobs.series.result import CheckpointSpectra
 from rlspec.run.rows import mean
 
@@ -78,3 +79,12 @@ def series_lines(series: Iterable[CheckpointSpectra]) -> list[str]:
         ).rstrip()
         for row in table
     ]
+
+
+def score_lines(rows: Sequence[Row]) -> list[str]:
+    """One line a checkpoint with its scores."""
+    by_checkpoint: dict[str, list[str]] = {}
+    for row in rows:
+        by_checkpoint.setdefault(row["checkpoint"], []).append(f"{row['score']} {row['value']:.4g}")
+    width = max(map(len, by_checkpoint), default=0)
+    return [f"{label:<{width}}  {'  '.join(scores)}" for label, scores in by_checkpoint.items()]

@@ -5,6 +5,7 @@
     tracking.json     what is tracked; written first
     reference/        the tracked weights at the training's start, where no base was given: a checkpoint folder
     spectra.jsonl     one row per event and matrix, with the columns of a run folder's
+    scores.jsonl      one row per event and score, where scores are taken
 
 A training that is resumed goes on in it. One that starts again sets the files of the one before aside.
 """
@@ -53,6 +54,10 @@ class TrackingFolder:
         return self.path / "spectra.jsonl"
 
     @property
+    def scores(self) -> Path:
+        return self.path / "scores.jsonl"
+
+    @property
     def _settings_file(self) -> Path:
         return self.path / "tracking.json"
 
@@ -93,6 +98,8 @@ class TrackingFolder:
         whole = max(counts.values(), default=0)  # a kill may have left some rows of the last event alone
         kept = {event for event, count in counts.items() if event <= step and count == whole}
         keep_rows(self.spectra, lambda row: row["step"] in kept)
+        repair(self.scores)
+        keep_rows(self.scores, lambda row: row["step"] in kept)
         return [row for row in rows if row["step"] in kept]
 
     def save_reference(
@@ -139,8 +146,17 @@ class TrackingFolder:
     def append(self, rows: Sequence[Row]) -> None:
         append_rows(self.spectra, rows)
 
+    def append_scores(self, rows: Sequence[Row]) -> None:
+        append_rows(self.scores, rows)
+
+    def read_scores(self) -> list[Row]:
+        """The rows of :attr:`scores`, none where there are none."""
+        return read_rows(self.scores)
+
     def _set_aside(self) -> list[Path]:
-        there = [p for p in (self.spectra, self.reference, self._settings_file) if os.path.lexists(p)]
+        there = [
+            p for p in (self.spectra, self.scores, self.reference, self._settings_file) if os.path.lexists(p)
+        ]
         number = 1
         while any(os.path.lexists(f"{path}.{number}") for path in there):
             number += 1

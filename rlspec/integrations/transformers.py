@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from rlspec.errors import OptionError, RunFolderError, TensorError
 from rlspec.integrations.budget import Pace, parse_budget
+from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.jsonl import Row
@@ -29,6 +30,7 @@ from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.dealt import DealtTracker
 from rlspec.spectra.processes import GatherError, ProcessError, Processes, told
 from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
+from rlspec.tasks.alarm import Fall, describe_fall
 from rlspec.train.callbacks import undisturbed
 
 _LOG = logging.getLogger(__name__)
@@ -67,10 +69,19 @@ class SpectralCallback(TrainerCallback):
             twice; with ``base=None`` it is also where the reference is kept, so such a training needs it to be resumed.
             A training that starts anew sets the files of the one before aside, under names with a number.
         budget: the share of the training's time that all this may take, such as ``"1%"`` or ``0.01``, the reference
-            included: measurements wait until there is time for them. None: no limit.
+            included, scores too: measurements wait until there is time for them. None: no limit.
+        evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
+            numbers, or better lists of one number per problem (True and False for solved or not), always of the same
+            problems. It may use random numbers, and must change no weight. Scores go to ``out/scores.jsonl``, the
+            records and the loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone.
+        texts: a JSONL file with a ``text`` on each line; the score ``text_loss`` is the model's mean token loss on them,
+            by the trainer's tokenizer.
+        alarm: the score to be kept; see ``rlspec.tasks.alarm`` for when it rings and how often for nothing. The first
+            fall is warned of and kept in :attr:`fall`.
+        stop: end the training when the alarm rings.
 
     Raises:
-        OptionError: an argument out of range, an unknown module.
+        OptionError: an argument out of range, an unknown module, no texts, or an alarm without its score.
         CheckpointError: ``base`` is no checkpoint.
     """
 
@@ -83,6 +94,10 @@ class SpectralCallback(TrainerCallback):
         rank: RankLike = 0.2,
         out: str | Path | None = None,
         budget: str | float | None = None,
+        evaluate: Evaluate | None = None,
+        texts: str | Path | None = None,
+        alarm: str | None = None,
+        stop: bool = False,
     ) -> None:
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise OptionError(f"every={every!r} must be a whole number of steps, at least 1")
@@ -99,6 +114,14 @@ class SpectralCallback(TrainerCallback):
         self.records: list[SpectralRecord] = []
         #: why tracking ended before the training did; None while all is well
         self.disabled: str | None = None
+        if stop and alarm is None:
+            raise OptionError("stop=True needs alarm=, the score whose fall ends the training")
+        self.stop = stop
+        #: what the alarm found; None while it has not rung
+        self.fall: Fall | None = None
+        #: why scores ended before the training did; None while all is well
+        self.unscored: str | None = None
+        self._scoring = Scoring(evaluate, texts, alarm)
         self._processes = Processes()
         self._tracker: SpectralTracker | DealtTracker | None = None
         self._reference: Path | None = None  # where base=None and the training was resumed
@@ -113,6 +136,7 @@ class SpectralCallback(TrainerCallback):
             return
         self.records, self.disabled, self._due, self._told = [], None, False, False
         self._tracker = self._folder = self._reference = None
+        self.fall = self.unscored = None
         self._trainer = _calling_trainer(self)
         model: nn.Module = kwargs["model"]
         self.pace.begin()
@@ -121,9 +145,10 @@ class SpectralCallback(TrainerCallback):
             self._together(model, lambda: self._open(model, args, step), once=True)
             and self._together(model, lambda: self._find_reference(model, step), once=True)
             and self._together(model, lambda: self._begin(model), once=True)
+            and self._together(model, self._begin_scores, once=True)
             and step == 0
         ):
-            self._measure(model, state, control)
+            self._measure(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._tracker is None:
@@ -134,7 +159,7 @@ class SpectralCallback(TrainerCallback):
         if not self._due:
             return
         if self._processes.first(self.pace.allows()):  # their clocks differ
-            self._measure(kwargs["model"], state, control)
+            self._measure(args, state, control, **kwargs)
         elif not self._told:
             self._told = True
             self._warn(
@@ -222,9 +247,26 @@ class SpectralCallback(TrainerCallback):
         # On a device every byte is the training's.
         self._tracker = SpectralTracker(basis, arrays=False, factors="host")
 
-    def _measure(self, model: nn.Module, state: Any, control: Any) -> None:
-        """One event: measured, kept, logged."""
-        tracker = self._tracker
+    def _begin_scores(self) -> None:
+        """Show the alarm the scores of a resumed training's earlier parts."""
+        if not self._scoring:
+            return
+        if self._processes.count > 1:
+            self._end_scores(
+                OptionError("evaluate=, texts=: scores are taken in trainings of one process alone")
+            )
+            return
+        rows = [] if self._folder is None else self._folder.read_scores()
+        for record in self.records:
+            record.scores = {row["score"]: row["value"] for row in rows if row["step"] == record.step}
+        try:
+            self.fall = self._scoring.begin(rows)
+        except Exception as error:
+            self._end_scores(error)
+
+    def _measure(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """One event: measured, scored, kept, logged."""
+        tracker, model = self._tracker, kwargs["model"]
         if tracker is None:
             return
         self._due = False
@@ -232,20 +274,43 @@ class SpectralCallback(TrainerCallback):
         if self._together(
             model, lambda: records.append(tracker.measure(model, step=state.global_step, stage=_STAGE))
         ):
-            self._together(model, lambda: self._keep(records[0], control), once=True)
+            self._together(model, lambda: self._keep(records[0], args, control, **kwargs), once=True)
 
-    def _keep(self, record: SpectralRecord, control: Any) -> None:
+    def _keep(self, record: SpectralRecord, args: Any, control: Any, **kwargs: Any) -> None:
         if self._folder is not None and self._processes.number == 0:
             self._folder.append(record.rows)
         self.records.append(record)
-        self._log(record.rows, control)
+        if self._scoring and self.unscored is None:
+            self._score(record, args, control, **kwargs)
+        self._log(record.rows, record.scores, control)
 
-    def _log(self, rows: list[Row], control: Any) -> None:
+    def _score(self, record: SpectralRecord, args: Any, control: Any, **kwargs: Any) -> None:
+        try:
+            rows, fall = self._scoring.score(kwargs["model"], kwargs.get("processing_class"), record.step)
+        except Exception as error:
+            self._end_scores(error)
+            return
+        if self._folder is not None:
+            self._folder.append_scores(rows)
+        record.scores = {row["score"]: row["value"] for row in rows}
+        if fall is not None and self.fall is None:
+            self.fall = fall
+            checkpoint = Path(args.output_dir) / f"checkpoint-{fall.peak_step}"
+            _LOG.warning(describe_fall(fall, checkpoint=str(checkpoint) if checkpoint.is_dir() else None))
+            if self.stop:
+                control.should_training_stop = True
+
+    def _end_scores(self, error: Exception) -> None:
+        self.unscored = told(error)
+        self._warn("scores end here, the tracking and the training go on: %s", self.unscored)
+
+    def _log(self, rows: list[Row], scores: dict[str, float], control: Any) -> None:
         trainer = self._trainer
         if trainer is None:
             return
         means = {name: mean(row[column] for row in rows) for name, column in LOGGED.items()}
         logs = {name: value for name, value in means.items() if value is not None}
+        logs |= {f"spectra/score/{name}": value for name, value in scores.items()}
         # The base class's: those of TRL would add the averages that they gather for their own next line, and begin anew.
         # It also takes the trainer's wish to log this step for fulfilled.
         should_log = control.should_log

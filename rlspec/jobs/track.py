@@ -156,7 +156,7 @@ def _run(config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, 
     progress.stop()
     summary = summarize(config, folder)
     folder.write_summary(summary)
-    for line in summary_lines(summary):
+    for line in summary_lines(summary, folder.path):
         click.echo(line)
     click.echo("")
     click.echo(textwrap.fill(verdict(read_run(folder.path)), width=110))

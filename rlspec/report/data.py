@@ -18,6 +18,7 @@ from rlspec.errors import RunFolderError
 from rlspec.io.jsonl import Row, numbered_rows
 from rlspec.run.branches import tree_of
 from rlspec.run.segments import Event, Segment, event_of
+from rlspec.tasks.stats import spearman as spearman
 
 # The columns that the page reads.
 _TEXTS = ("stage", "segment", "parent_segment", "module", "note", "ood_shift")
@@ -160,32 +161,3 @@ def by_event(rows: Sequence[Row]) -> dict[Event, list[Row]]:
     for row in rows:
         groups.setdefault(event_of(row), []).append(row)
     return groups
-
-
-def _ranks(values: Sequence[float]) -> list[float]:
-    """Ranks from 1; ties share their mean rank."""
-    order = sorted(range(len(values)), key=values.__getitem__)
-    ranks = [0.0] * len(values)
-    start = 0
-    while start < len(order):
-        end = start
-        while end < len(order) and values[order[end]] == values[order[start]]:
-            end += 1
-        for i in order[start:end]:
-            ranks[i] = (start + end + 1) / 2
-        start = end
-    return ranks
-
-
-def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
-    """Spearman's rank correlation; None for fewer than 3 pairs or where one side does not vary."""
-    if len(x) < 3:
-        return None
-    a, b = _ranks(x), _ranks(y)
-    centre = (len(x) + 1) / 2
-    saa = sum((v - centre) ** 2 for v in a)
-    sbb = sum((v - centre) ** 2 for v in b)
-    if saa == 0 or sbb == 0:
-        return None
-    covariance = sum((v - centre) * (w - centre) for v, w in zip(a, b))
-    return float(covariance / (saa * sbb) ** 0.5)

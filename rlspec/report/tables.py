@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
-from rlspec.report.data import Row, RunData, by_event, spearman
+from rlspec.report.data import Row, RunData, by_event
 from rlspec.report.verdict import accuracy, branch_ends, paired, percent, turned
 from rlspec.run.branches import decisive_events, event_title, segment_titles
+from rlspec.run.correlations import rank_correlations
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import event_of, segment_of
 
@@ -95,22 +95,15 @@ def _share_in_blocks(matrices: list[Row]) -> str:
 
 def correlations(run: RunData) -> Cells:
     """Rank correlations with OOD accuracy over the SFT checkpoints; none where none is defined."""
-    spectra = by_event(run.spectra)
-    rows = [
-        r for r in run.metrics if r["stage"] == "sft" and r.get("ood_accuracy") is not None and r["step"] > 0
+    return [
+        [
+            row["metric"],
+            number(row["spearman"], "+.2f"),
+            "–" if row["low"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}",
+            str(row["n"]),
+        ]
+        for row in rank_correlations(run.metrics, run.spectra)
     ]
-    candidates: dict[str, Callable[[Row], float | None]] = {
-        "rotation": lambda r: mean(rotation(m) for m in spectra.get(event_of(r), [])),
-        "NSS_k": lambda r: mean(m.get("nss_k") for m in spectra.get(event_of(r), [])),
-        "‖ΔW‖/‖W‖": lambda r: mean(m.get("delta_relative") for m in spectra.get(event_of(r), [])),
-        "KL to the base": lambda r: r.get("kl_base_nats_per_token"),
-    }
-    lines = []
-    for name, value_of in candidates.items():
-        pairs = [(value, r["ood_accuracy"]) for r in rows if (value := value_of(r)) is not None]
-        found = spearman([p[0] for p in pairs], [p[1] for p in pairs])
-        lines.append([name, number(found, "+.2f"), str(len(pairs))])
-    return lines if any(line[1] != "–" for line in lines) else []
 
 
 def time_spent(run: RunData) -> Cells:

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
 
 from rlspec.io.jsonl import Row
 from rlspec.run.branches import decisive_events, event_title, pairs_to_test, segment_titles, start_name
 from rlspec.run.config import TrackConfig
+from rlspec.run.correlations import rank_correlations
 from rlspec.run.evaluation import compare_gains, describe_test, paired_test
 from rlspec.run.folder import RunFolder
 from rlspec.run.rows import mean, rotation
-from rlspec.run.segments import Event, Segment, event_of
+from rlspec.run.segments import Event, Segment, event_of, segment_of
+from rlspec.tasks.alarm import Fall, describe_fall, standing_fall
+from rlspec.tasks.scores import Score
 
 
 def summarize(config: TrackConfig, folder: RunFolder) -> Row:
@@ -20,7 +25,9 @@ def summarize(config: TrackConfig, folder: RunFolder) -> Row:
     ``segments`` is the tree. ``events`` names the decisive ones (start, OOD peak of SFT, end of each segment, start of
     each branch) with their metrics row and, per module, their spectra; ``tests`` are McNemar tests between them
     on the same deals. The peak is chosen by the outcomes that it is tested on, so its test flatters the peak; ``note``
-    says so. ``gains`` compares the gain of the first branch with that of each later one.
+    says so. ``gains`` compares the gain of the first branch with that of each later one. ``alarms`` are the accuracies
+    that fell from their peak within a segment, whose tests allow for the choice (see ``rlspec.tasks.alarm``).
+    ``correlations`` are those of each metric with OOD accuracy over the events of SFT.
     """
     metrics, spectra, evals = folder.metrics(), folder.spectra(), folder.evals()
     chosen = decisive_events(config.segments, metrics)
@@ -41,12 +48,42 @@ def summarize(config: TrackConfig, folder: RunFolder) -> Row:
             f"{branches[0].id}_and_{later.id}": _gains(evals, ends[0], moved)
             for later, moved in zip(branches[1:], ends[1:])
         },
+        "correlations": rank_correlations(metrics, spectra),
+        "alarms": _alarms(config, folder, evals),
         "note": "the OOD peak is chosen on the deals that its test uses, so that test favours a fall from it",
         "seconds": {
             name.removeprefix("seconds_"): last[name] for name in last if name.startswith("seconds_")
         },
         "tracking_share": last["seconds_tracking"] / last["seconds_wall"],
     }
+
+
+def _alarms(config: TrackConfig, folder: RunFolder, evals: Sequence[Row]) -> list[Row]:
+    """The first fall from its peak of each shift in each segment, where that was not reached again."""
+    found = []
+    for segment in config.segments:
+        for shift in config.shifts:
+            rows = [row for row in evals if segment_of(row) == segment.id and row["shift"] == shift]
+            scores = [Score(row["accuracy"], row["n"], tuple(map(float, row["outcomes"]))) for row in rows]
+            fall = standing_fall(shift, zip((row["step"] for row in rows), scores))
+            if fall is not None:
+                kept = config.keeps_checkpoint(segment.stage, fall.peak_step)
+                place = folder.checkpoint_dir(segment.id, fall.peak_step).relative_to(folder.path)
+                checkpoint = str(place) if kept else None
+                found.append({"segment": segment.id, **asdict(fall), "checkpoint": checkpoint})
+    return found
+
+
+def _alarm_lines(summary: Row, folder: Path | None) -> list[str]:
+    ood = next(iter(summary["events"].values()))["metrics"].get("ood_shift")
+    lines = []
+    for row in summary.get("alarms", ()):
+        fall = Fall(**{name: row[name] for name in Fall.__dataclass_fields__})
+        kind = "ID" if fall.name == "none" else f"OOD ({fall.name})" if fall.name == ood else fall.name
+        place = row["checkpoint"]
+        checkpoint = None if place is None else place if folder is None else str(folder / place)
+        lines.append(f"{row['segment']}: {describe_fall(fall, title=kind, checkpoint=checkpoint)}")
+    return lines
 
 
 def _segment_row(segment: Segment) -> Row:
@@ -90,8 +127,9 @@ def _gains(evals: Sequence[Row], first: tuple[Row, Row], second: tuple[Row, Row]
     return {shift: compare_gains((a[shift], b[shift]), (c[shift], d[shift])) for shift in a}
 
 
-def summary_lines(summary: Row) -> list[str]:
-    """What `rlspec track` prints at its end: the decisive events, the tests between them, and where the time went."""
+def summary_lines(summary: Row, folder: Path | None = None) -> list[str]:
+    """What `rlspec track` prints at its end: the decisive events, the tests between them, what fell from its peak and
+    the checkpoint of it in ``folder``, and where the time went."""
     segments = _segments(summary)
     titles = {name: event_title(name, segments) for name in summary["events"]}
     width = max(map(len, ("event", *titles.values())))
@@ -122,6 +160,7 @@ def summary_lines(summary: Row) -> list[str]:
     if any("_peak_to_" in pair for pair in summary["tests"]):
         lines.append(f"({summary['note']})")
     lines += _gain_lines(summary["gains"], segment_titles(segments))
+    lines += _alarm_lines(summary, folder)
     seconds = summary["seconds"]
     lines.append("")
     lines.append(

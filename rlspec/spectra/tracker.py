@@ -40,7 +40,8 @@ class SpectralRecord:
 
     ``arrays`` maps ``"<name>/sigma"``, ``"<name>/sigma_ref"``, ``"<name>/block"``, ``"<name>/sines_left"``
     and ``"<name>/sines_right"`` to (k,) float64 tensors; blocks are labels of near-degenerate reference vectors; sines
-    are descending, and missing for a side that is skipped.
+    are descending, and missing for a side that is skipped. ``scores`` are those of the model at that step, where
+    somebody took them.
     """
 
     stage: str
@@ -48,6 +49,7 @@ class SpectralRecord:
     rows: list[Row]
     arrays: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
+    scores: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
-"""Intervals and tests for success counts."""
+"""Intervals and tests for success counts, and rank correlation."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import comb, sqrt
+from math import atanh, comb, sqrt, tanh
 
 
 def wilson_interval(successes: int, n: int, z: float = 1.959963984540054) -> tuple[float, float]:
@@ -58,3 +58,43 @@ def mcnemar(before: Sequence[bool], after: Sequence[bool]) -> McNemarResult:
     tail = 2 * sum(comb(n, i) for i in range(small + 1))
     p_value = 1.0 if tail >= 2**n else tail / 2**n
     return McNemarResult(gained, lost, p_value)
+
+
+def _ranks(values: Sequence[float]) -> list[float]:
+    """Ranks from 1; ties share their mean rank."""
+    order = sorted(range(len(values)), key=values.__getitem__)
+    ranks = [0.0] * len(values)
+    start = 0
+    while start < len(order):
+        end = start
+        while end < len(order) and values[order[end]] == values[order[start]]:
+            end += 1
+        for i in order[start:end]:
+            ranks[i] = (start + end + 1) / 2
+        start = end
+    return ranks
+
+
+def spearman(x: Sequence[float], y: Sequence[float]) -> float | None:
+    """Spearman's rank correlation; None for fewer than 3 pairs or where one side does not vary."""
+    if len(x) < 3:
+        return None
+    a, b = _ranks(x), _ranks(y)
+    centre = (len(x) + 1) / 2
+    saa = sum((v - centre) ** 2 for v in a)
+    sbb = sum((v - centre) ** 2 for v in b)
+    if saa == 0 or sbb == 0:
+        return None
+    covariance = sum((v - centre) * (w - centre) for v, w in zip(a, b))
+    return float(covariance / (saa * sbb) ** 0.5)
+
+
+def spearman_fisher_interval(rho: float, n: int, z: float = 1.959963984540054) -> tuple[float, float] | None:
+    """Interval of Spearman's correlation of n pairs by Fisher's z, with the variance (1 + ρ²/2) / (n - 3) of Bonett and
+    Wright (2000); 95 % by default, for independent pairs. None for fewer than 5 pairs, or where |ρ| is 1, whose z has
+    no end.
+    """
+    if n < 5 or abs(rho) >= 1 - 1e-12:
+        return None
+    centre, half = atanh(rho), z * sqrt((1 + rho * rho / 2) / (n - 3))
+    return tanh(centre - half), tanh(centre + half)

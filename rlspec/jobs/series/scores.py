@@ -1,0 +1,185 @@
+"""Scores of the checkpoints of a series: by a command of the user's, and as token loss on texts.
+
+They lie beside the spectra, in ``scores.jsonl``: one row per checkpoint and score. What is there is not taken again.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rlspec.backend import choose_device
+from rlspec.errors import OptionError
+from rlspec.io.files import read_json_object, write_error
+from rlspec.io.jsonl import Row, read_rows, write_rows
+from rlspec.jobs.loading import load_model, load_tokenizer
+from rlspec.jobs.series.result import Series
+from rlspec.tasks.alarm import Fall, standing_fall
+from rlspec.tasks.scores import Score, read_scores
+from rlspec.train.texts import read_texts, text_losses
+
+BASE = "base"
+TEXT_LOSS, FORGETTING = "text_loss", "forgetting"
+
+
+def score_series(
+    series: Series,
+    base: str | Path,
+    out: str | Path,
+    *,
+    evaluate: str | None = None,
+    texts: str | Path | None = None,
+    device: torch.device | str = "auto",
+    on_checkpoint: Callable[[str], None] | None = None,
+) -> list[Row]:
+    """Score the checkpoints of a series that ``measure(..., out=out)`` has left.
+
+    Args:
+        evaluate: a command in which ``{checkpoint}`` stands for the checkpoint's path; the last line of its standard
+            output that is JSON holds the scores, see ``rlspec.tasks.scores.read_scores``. It is run without a shell.
+        texts: a JSONL file with a ``text`` on each line. The base is scored, too: ``text_loss`` is the mean token loss in
+            nats, ``forgetting`` what it is above the base's (as PEFT's method comparison has it).
+        on_checkpoint: called with the label of each checkpoint before it is scored.
+
+    Returns:
+        Rows of ``checkpoint``, ``step``, ``score``, ``value``, ``n``, ``results`` and ``by`` (what scored it), in the
+        order of the series; ``checkpoint`` is ``"base"`` for the base.
+
+    Raises:
+        OptionError: no texts, a command without ``{checkpoint}``, or one that fails or prints no scores.
+        CheckpointError: transformers cannot load a checkpoint, or the rows cannot be written.
+    """
+    if evaluate is not None and "{checkpoint}" not in evaluate:
+        raise OptionError(
+            f"evaluate={evaluate!r}: no {{checkpoint}} in it, which stands for the path to score"
+        )
+    found = None if texts is None else read_texts(texts)
+    known = read_json_object(Path(out) / "measure.json")["checkpoints"]
+    table = _Scores(Path(out) / "scores.jsonl")
+    places = [
+        (spectra.checkpoint, spectra.step, Path(known[spectra.checkpoint]["path"])) for spectra in series
+    ]
+    if found is not None:
+        by = f"texts {Path(texts or '').resolve()}"
+        start: float | None = None
+        for label, step, place in [(BASE, None, Path(base)), *places]:
+            if not table.has(label, by):
+                if on_checkpoint is not None:
+                    on_checkpoint(label)
+                given: dict[str, Any] = {TEXT_LOSS: _losses(place, found, device)}
+                scores = read_scores(given, str(place))
+                if start is not None:
+                    scores[FORGETTING] = Score(scores[TEXT_LOSS].value - start)
+                table.put(label, step, by, scores)
+            start = table.value(BASE, by, TEXT_LOSS)
+    if evaluate is not None:
+        for label, step, place in places:
+            if not table.has(label, evaluate):
+                if on_checkpoint is not None:
+                    on_checkpoint(label)
+                table.put(label, step, evaluate, run_command(evaluate, place))
+    labels = [BASE, *(label for label, *_ in places)]
+    return [row for label in labels for row in table.rows if row["checkpoint"] == label]
+
+
+def check_command(evaluate: str | None) -> None:
+    """Refuse a command that does not say where the checkpoint's path goes, or whose quotes do not match.
+
+    Raises:
+        OptionError: so it is.
+    """
+    if evaluate is None:
+        return
+    try:
+        words = shlex.split(evaluate)
+    except ValueError as error:
+        raise OptionError(f"evaluate={evaluate!r}: {error}") from None
+    if not any("{checkpoint}" in word for word in words):
+        raise OptionError(
+            f"evaluate={evaluate!r}: no {{checkpoint}} in it, which stands for the path to score"
+        )
+
+
+def find_fall(rows: Sequence[Row], name: str) -> tuple[Fall, str] | None:
+    """The first fall of a score from a peak not reached again, in the order of the rows, and that peak's checkpoint.
+
+    Raises:
+        OptionError: no row has such a score.
+    """
+    events = [row for row in rows if row["score"] == name and row["checkpoint"] != BASE]
+    if not events:
+        names = dict.fromkeys(row["score"] for row in rows)
+        raise OptionError(f"alarm={name!r}: no such score; there are {', '.join(names) or 'none'}")
+    results = [None if row["results"] is None else tuple(row["results"]) for row in events]
+    scores = [Score(row["value"], row["n"], found) for row, found in zip(events, results)]
+    fall = standing_fall(name, enumerate(scores))
+    if fall is None:
+        return None
+    steps = [at if row["step"] is None else row["step"] for at, row in enumerate(events)]
+    told = replace(fall, peak_step=steps[fall.peak_step], step=steps[fall.step])
+    return told, events[fall.peak_step]["checkpoint"]
+
+
+def run_command(command: str, checkpoint: Path) -> dict[str, Score]:
+    """The scores that a command prints for a checkpoint.
+
+    Raises:
+        OptionError: it cannot be run, fails, or prints no scores; the message names it.
+    """
+    words = [word.replace("{checkpoint}", str(checkpoint)) for word in shlex.split(command)]
+    told = shlex.join(words)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, check=False)
+    except OSError as error:
+        raise OptionError(f"evaluate: {told}: cannot be run: {error.strerror or error}") from None
+    if done.returncode != 0:
+        last = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
+        raise OptionError(f"evaluate: {told}: ended with code {done.returncode}: {last}")
+    for line in reversed(done.stdout.splitlines()):
+        try:
+            given = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        return read_scores(given, f"evaluate: {told}")
+    raise OptionError(f'evaluate: {told}: printed no line of JSON, wanted one such as {{"ood": 0.5}}')
+
+
+def _losses(place: Path, texts: Sequence[str], device: torch.device | str) -> list[float]:
+    model = load_model(place, choose_device(device)).eval()
+    return text_losses(model, load_tokenizer(place), texts)
+
+
+class _Scores:
+    """Rows by checkpoint and what scored it, on disk as they are taken."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.rows = read_rows(path)
+
+    def has(self, label: str, by: str) -> bool:
+        return any(row["checkpoint"] == label and row["by"] == by for row in self.rows)
+
+    def value(self, label: str, by: str, score: str) -> float | None:
+        key = (label, by, score)
+        return next((r["value"] for r in self.rows if (r["checkpoint"], r["by"], r["score"]) == key), None)
+
+    def put(self, label: str, step: int | None, by: str, scores: dict[str, Score]) -> None:
+        new: list[Row] = [
+            {
+                "checkpoint": label, "step": step, "score": name, "value": score.value, "n": score.n,
+                "results": None if score.results is None else list(score.results), "by": by,
+            }
+            for name, score in scores.items()
+        ]  # fmt: skip
+        try:
+            write_rows(self._path, [*self.rows, *new])  # at once: never some scores of a checkpoint alone
+        except OSError as error:
+            raise write_error(self._path, error) from None
+        self.rows += new

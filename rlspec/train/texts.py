@@ -1,0 +1,74 @@
+"""Mean token loss of a causal model on texts: what it has forgotten, read from any text."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+
+from rlspec.errors import OptionError
+from rlspec.train.limits import position_limit
+from rlspec.train.modes import evaluation_mode
+
+#: Tokens of each text that count; what follows is cut off.
+MAX_TOKENS = 1024
+
+
+def read_texts(path: str | Path) -> list[str]:
+    """The texts of a JSONL file: a JSON object on each line, the text under ``text``.
+
+    Raises:
+        OptionError: there is no such file, a line is no such object, or there is no text.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OptionError(f"texts={str(path)!r}: no such file")
+    texts = []
+    # Unlike our own files this one may end without a newline.
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except (ValueError, RecursionError) as problem:
+            raise OptionError(f"{path}, line {number}: not JSON ({problem})") from None
+        if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+            raise OptionError(f'{path}, line {number}: no text, wanted {{"text": "..."}}')
+        texts.append(row["text"])
+    if not texts:
+        raise OptionError(f'{path}: no texts, wanted a line {{"text": "..."}} for each')
+    return texts
+
+
+def text_losses(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, max_tokens: int = MAX_TOKENS
+) -> list[float]:
+    """The loss of each text, so scaled that their mean is the mean token loss over all texts, in nats.
+
+    Element i is the sum of text i's token losses divided by the mean number of predicted tokens of a text. The first
+    token of a text, which nothing predicts, has none. Texts go through the model one by one, in eval mode and without
+    gradients; logits are taken to float32.
+
+    Raises:
+        OptionError: no text has two tokens.
+    """
+    limit = position_limit(model)
+    most = max_tokens if limit is None else min(max_tokens, limit)
+    device = next(model.parameters()).device
+    sums, tokens = [], 0
+    with torch.no_grad(), evaluation_mode(model):
+        for text in texts:
+            ids = torch.tensor([tokenizer(text)["input_ids"][:most]], device=device)
+            if ids.shape[1] < 2:
+                sums.append(0.0)
+                continue
+            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+            sums.append(F.cross_entropy(logits, ids[0, 1:], reduction="sum").item())
+            tokens += ids.shape[1] - 1
+    if not tokens:
+        raise OptionError("no text has two tokens, so none has a loss")
+    return [total * len(sums) / tokens for total in sums]

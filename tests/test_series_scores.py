@@ -1,0 +1,100 @@
+"""Scores of a series of checkpoints: by a command, on texts, and the alarm over them."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from click.testing import CliRunner, Result
+from train_toys import save_toy_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rlspec.cli.main import main
+from rlspec.errors import OptionError
+from rlspec.jobs.series.scores import run_command
+from rlspec.train.texts import text_losses
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+TEXTS = ["cards 1 2 3 4", "number 24"]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    for i, name in enumerate(("base", "run/checkpoint-10", "run/checkpoint-20", "run/checkpoint-30")):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        save_toy_model(tmp_path / name, initializer_range=0.1 + 0.05 * i)
+    (tmp_path / "retain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return tmp_path
+
+
+def script(folder: Path, text: str) -> str:
+    path = folder / "score.py"
+    path.write_text(f"import json, sys\nstep = int(sys.argv[1].rpartition('-')[2])\n{text}\n")
+    return f"{shlex.quote(sys.executable)} {shlex.quote(str(path))} {{checkpoint}}"
+
+
+def measure(run: Path, *more: str) -> Result:
+    words = ["measure", "--base", str(run / "base"), str(run / "run"), "--out", str(run / "out"), *more]
+    return CliRunner().invoke(main, words)
+
+
+def rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "out" / "scores.jsonl").read_text().splitlines()]
+
+
+def test_a_command_and_texts_score_each_checkpoint_once_and_the_alarm_names_the_peak(run: Path) -> None:
+    command = script(
+        run,
+        "print('loading')\nprint(json.dumps({'ood': [i < {10: 20, 20: 60, 30: 2}[step] for i in range(60)]}))",
+    )
+    more = ("--eval", command, "--texts", str(run / "retain.jsonl"), "--alarm", "ood")
+    result = measure(run, *more)
+    assert result.exit_code == 0, result.output
+    found = {(row["checkpoint"], row["score"]): row["value"] for row in rows(run)}
+    assert [found[f"checkpoint-{step}", "ood"] for step in (10, 20, 30)] == [20 / 60, 1, 2 / 60]
+    losses = []
+    for place in ("base", "run/checkpoint-10"):
+        model = AutoModelForCausalLM.from_pretrained(run / place, dtype=torch.float32)
+        losses.append(sum(text_losses(model, AutoTokenizer.from_pretrained(run / place), TEXTS)) / len(TEXTS))
+    assert found["base", "text_loss"] == pytest.approx(losses[0], rel=1e-6)
+    assert found["checkpoint-10", "forgetting"] == pytest.approx(losses[1] - losses[0], abs=1e-5)
+    assert "ood fell from 100.0 % at step 20 to 3.3 % at step 30" in result.output
+    assert result.output.rstrip().endswith("go back to checkpoint-20")
+    before = rows(run)
+    (run / "score.py").write_text("raise SystemExit('asked again')")
+    again = measure(run, *more)
+    assert again.exit_code == 0 and rows(run) == before and again.output == result.output
+
+
+def test_a_command_that_fails_is_told_in_one_line_that_names_it(run: Path) -> None:
+    for text, told in [
+        ("raise SystemExit('no card')", "ended with code 1: no card"),
+        ("print('done')", "printed no line of JSON"),
+        ("print('[1]')", "gave list, wanted named scores"),
+    ]:
+        with pytest.raises(OptionError, match=rf"score\.py .*checkpoint-10: {told}") as raised:
+            run_command(script(run, text), run / "run" / "checkpoint-10")
+        assert "\n" not in str(raised.value)
+    with pytest.raises(OptionError, match="none-such .*: cannot be run"):
+        run_command("none-such {checkpoint}", run)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ("--alarm", "ood"),
+        ("--watch", "--eval", "x {checkpoint}"),
+        ("--texts", "none"),
+        ("--eval", "x"),
+        ("--eval", "x '{checkpoint}"),
+    ],
+)
+def test_wrong_flags_are_told_before_the_work(more: tuple[str, ...], run: Path) -> None:
+    result = measure(run, *more)
+    assert isinstance(result.exception, OptionError) or result.exit_code == 2
+    assert not (run / "out").exists()
