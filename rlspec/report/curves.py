@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rlspec.report.chart import Boundary, Chart, Series, line_chart
 from rlspec.report.data import Row, RunData, by_event
-from rlspec.run.branches import rows_by_segment, segment_titles
+from rlspec.run.branches import method_title, rows_by_segment, segment_titles
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import event_of
 
@@ -20,7 +20,7 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     """(title, chart) in the order of the page; None where nothing was measured."""
     x_label = "optimizer steps from the base"
     if len(run.segments) > 1:
-        x_label += " (PPO updates count their optimizer steps)"
+        x_label += f" ({method_title(run.segments[-1])} updates count their optimizer steps)"
     ood = run.metrics[-1].get("ood_shift")
     accuracies = [
         *_metric_series(run, "ID (as trained)", "id_accuracy", "c0", "id"),
@@ -34,7 +34,10 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     kl = _metric_series(run, "KL(base ‖ current)", "kl_base_nats_per_token", "c3")
     # PPO's loss mixes a clipped policy term with a value term: it is no measure of progress, so it is not drawn.
     loss = _series(
-        run, "SFT, cross entropy", "c0", lambda row: row.get("loss") if row["stage"] == "sft" else None
+        run,
+        f"SFT, {_sft_loss(run.config)}",
+        "c0",
+        lambda row: row.get("loss") if row["stage"] == "sft" else None,
     )
     charts: list[_Drawing] = [
         ("Accuracy", accuracies, "deals solved", lambda v: f"{100 * v:.0f} %", 300, 1.0),
@@ -43,6 +46,11 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
         ("Training loss", loss, "nats per token", lambda v: f"{v:.3g}", 170, None),
     ]
     return _drawn(run, charts, x_label)
+
+
+def _sft_loss(settings: Row) -> str:
+    name = "DFT" if settings.get("sft_loss") == "dft" else "cross entropy"
+    return f"{name} and KL to the start" if settings.get("sft_kl_coef") else name
 
 
 def spectral_curves(run: RunData) -> list[tuple[str, Chart | None]]:

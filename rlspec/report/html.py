@@ -30,7 +30,7 @@ from rlspec.report.tables import (
     shown,
     time_spent,
 )
-from rlspec.report.verdict import headlines, verdict
+from rlspec.report.verdict import headlines, trained, verdict
 
 
 def write_report(run_dir: Path | str) -> Path:
@@ -75,6 +75,7 @@ def render(run: RunData) -> str:
         "model": shown(run.config.get("model", "")),
         "task": shown(run.config.get("task", "")),
         "seed": shown(run.config.get("seed", "")),
+        "trained": trained(run),
         "verdict": verdict(run),
         "cards": headlines(run),
         "charts": curves(run),
