@@ -17,7 +17,7 @@ from report_toys import make_run
 
 from rlspec.cli.main import main
 from rlspec.errors import RunFolderError
-from rlspec.report import html, write_report
+from rlspec.report import html, pages, write_report
 
 ATTACK = "\"'><script>alert(1)<-script><svg onload=alert(2)><!--{{ 7 * 7 }}{% raw %}&lt;</style></title>"
 
@@ -119,10 +119,10 @@ def test_no_text_of_a_foreign_folder_becomes_markup(tmp_path: Path) -> None:
 def test_without_escaping_it_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broken twin, and that the check sees it."""
     with monkeypatch.context() as patch:
-        patch.setattr(html.environment(), "autoescape", False)
-        html.environment().cache.clear()
+        patch.setattr(pages.environment(), "autoescape", False)
+        pages.environment().cache.clear()
         hostile = page_of(tmp_path / "b", ATTACK)
-    html.environment().cache.clear()
+    pages.environment().cache.clear()
     assert hostile.elements != page_of(tmp_path / "a", "word").elements
 
 

@@ -40,7 +40,7 @@ def test_the_page_tells_what_the_rows_hold(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     page = (tmp_path / "spectra" / "report.html").read_text()
     assert "At checkpoint-300 the leading directions of 4 matrices have turned by 0.06 rad on average" in page
-    assert "checkpoint-100" in page and "0.3100 ± 1e-05" in page and "<script" not in page
+    assert "checkpoint-100" in page and "0.3100 ± 1e-05" in page and page.count("<script") == 1
 
 
 def test_figures_are_means_and_the_largest_angle_is_named(tmp_path: Path) -> None:
@@ -96,4 +96,4 @@ def test_what_is_no_table_of_spectra_is_one_line(tmp_path: Path, content: str, t
 def test_names_of_checkpoints_are_texts_on_the_page(tmp_path: Path) -> None:
     content = [row | {"checkpoint": "<script>alert(1)</script>", "step": 1} for row in rows(1)]
     page = write_report(write(tmp_path / "spectra", content)).read_text()
-    assert "<script>" not in page and "&lt;script&gt;" in page
+    assert "<script>alert" not in page and "&lt;script&gt;" in page

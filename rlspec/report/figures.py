@@ -10,7 +10,8 @@ from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.report import chart
 from rlspec.report.chart import WIDTH, Chart
-from rlspec.report.html import charts_of, environment
+from rlspec.report.html import charts_of
+from rlspec.report.pages import rendered
 
 _ROW, _LETTER, _MARK = (
     20,
@@ -56,10 +57,8 @@ def write_figures(folder: Path | str, goal: Path) -> list[Path]:
 def picture(title: str, drawn: Chart, branches: list[tuple[str, str]]) -> str:
     """A chart with its legend above it, as the text of an SVG file."""
     entries, head = _legend(drawn, branches)
-    template = environment().get_template("figure.svg.jinja")
-    return template.render(
-        title=title, chart=drawn, entries=entries, head=head, frame=chart, branches=branches
-    )
+    facts = {"title": title, "chart": drawn, "entries": entries, "head": head, "branches": branches}
+    return rendered("figure.svg.jinja", facts)
 
 
 def _legend(drawn: Chart, branches: list[tuple[str, str]]) -> tuple[list[Entry], int]:

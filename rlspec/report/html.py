@@ -1,4 +1,5 @@
-"""report.html: one self-contained page, readable without a network, without scripts and without the paper.
+"""report.html: one self-contained page, readable without a network, without scripts and without the paper. Where scripts
+run, its tables sort.
 
 A run folder may come from anybody. Its texts reach the page through a template that escapes all of them, and nothing
 here may tell the template that a text is HTML already.
@@ -6,19 +7,16 @@ here may tell the template that a text is HTML already.
 
 from __future__ import annotations
 
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
 from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
-from rlspec.report import chart
 from rlspec.report.chart import Chart
 from rlspec.report.curves import branch_legend, curves, spectral_curves
 from rlspec.report.data import RunData, read_run
 from rlspec.report.maps import maps
+from rlspec.report.pages import rendered
 from rlspec.report.series import ROWS, checkpoints, read_series, sentence
 from rlspec.report.tables import (
     configuration,
@@ -44,9 +42,8 @@ def write_report(run_dir: Path | str) -> Path:
     text = render_series(run) if alone else render(run)
     target = folder / "report.html"
     # Half of a surrogate pair, which JSON and file names may hold, has no UTF-8 and becomes a question mark.
-    page = text.encode(errors="replace")
     try:
-        write_atomically(target, page)
+        write_atomically(target, text.encode(errors="replace"))
     except OSError as error:
         raise RunFolderError(f"{target}: cannot be written: {error.strerror or error}") from None
     return target
@@ -90,7 +87,7 @@ def render(run: RunData) -> str:
         "notes": notes(run),
         "configuration": configuration(run),
     }
-    return environment().get_template("page.html.jinja").render(facts, frame=chart)
+    return rendered("page.html.jinja", facts)
 
 
 def render_series(run: RunData) -> str:
@@ -99,23 +96,9 @@ def render_series(run: RunData) -> str:
         "folder": run.folder.name,
         "sentence": sentence(run),
         "charts": spectral_curves(run),
-        "branches": [],
         "maps": maps(run),
         "checkpoints": checkpoints(run),
         "nulls": nulls(run),
         "notes": notes(run),
     }
-    return environment().get_template("series.html.jinja").render(facts, frame=chart)
-
-
-@cache
-def environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("rlspec", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["px"] = lambda value: f"{value:.1f}"
-    return environment
+    return rendered("series.html.jinja", facts)
