@@ -53,4 +53,4 @@ def test_a_long_legend_takes_more_lines_and_no_text_leaves_the_picture() -> None
 def test_a_goal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"):
-        write_figures(make_run(tmp_path / "run"), tmp_path / "file")
+        write_figures([make_run(tmp_path / "run")], tmp_path / "file")

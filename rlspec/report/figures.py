@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,16 +31,16 @@ class Entry:
     text: str
 
 
-def write_figures(folder: Path | str, goal: Path) -> list[Path]:
-    """Write every chart of a folder's report into ``goal`` as <name>.svg; return the files.
+def write_figures(folders: Sequence[Path | str], goal: Path) -> list[Path]:
+    """Write every chart of a folder's report, or of a comparison, into ``goal`` as <name>.svg; return the files.
 
     Args:
-        folder: a run folder, or one that holds spectra alone.
+        folders: run folders, or ones that hold spectra alone; several are compared.
 
     Raises:
-        RunFolderError: as of :func:`rlspec.report.html.write_report`.
+        OptionError, RunFolderError: as of :func:`rlspec.report.html.write_comparison`.
     """
-    charts, branches = charts_of(Path(folder))
+    charts, branches = charts_of([Path(folder) for folder in folders])
     written = []
     try:
         goal.mkdir(parents=True, exist_ok=True)
