@@ -99,7 +99,7 @@ def _figures(each: Named, segment: Segment) -> list[str]:
     moved = each.spectral(_sigma)(end)
     return [
         each.name,
-        segment_titles(run.segments)[segment.id],
+        segment_titles(run.segments)[segment.id] if run.config else "–",
         _peak(rows, "id_accuracy"),
         percent(end.get("id_accuracy")),
         _peak(rows, "ood_accuracy"),
@@ -122,7 +122,7 @@ def _peak(rows: Sequence[Row], column: str) -> str:
 
 def differences(runs: Sequence[Named]) -> Cells:
     """Setting, and its value in each run: of the settings that are not the same in all."""
-    rows = [["trained by", *(trained(each.run).removeprefix("trained by ") for each in runs)]]
+    rows = [["trained by", *(_trained(each.run) for each in runs)]]
     for key in dict.fromkeys(shown(key) for each in runs for key in each.run.config):
         values = [
             next((shown(value) for name, value in each.run.config.items() if shown(name) == key), "–")
@@ -130,6 +130,10 @@ def differences(runs: Sequence[Named]) -> Cells:
         ]
         rows.append([key, *values])
     return [row for row in rows if len({*row[1:]}) > 1]
+
+
+def _trained(run: RunData) -> str:
+    return trained(run).removeprefix("trained by ") if run.config else "–"
 
 
 def _column(name: str) -> Callable[[Row], float | None]:
