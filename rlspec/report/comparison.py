@@ -99,7 +99,7 @@ def _figures(each: Named, segment: Segment) -> list[str]:
     moved = each.spectral(_sigma)(end)
     return [
         each.name,
-        segment_titles(run.segments)[segment.id] if run.config else "–",
+        segment_titles(run.segments)[segment.id] if run.config or len(run.segments) > 1 else "–",
         _peak(rows, "id_accuracy"),
         percent(end.get("id_accuracy")),
         _peak(rows, "ood_accuracy"),

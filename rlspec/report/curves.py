@@ -105,13 +105,8 @@ def branch_legend(run: RunData) -> list[tuple[str, str]]:
 
 def dashes(run: RunData) -> Iterable[tuple[str, str]]:
     """(segment id, the class of its dash)."""
-    branches = 0
-    for segment in run.segments:
-        if segment.parent is None:
-            yield segment.id, "d0"
-        else:
-            yield segment.id, _DASHES[branches % len(_DASHES)]
-            branches += 1
+    for i, segment in enumerate(run.segments):
+        yield segment.id, _DASHES[(i - 1) % len(_DASHES)] if i else "d0"
 
 
 def steps_from_base(row: Row) -> float:

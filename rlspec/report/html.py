@@ -107,7 +107,7 @@ def charts_of(folders: Sequence[Path]) -> tuple[list[tuple[str, Chart | None]], 
         runs = _named(folders)
         return compared_curves(runs), compared_branches(runs)
     run, alone = _read(folders[0])
-    return (spectral_curves(run), []) if alone else (curves(run), branch_legend(run))
+    return (spectral_curves(run) if alone else curves(run)), branch_legend(run)
 
 
 def _named(folders: Sequence[Path]) -> list[Named]:
@@ -162,6 +162,7 @@ def render_series(run: RunData) -> str:
         "folder": run.folder.name,
         "sentence": sentence(run),
         "charts": spectral_curves(run),
+        "branches": branch_legend(run),
         "maps": maps(run),
         "checkpoints": checkpoints(run),
         "nulls": nulls(run),
