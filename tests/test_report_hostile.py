@@ -119,10 +119,10 @@ def test_no_text_of_a_foreign_folder_becomes_markup(tmp_path: Path) -> None:
 def test_without_escaping_it_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broken twin, and that the check sees it."""
     with monkeypatch.context() as patch:
-        patch.setattr(html._environment(), "autoescape", False)
-        html._environment().cache.clear()
+        patch.setattr(html.environment(), "autoescape", False)
+        html.environment().cache.clear()
         hostile = page_of(tmp_path / "b", ATTACK)
-    html._environment().cache.clear()
+    html.environment().cache.clear()
     assert hostile.elements != page_of(tmp_path / "a", "word").elements
 
 
