@@ -17,7 +17,16 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from rlspec.kernels.configs import FEW, NEAREST, PRODUCT, SHARED_LIMIT, Family, Precision, rounding_config
+from rlspec.kernels.configs import (
+    FEW,
+    GRAM,
+    NEAREST,
+    PRODUCT,
+    SHARED_LIMIT,
+    Family,
+    Precision,
+    rounding_config,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -59,6 +68,7 @@ def keys() -> Iterator[Key]:
         for precision in (NEAREST[target], "bf16"):
             yield from _product_keys(target, precision)
         yield from _rounding_keys(target)
+        yield _gram_key(target)
 
 
 def _stats_keys(target: Family) -> Iterator[Key]:
@@ -127,6 +137,14 @@ def _rounding_keys(target: Family) -> Iterator[Key]:
                 yield Key(
                     kernel, target, variant, signature, values, config.warps, config.stages, fused=False
                 )
+
+
+def _gram_key(target: Family) -> Key:
+    signature = {"a": "*fp32", "out": "*fp32"} | dict.fromkeys(("M", "N", "a_matrix", "a_row"), "i32")
+    config = GRAM[target]
+    values = {"PRECISION": NEAREST[target], "BR": config.rows, "BK": config.inner}
+    variant = f"{NEAREST[target]} products, {config.rows}x{config.columns}x{config.inner}"
+    return Key("gram._gram_kernel", target, variant, signature, values, config.warps, config.stages)
 
 
 @dataclass(frozen=True)

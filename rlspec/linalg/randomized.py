@@ -25,8 +25,9 @@ from rlspec.linalg.dense import pencil
 from rlspec.linalg.estimates import ResidualSizes, residual_sizes, ritz_bound
 from rlspec.linalg.lanczos import norm_bound, random_start, spectrum_quantiles, tridiagonal
 from rlspec.linalg.orth import orthonormal, well_conditioned
-from rlspec.linalg.products import ALIGNED, gram, transposed_product
+from rlspec.linalg.products import ALIGNED, transposed_product
 from rlspec.linalg.transfer import to_host
+from rlspec.ops.gram import gram
 
 _MAX_SKETCH_DEGREE = 6
 # Of the filter for columns that start near the wanted ones. What comes beside them is filtered as a sketch is: with less,

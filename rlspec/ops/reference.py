@@ -54,3 +54,8 @@ def add_rounded_ref(tuned: Tensor, change: Tensor, strength: float, dtype: torch
 def add_low_rank_ref(tuned: Tensor, left: Tensor, right: Tensor, strength: float) -> Tensor:
     """See :func:`rlspec.ops.add_low_rank.add_low_rank`, before rounding: float64."""
     return tuned.double() + strength * (left.double() @ right.double().mT)
+
+
+def gram_ref(a: Tensor) -> Tensor:
+    """See :func:`rlspec.ops.gram.gram`."""
+    return a.double().mT @ a.double()
