@@ -22,6 +22,7 @@ from rlspec.kernels.configs import (
     GRAM,
     NEAREST,
     PRODUCT,
+    RECURRENCE,
     SHARED_LIMIT,
     Family,
     Precision,
@@ -69,6 +70,7 @@ def keys() -> Iterator[Key]:
             yield from _product_keys(target, precision)
         yield from _rounding_keys(target)
         yield _gram_key(target)
+        yield from _recurrence_keys(target)
 
 
 def _stats_keys(target: Family) -> Iterator[Key]:
@@ -145,6 +147,19 @@ def _gram_key(target: Family) -> Key:
     values = {"PRECISION": NEAREST[target], "BR": config.rows, "BK": config.inner}
     variant = f"{NEAREST[target]} products, {config.rows}x{config.columns}x{config.inner}"
     return Key("gram._gram_kernel", target, variant, signature, values, config.warps, config.stages)
+
+
+def _recurrence_keys(target: Family) -> Iterator[Key]:
+    tensors = ["matrix", "block", "current", "previous", "residual"]
+    numbers = ["R", "K", "C", *(f"{name}_{stride}" for name in tensors for stride in ("matrix", "row"))]
+    signature = dict.fromkeys((*tensors, "factors", "out"), "*fp32") | dict.fromkeys(numbers, "i32")
+    config = RECURRENCE[target]
+    for residual in (False, True):
+        values = {"RESIDUAL": residual, "PRECISION": NEAREST[target]}
+        values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
+        variant = f"{NEAREST[target]} products{', with a residual' if residual else ''}"
+        kernel = "chebyshev_step._chebyshev_step_kernel"
+        yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
 
 
 @dataclass(frozen=True)

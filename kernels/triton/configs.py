@@ -79,6 +79,15 @@ GRAM: dict[Family, Config] = {
     "interpreter": Config(64, 64, 64, 4, 1),
 }
 
+#: Of `chebyshev_step`, whose epilogue holds a second tile in registers.
+RECURRENCE: dict[Family, Config] = {
+    "sm_80": Config(64, 128, 32, 8, 2),
+    "sm_90": Config(128, 64, 32, 8, 3),
+    "sm_100": Config(128, 64, 32, 8, 3),
+    "gfx942": Config(128, 128, 32, 8, 2),
+    "interpreter": Config(64, 64, 64, 4, 1),
+}
+
 
 def rounding_config(family: Family, *, factors: bool) -> Config:
     """Sizes for `add_rounded` with factors (`Sizes.many`) or a stored change."""

@@ -103,6 +103,11 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("triton", "triton", _float32_misfit),
         Implementation("halves", "torch"),
     ),
+    # Its product alone, as for Lanczos vectors and the image A y, is left to torch.bmm.
+    "chebyshev_step": (
+        Implementation("triton", "triton", _float32_misfit),
+        Implementation("in place", "torch"),
+    ),
 }
 # Tensors that each takes: W and W_ref, and a block; a weight, a change, and the result;
 # a matrix as it is decomposed.
@@ -112,6 +117,7 @@ _ARGUMENTS: dict[str, Callable[[torch.dtype, torch.dtype], Dtypes]] = {
     "add_rounded": lambda weights, wide: (weights, wide, weights),
     "add_low_rank": lambda weights, wide: (weights, wide, weights),
     "gram": lambda weights, wide: (wide,),
+    "chebyshev_step": lambda weights, wide: (wide,),
 }
 
 
