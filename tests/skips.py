@@ -59,6 +59,7 @@ MEANT: dict[str, tuple[Meant, ...]] = {
     "test_op_delta_matmul.py::test_in_the_interpreter": (_TRITON,),
     "test_op_chebyshev_step.py::test_in_the_interpreter": (_TRITON,),
     "test_linalg_kernels.py::test_svd_in_the_interpreter": (_TRITON,),
+    "test_op_residual_norms.py::test_in_the_interpreter": (_TRITON,),
     "test_op_gram.py::test_in_the_interpreter": (_TRITON,),
     "test_spectra_kernels.py::test_tracking_in_the_interpreter": (_TRITON,),
     "test_kernels_compiled.py": (_TRITON,),

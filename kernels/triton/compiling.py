@@ -71,6 +71,7 @@ def keys() -> Iterator[Key]:
         yield from _rounding_keys(target)
         yield _gram_key(target)
         yield from _recurrence_keys(target)
+        yield from _residual_keys(target)
 
 
 def _stats_keys(target: Family) -> Iterator[Key]:
@@ -159,6 +160,27 @@ def _recurrence_keys(target: Family) -> Iterator[Key]:
         values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
         variant = f"{NEAREST[target]} products{', with a residual' if residual else ''}"
         kernel = "chebyshev_step._chebyshev_step_kernel"
+        yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
+
+
+def _residual_keys(target: Family) -> Iterator[Key]:
+    numbers = [
+        "R",
+        "K",
+        "C",
+        *(f"{name}_{stride}" for name in ("matrix", "x", "y") for stride in ("matrix", "row")),
+    ]
+    signature = (
+        dict.fromkeys(("matrix", "x", "y", "s"), "*fp32")
+        | {"squares": "*fp64"}
+        | dict.fromkeys(numbers, "i32")
+    )
+    config = RECURRENCE[target]
+    for transposed in (False, True):
+        values = {"TRANSPOSED": transposed, "PRECISION": NEAREST[target]}
+        values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
+        variant = f"{'transposed' if transposed else 'plain'}, {NEAREST[target]} products"
+        kernel = "residual_norms._residual_norms_kernel"
         yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
 
 

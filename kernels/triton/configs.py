@@ -79,7 +79,7 @@ GRAM: dict[Family, Config] = {
     "interpreter": Config(64, 64, 64, 4, 1),
 }
 
-#: Of `chebyshev_step`, whose epilogue holds a second tile in registers.
+#: Of `chebyshev_step` and `residual_norms`, whose epilogues hold more than one tile in registers.
 RECURRENCE: dict[Family, Config] = {
     "sm_80": Config(64, 128, 32, 8, 2),
     "sm_90": Config(128, 64, 32, 8, 3),

@@ -72,3 +72,10 @@ def chebyshev_step_ref(
         return step - previous
     step = step + 4 / edge * correction.residual.double() - correction.ratio.double() * previous
     return correction.following.double() * step
+
+
+def residual_norms_ref(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """See :func:`rlspec.ops.residual_norms.residual_norms`."""
+    a, u, s, v = (t.double() for t in (a, u, s, v))
+    right, left = a @ v - u @ torch.diag_embed(s), a.mT @ u - v @ torch.diag_embed(s)
+    return torch.maximum(right.square().sum(-2), left.square().sum(-2)).sqrt()

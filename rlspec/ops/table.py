@@ -108,6 +108,10 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("triton", "triton", _float32_misfit),
         Implementation("in place", "torch"),
     ),
+    "residual_norms": (
+        Implementation("triton", "triton", _float32_misfit),
+        Implementation("stored", "torch"),
+    ),
 }
 # Tensors that each takes: W and W_ref, and a block; a weight, a change, and the result;
 # a matrix as it is decomposed.
@@ -118,6 +122,7 @@ _ARGUMENTS: dict[str, Callable[[torch.dtype, torch.dtype], Dtypes]] = {
     "add_low_rank": lambda weights, wide: (weights, wide, weights),
     "gram": lambda weights, wide: (wide,),
     "chebyshev_step": lambda weights, wide: (wide,),
+    "residual_norms": lambda weights, wide: (wide,) * 4,
 }
 
 

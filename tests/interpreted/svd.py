@@ -13,7 +13,8 @@ from torch import Tensor
 
 import rlspec
 from rlspec.kernels import chebyshev_step as step
-from rlspec.kernels import gram
+from rlspec.kernels import gram, residual_norms
+from rlspec.ops.reference import residual_norms_ref
 
 TOL = 1e-4
 
@@ -44,15 +45,18 @@ def test_triplets_are_those_of_the_cpu(
     with (
         mock.patch.object(step, "chebyshev_step_triton", side_effect=step.chebyshev_step_triton) as steps,
         mock.patch.object(gram, "gram_triton", side_effect=gram.gram_triton) as grams,
+        mock.patch.object(residual_norms, "_check", side_effect=residual_norms._check) as residuals,
     ):
         found = rlspec.svd(a, k, tol=TOL, **options)
-    assert steps.call_count >= 2 and grams.call_count >= 4
+    assert steps.call_count >= 2 and grams.call_count >= 4 and residuals.call_count == 2
     matrix, block, current = steps.call_args.args[:3]
     # Small shares apply Aᵀ(A y), whose image the step takes; its matrix is laid out once.
     assert (block is current) == (k == 20) and matrix.is_contiguous()
     assert (found.method, found.rounds, found.notes) == (on_cpu.method, on_cpu.rounds, on_cpu.notes)
     exact = torch.linalg.svd(a.double())
     torch.testing.assert_close(found.S.double(), exact.S[:, :k], rtol=3e-6, atol=0.0)
+    truth = residual_norms_ref(a, found.U, found.S, found.Vh.mT)
+    torch.testing.assert_close(found.residuals.double(), truth, rtol=0.0, atol=2e-6)
     for i in range(2):
         for mine, theirs, truth in (
             (found.U[i], on_cpu.U[i], exact.U[i, :, :k]),
