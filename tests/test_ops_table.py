@@ -38,9 +38,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-def test_a_cpu_computes_in_row_blocks() -> None:
+def test_a_cpu_computes_with_the_last_of_each_row() -> None:
+    plain = {"gram": "halves", "chebyshev_step": "in place", "residual_norms": "stored"}
     for op in TABLE:
-        assert choose(op, CPU, (B16, B16, F32), SHAPE) == "row blocks"
+        assert choose(op, CPU, (B16, B16, F32), SHAPE) == plain.get(op, "row blocks") == TABLE[op][-1].name
 
 
 @pytest.mark.usefixtures("gpu")
@@ -56,6 +57,19 @@ def test_a_gpu_takes_kernels_where_they_fit() -> None:
     ):
         assert choose("delta_matmul", GPU, dtypes, shape) == "row blocks"
         assert list(passed_over("delta_matmul", GPU, dtypes, shape)) == [("triton", why)]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_decomposes_float32_by_kernels() -> None:
+    for op in ("gram", "chebyshev_step", "residual_norms"):
+        for dtype, shape, why in (
+            (F32, SHAPE, None),
+            (F64, SHAPE, "the kernel takes float32, not float64"),
+            (F32, (70000, 8, 8, 1), "the kernel takes up to 65535 matrices, not 70000"),
+            (F32, (1, 8, 0, 0), "nothing to compute"),
+        ):
+            found = dict(passed_over(op, GPU, (dtype,), shape))
+            assert found == ({} if why is None else {"triton": why})
 
 
 @pytest.mark.usefixtures("gpu")

@@ -25,8 +25,10 @@ from rlspec.linalg.dense import pencil
 from rlspec.linalg.estimates import ResidualSizes, residual_sizes, ritz_bound
 from rlspec.linalg.lanczos import norm_bound, random_start, spectrum_quantiles, tridiagonal
 from rlspec.linalg.orth import orthonormal, well_conditioned
-from rlspec.linalg.products import ALIGNED, gram, transposed_product
+from rlspec.linalg.products import ALIGNED, transposed_product
 from rlspec.linalg.transfer import to_host
+from rlspec.ops.chebyshev_step import Moments, in_kernel
+from rlspec.ops.gram import gram
 
 _MAX_SKETCH_DEGREE = 6
 # Of the filter for columns that start near the wanted ones. What comes beside them is filtered as a sketch is: with less,
@@ -128,8 +130,10 @@ def _operator(a: Tensor, width: int) -> Operator:
     m, n = a.shape[-2:]
     if m * n < 10 * width * (2 * m - n):
         moments = gram(a)
-        return lambda z: moments @ z
-    return lambda z: transposed_product(a, a @ z)
+        return Moments(moments, True, lambda z: moments @ z)
+    # Each step of a filter reads the transpose: its rows are laid out once.
+    turned = a.mT.contiguous() if in_kernel(a.mT, width) else a.mT
+    return Moments(turned, False, lambda z: transposed_product(a, a @ z))
 
 
 def _sketch_degree(at_cut: Tensor, top: Tensor, edge: Tensor, eps: float) -> int:
