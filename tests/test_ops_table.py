@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rlspec import backend
+from rlspec.ops.gram import product_eps
 from rlspec.ops.table import TABLE, choose, passed_over, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -148,3 +149,17 @@ def test_the_table_is_cheap_to_ask() -> None:
     before = set(sys.modules)
     choose("delta_matmul", CPU, (B16, B16, F32), SHAPE)
     assert not any(name.startswith(("triton", "rlspec.kernels")) for name in set(sys.modules) - before)
+
+
+def test_bounds_count_the_products_that_a_device_really_takes(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Split factors on NVIDIA's tensor cores round more coarsely than float32; plain products, and AMD's, do not."""
+    eps = torch.finfo(F32).eps
+    assert product_eps(CPU, F32) == eps and product_eps(GPU, F32) == 2.0**-20 > 4 * eps
+    assert product_eps(GPU, torch.float64) == torch.finfo(torch.float64).eps
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert product_eps(GPU, F32) == eps
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setenv("RLSPEC_BACKEND", "torch")
+    assert product_eps(GPU, F32) == eps
