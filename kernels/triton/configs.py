@@ -74,7 +74,7 @@ ROUNDING: dict[Family, Sizes] = {
 GRAM: dict[Family, Config] = {
     "sm_80": Config(64, 64, 32, 4, 3),
     "sm_90": Config(128, 128, 32, 8, 2),
-    "sm_100": Config(128, 128, 32, 8, 2),
+    "sm_100": Config(64, 64, 32, 8, 2),
     "gfx942": Config(64, 64, 32, 4, 2),
     "interpreter": Config(64, 64, 64, 4, 1),
 }
