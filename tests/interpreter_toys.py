@@ -1,9 +1,17 @@
-"""What tests of kernels in the interpreter share: buffers with a halo, programs in another order."""
+"""What tests of kernels in the interpreter share: buffers with a halo, programs in another order, faults on
+purpose."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import math
 import mmap
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -24,6 +32,20 @@ def in_halo(tensor: Tensor) -> Tensor:
 def whole_buffer(view: Tensor) -> Tensor:
     """The buffer of `in_halo`, halo included."""
     return torch.as_strided(view, (view.numel() + 2 * HALO,), (1,), 0)
+
+
+@contextlib.contextmanager
+def results_in_halo() -> Iterator[list[Tensor]]:
+    """What launchers make with `torch.empty` is NaN, inside a halo of NaN; the list has all of it."""
+    made: list[Tensor] = []
+    empty = torch.empty
+
+    def halo_empty(*shape: int, **options: Any) -> Tensor:
+        made.append(in_halo(empty(*shape, **options).fill_(torch.nan)))
+        return made[-1]
+
+    with mock.patch.object(torch, "empty", halo_empty):
+        yield made
 
 
 def far_apart(shape: tuple[int, int, int], strides: tuple[int, int], values: Tensor) -> Tensor:
@@ -51,3 +73,16 @@ def shuffle_programs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         ordinary(interpreter_builder, place // (ny * nz), place // nz % ny, place % nz)
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx, raising=False)
+
+
+def with_fault(kernel: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:
+    """The kernel's module with one piece of its text, which must be there once, replaced."""
+    source = Path(kernel.__file__ or "").read_text()
+    assert source.count(right) == 1, right
+    path = folder / "faulty.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location("faulty", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -64,6 +64,10 @@ MEANT: dict[str, tuple[Meant, ...]] = {
     "test_backend.py::test_the_interpreter_on_request": (_TRITON,),
     "test_op_delta_stats.py::test_in_the_interpreter": (_TRITON,),
     "test_op_delta_matmul.py::test_in_the_interpreter": (_TRITON,),
+    "test_op_chebyshev_step.py::test_in_the_interpreter": (_TRITON,),
+    "test_linalg_kernels.py::test_svd_in_the_interpreter": (_TRITON,),
+    "test_op_residual_norms.py::test_in_the_interpreter": (_TRITON,),
+    "test_op_gram.py::test_in_the_interpreter": (_TRITON,),
     "test_spectra_kernels.py::test_tracking_in_the_interpreter": (_TRITON,),
     "test_kernels_compiled.py": (_TRITON,),
     "test_study.py::test_jobs_of_a_cluster_change_no_result": (

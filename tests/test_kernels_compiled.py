@@ -46,7 +46,7 @@ def test_every_kernel_and_every_configuration_is_compiled() -> None:
     assert len(KEYS) == len(list(keys()))  # no two keys of one name
     assert set(committed()["kernels"]) == set(KEYS)
     chosen = {
-        (key.target, c["BR"], c["BC"], c["BK"]) for key in KEYS.values() if "BR" in (c := key.constants)
+        (key.target, c["BR"], c["BC"], c["BK"]) for key in KEYS.values() if "BC" in (c := key.constants)
     }
     for (family, _), sizes in PRODUCT.items():
         for config in sizes:

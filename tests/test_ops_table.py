@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from rlspec import backend
+from rlspec.ops.gram import product_eps
 from rlspec.ops.table import TABLE, choose, passed_over, summary
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,9 +39,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
 
 
-def test_a_cpu_computes_in_row_blocks() -> None:
+def test_a_cpu_computes_with_the_last_of_each_row() -> None:
+    plain = {"gram": "halves", "chebyshev_step": "in place", "residual_norms": "stored"}
     for op in TABLE:
-        assert choose(op, CPU, (B16, B16, F32), SHAPE) == "row blocks"
+        assert choose(op, CPU, (B16, B16, F32), SHAPE) == plain.get(op, "row blocks") == TABLE[op][-1].name
 
 
 @pytest.mark.usefixtures("gpu")
@@ -56,6 +58,19 @@ def test_a_gpu_takes_kernels_where_they_fit() -> None:
     ):
         assert choose("delta_matmul", GPU, dtypes, shape) == "row blocks"
         assert list(passed_over("delta_matmul", GPU, dtypes, shape)) == [("triton", why)]
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_decomposes_float32_by_kernels() -> None:
+    for op in ("gram", "chebyshev_step", "residual_norms"):
+        for dtype, shape, why in (
+            (F32, SHAPE, None),
+            (F64, SHAPE, "the kernel takes float32, not float64"),
+            (F32, (70000, 8, 8, 1), "the kernel takes up to 65535 matrices, not 70000"),
+            (F32, (1, 8, 0, 0), "nothing to compute"),
+        ):
+            found = dict(passed_over(op, GPU, (dtype,), shape))
+            assert found == ({} if why is None else {"triton": why})
 
 
 @pytest.mark.usefixtures("gpu")
@@ -134,3 +149,17 @@ def test_the_table_is_cheap_to_ask() -> None:
     before = set(sys.modules)
     choose("delta_matmul", CPU, (B16, B16, F32), SHAPE)
     assert not any(name.startswith(("triton", "rlspec.kernels")) for name in set(sys.modules) - before)
+
+
+def test_bounds_count_the_products_that_a_device_really_takes(
+    gpu: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Split factors on NVIDIA's tensor cores round more coarsely than float32; plain products, and AMD's, do not."""
+    eps = torch.finfo(F32).eps
+    assert product_eps(CPU, F32) == eps and product_eps(GPU, F32) == 2.0**-20 > 4 * eps
+    assert product_eps(GPU, torch.float64) == torch.finfo(torch.float64).eps
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    assert product_eps(GPU, F32) == eps
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setenv("RLSPEC_BACKEND", "torch")
+    assert product_eps(GPU, F32) == eps

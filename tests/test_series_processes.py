@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from restore_toys import save_model, tune
 
 import rlspec
@@ -54,6 +55,8 @@ main(sys.argv[1:])
 
 def start(number: int, count: int, run: Path, out: Path, kill_at: int = 0) -> subprocess.Popen[str]:
     told = {"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "KILL_AT": kill_at}
+    # As many threads as the one process has: sums of products depend on them.
+    told |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), torch.get_num_threads())
     command = [sys.executable, "-c", _KILLED, "measure", run, "--base", run.parent / "base", "--out", out]
     return subprocess.Popen(
         [*map(str, command), "--modules", OPTIONS["modules"]],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,18 @@ def test_a_command_and_texts_score_each_checkpoint_once_and_the_alarm_names_the_
     (run / "score.py").write_text("raise SystemExit('asked again')")
     again = measure(run, *more)
     assert again.exit_code == 0 and rows(run) == before and again.output == result.output
+
+
+def test_checkpoints_of_weights_alone_are_read_with_the_tokenizer_of_their_base(run: Path) -> None:
+    texts = ("--texts", str(run / "retain.jsonl"))
+    assert measure(run, *texts).exit_code == 0
+    whole = [(row["score"], row["value"]) for row in rows(run)]
+    shutil.rmtree(run / "out")
+    for file in (run / "run").rglob("tokenizer*"):
+        file.unlink()
+    result = measure(run, *texts)
+    assert result.exit_code == 0, result.output
+    assert [(row["score"], row["value"]) for row in rows(run)] == whole
 
 
 def test_a_command_that_fails_is_told_in_one_line_that_names_it(run: Path) -> None:

@@ -17,7 +17,17 @@ from typing import Any
 
 import triton
 import triton.language as tl
-from rlspec.kernels.configs import FEW, NEAREST, PRODUCT, SHARED_LIMIT, Family, Precision, rounding_config
+from rlspec.kernels.configs import (
+    FEW,
+    GRAM,
+    NEAREST,
+    PRODUCT,
+    RECURRENCE,
+    SHARED_LIMIT,
+    Family,
+    Precision,
+    rounding_config,
+)
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
@@ -59,6 +69,9 @@ def keys() -> Iterator[Key]:
         for precision in (NEAREST[target], "bf16"):
             yield from _product_keys(target, precision)
         yield from _rounding_keys(target)
+        yield _gram_key(target)
+        yield from _recurrence_keys(target)
+        yield from _residual_keys(target)
 
 
 def _stats_keys(target: Family) -> Iterator[Key]:
@@ -127,6 +140,48 @@ def _rounding_keys(target: Family) -> Iterator[Key]:
                 yield Key(
                     kernel, target, variant, signature, values, config.warps, config.stages, fused=False
                 )
+
+
+def _gram_key(target: Family) -> Key:
+    signature = {"a": "*fp32", "out": "*fp32"} | dict.fromkeys(("M", "N", "a_matrix", "a_row"), "i32")
+    config = GRAM[target]
+    values = {"PRECISION": NEAREST[target], "BR": config.rows, "BK": config.inner}
+    variant = f"{NEAREST[target]} products, {config.rows}x{config.columns}x{config.inner}"
+    return Key("gram._gram_kernel", target, variant, signature, values, config.warps, config.stages)
+
+
+def _recurrence_keys(target: Family) -> Iterator[Key]:
+    tensors = ["matrix", "block", "current", "previous", "residual"]
+    numbers = ["R", "K", "C", *(f"{name}_{stride}" for name in tensors for stride in ("matrix", "row"))]
+    signature = dict.fromkeys((*tensors, "factors", "out"), "*fp32") | dict.fromkeys(numbers, "i32")
+    config = RECURRENCE[target]
+    for residual in (False, True):
+        values = {"RESIDUAL": residual, "PRECISION": NEAREST[target]}
+        values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
+        variant = f"{NEAREST[target]} products{', with a residual' if residual else ''}"
+        kernel = "chebyshev_step._chebyshev_step_kernel"
+        yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
+
+
+def _residual_keys(target: Family) -> Iterator[Key]:
+    numbers = [
+        "R",
+        "K",
+        "C",
+        *(f"{name}_{stride}" for name in ("matrix", "x", "y") for stride in ("matrix", "row")),
+    ]
+    signature = (
+        dict.fromkeys(("matrix", "x", "y", "s"), "*fp32")
+        | {"squares": "*fp64"}
+        | dict.fromkeys(numbers, "i32")
+    )
+    config = RECURRENCE[target]
+    for transposed in (False, True):
+        values = {"TRANSPOSED": transposed, "PRECISION": NEAREST[target]}
+        values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
+        variant = f"{'transposed' if transposed else 'plain'}, {NEAREST[target]} products"
+        kernel = "residual_norms._residual_norms_kernel"
+        yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
 
 
 @dataclass(frozen=True)

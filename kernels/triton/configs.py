@@ -70,6 +70,25 @@ ROUNDING: dict[Family, Sizes] = {
 }
 
 
+#: Of `gram`: square tiles, which are turned in shared memory.
+GRAM: dict[Family, Config] = {
+    "sm_80": Config(64, 64, 32, 4, 3),
+    "sm_90": Config(128, 128, 32, 8, 2),
+    "sm_100": Config(64, 64, 32, 8, 2),
+    "gfx942": Config(64, 64, 32, 4, 2),
+    "interpreter": Config(64, 64, 64, 4, 1),
+}
+
+#: Of `chebyshev_step` and `residual_norms`, whose epilogues hold more than one tile in registers.
+RECURRENCE: dict[Family, Config] = {
+    "sm_80": Config(64, 128, 32, 8, 2),
+    "sm_90": Config(128, 64, 32, 8, 3),
+    "sm_100": Config(128, 64, 32, 8, 3),
+    "gfx942": Config(128, 128, 32, 8, 2),
+    "interpreter": Config(64, 64, 64, 4, 1),
+}
+
+
 def rounding_config(family: Family, *, factors: bool) -> Config:
     """Sizes for `add_rounded` with factors (`Sizes.many`) or a stored change."""
     return ROUNDING[family].many if factors else ROUNDING[family].few

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.products import aligned
+from rlspec.ops.chebyshev_step import Correction, chebyshev_step
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -43,11 +44,9 @@ def filter_sketch(apply: Operator, y: Tensor, edge: Tensor, degree: int) -> Tens
         edge: upper end of the part to suppress, (b, 1, 1), positive, on the host.
     """
     edge = edge.to(y.device)
-    previous, current = y, apply(y) * (2 / edge) - y
+    previous, current = y, chebyshev_step(apply, y, None, edge)
     for _ in range(degree - 1):
-        step = apply(current)
-        step.mul_(4 / edge).sub_(current, alpha=2).sub_(previous)
-        previous, current = current, step
+        previous, current = current, chebyshev_step(apply, current, previous, edge)
     return current / current.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
 
 
@@ -83,9 +82,7 @@ def filter_correction(
     current = residual * (2 / edge * ratio)
     for _ in range(degree - 1):
         following = 1 / (2 * x - ratio)
-        step = apply(current)
-        step.mul_(4 / edge).sub_(current, alpha=2).mul_(following)
-        step.addcmul_(residual, 4 / edge * following).addcmul_(previous, ratio * following, value=-1)
+        step = chebyshev_step(apply, current, previous, edge, Correction(residual, ratio, following))
         previous, current, ratio = current, step, following
     out = z.clone()
     out[..., :count] += torch.where(active, current, torch.zeros_like(current))

@@ -40,9 +40,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlspec.linalg.products import gram
 from rlspec.linalg.scaling import into_range, multiplied, powers_of_two
 from rlspec.linalg.transfer import to_device, to_host
+from rlspec.ops.gram import gram
 
 # Up to this r LAPACK's SVD in float64 takes well under a second.
 SMALL = 384

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.dense import householder
-from rlspec.linalg.products import gram
+from rlspec.ops.gram import gram
 
 # The largest departure from orthonormal, entry by entry, of what a first pass got anywhere with.
 _SQUARED = 0.1

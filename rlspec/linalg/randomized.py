@@ -25,8 +25,10 @@ from rlspec.linalg.dense import pencil
 from rlspec.linalg.estimates import ResidualSizes, residual_sizes, ritz_bound
 from rlspec.linalg.lanczos import norm_bound, random_start, spectrum_quantiles, tridiagonal
 from rlspec.linalg.orth import orthonormal, well_conditioned
-from rlspec.linalg.products import ALIGNED, gram, transposed_product
+from rlspec.linalg.products import ALIGNED, transposed_product
 from rlspec.linalg.transfer import to_host
+from rlspec.ops.chebyshev_step import Moments, in_kernel
+from rlspec.ops.gram import gram, product_eps
 
 _MAX_SKETCH_DEGREE = 6
 # Of the filter for columns that start near the wanted ones. What comes beside them is filtered as a sketch is: with less,
@@ -87,7 +89,7 @@ def leading_svd(
     width = sketch_width(k, n)
     apply = _operator(a, width)
     quantiles, top = spectrum_quantiles(apply, random_start(b, n, generator, a), [k / n, width / n])
-    eps = torch.finfo(a.dtype).eps
+    eps = product_eps(a.device, a.dtype)
     edge = torch.maximum(quantiles[:, 1], 4 * eps * top)
     edge = torch.where(edge > 0, edge, torch.ones_like(edge))  # a zero matrix has no edge
     edge = edge.to(a.dtype)[:, None, None]  # on the host, like all that decisions are made from
@@ -128,8 +130,10 @@ def _operator(a: Tensor, width: int) -> Operator:
     m, n = a.shape[-2:]
     if m * n < 10 * width * (2 * m - n):
         moments = gram(a)
-        return lambda z: moments @ z
-    return lambda z: transposed_product(a, a @ z)
+        return Moments(moments, True, lambda z: moments @ z)
+    # Each step of a filter reads the transpose: its rows are laid out once.
+    turned = a.mT.contiguous() if in_kernel(a.mT, width) else a.mT
+    return Moments(turned, False, lambda z: transposed_product(a, a @ z))
 
 
 def _sketch_degree(at_cut: Tensor, top: Tensor, edge: Tensor, eps: float) -> int:
@@ -158,7 +162,7 @@ def _degree(theta: Tensor, residual: Tensor, edge: Tensor, k: int, tol: float) -
     error = (lengths.double() / distance).clamp(1e-7, 1.0)
     x, x_middle = ((2 * value / edge - 1).clamp_min(1.0 + 1e-3) for value in (wanted, middle))
     degree = degree_for(error * (_SAFETY / tol), x, _MAX_DEGREE)
-    missing = error.clamp_min(8 * torch.finfo(residual.dtype).eps).log()
+    missing = error.clamp_min(8 * product_eps(residual.device, residual.dtype)).log()
     while degree > 1:
         takeover = growth(x, degree) - growth(x_middle, degree) + missing
         if float(takeover.max()) <= _MAX_LOG_TAKEOVER:
@@ -201,7 +205,7 @@ def _measure(
     safe = s.clamp_min(torch.finfo(a.dtype).tiny).to(a)
     # Aᵀ(A z)/s - z s, then times s: rounding stays relative to sigma_1 sigma_j rather than sigma_1 squared.
     residual = ((a.mT @ (image / safe)) - z[..., :p] * safe) * safe
-    eps = torch.finfo(a.dtype).eps
+    eps = product_eps(a.device, a.dtype)
     noise = 4 * eps * theta[:, 0].clamp_min(0).sqrt() * s[:, 0, k - 1]
     inner = z[..., :p]
 

@@ -21,6 +21,7 @@ from rlspec.linalg.randomized import leading_svd, sketch_width
 from rlspec.linalg.scaling import powers_of_two
 from rlspec.linalg.shares import count_of_share
 from rlspec.linalg.transfer import index_on, to_device
+from rlspec.ops.residual_norms import residual_norms
 
 Method = Literal["auto", "exact", "randomized", "warm"]
 
@@ -217,10 +218,7 @@ def _exact(a: Tensor, k: int) -> SVDResult:
 
 def _residuals(a: Tensor, scale: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     """max(|A v - s u|, |Aᵀ u - s v|) of each triplet, (b, k); formed at unit scale, where no square overflows."""
-    a = a / scale[:, None, None]
-    scaled = (s / scale[:, None]).unsqueeze(-2)
-    worst = torch.maximum((a @ v - u * scaled).norm(dim=-2), (a.mT @ u - v * scaled).norm(dim=-2))
-    return worst * scale[:, None]
+    return residual_norms(a / scale[:, None, None], u, s / scale[:, None], v) * scale[:, None]
 
 
 def _start_vectors(

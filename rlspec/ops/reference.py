@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlspec.ops.chebyshev_step import Correction
 from rlspec.ops.delta_stats import DeltaStats
 
 
@@ -54,3 +55,27 @@ def add_rounded_ref(tuned: Tensor, change: Tensor, strength: float, dtype: torch
 def add_low_rank_ref(tuned: Tensor, left: Tensor, right: Tensor, strength: float) -> Tensor:
     """See :func:`rlspec.ops.add_low_rank.add_low_rank`, before rounding: float64."""
     return tuned.double() + strength * (left.double() @ right.double().mT)
+
+
+def gram_ref(a: Tensor) -> Tensor:
+    """See :func:`rlspec.ops.gram.gram`."""
+    return a.double().mT @ a.double()
+
+
+def chebyshev_step_ref(
+    moments: Tensor, current: Tensor, previous: Tensor, edge: Tensor, correction: Correction | None = None
+) -> Tensor:
+    """See :func:`rlspec.ops.chebyshev_step.chebyshev_step`, with a previous block; ``moments`` is C."""
+    moments, current, previous, edge = (t.double() for t in (moments, current, previous, edge))
+    step = 4 / edge * (moments @ current) - 2 * current
+    if correction is None:
+        return step - previous
+    step = step + 4 / edge * correction.residual.double() - correction.ratio.double() * previous
+    return correction.following.double() * step
+
+
+def residual_norms_ref(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
+    """See :func:`rlspec.ops.residual_norms.residual_norms`."""
+    a, u, s, v = (t.double() for t in (a, u, s, v))
+    right, left = a @ v - u @ torch.diag_embed(s), a.mT @ u - v @ torch.diag_embed(s)
+    return torch.maximum(right.square().sum(-2), left.square().sum(-2)).sqrt()

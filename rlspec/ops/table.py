@@ -68,6 +68,16 @@ def _rounding_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
     return _kernel_misfit(dtypes, shape)
 
 
+def _float32_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
+    """``dtypes`` of the matrices and their blocks; ``shape`` begins with (L, m, n)."""
+    for dtype in dtypes:
+        if dtype != torch.float32:
+            return f"the kernel takes float32, not {_name(dtype)}"
+    if shape[0] > _MOST_MATRICES:
+        return f"the kernel takes up to {_MOST_MATRICES} matrices, not {shape[0]}"
+    return _kernel_misfit(dtypes, shape)
+
+
 #: operation -> its implementations, the preferred first; the last one takes everything
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "delta_stats": (
@@ -89,13 +99,30 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("triton", "triton", _rounding_misfit),
         Implementation("row blocks", "torch"),
     ),
+    "gram": (
+        Implementation("triton", "triton", _float32_misfit),
+        Implementation("halves", "torch"),
+    ),
+    # Its product alone, as for Lanczos vectors and the image A y, is left to torch.bmm.
+    "chebyshev_step": (
+        Implementation("triton", "triton", _float32_misfit),
+        Implementation("in place", "torch"),
+    ),
+    "residual_norms": (
+        Implementation("triton", "triton", _float32_misfit),
+        Implementation("stored", "torch"),
+    ),
 }
-# Tensors that each takes: W and W_ref, and a block; a weight, a change, and the result.
+# Tensors that each takes: W and W_ref, and a block; a weight, a change, and the result;
+# a matrix as it is decomposed.
 _ARGUMENTS: dict[str, Callable[[torch.dtype, torch.dtype], Dtypes]] = {
     "delta_stats": lambda weights, wide: (weights, weights),
     "delta_matmul": lambda weights, wide: (weights, weights, wide),
     "add_rounded": lambda weights, wide: (weights, wide, weights),
     "add_low_rank": lambda weights, wide: (weights, wide, weights),
+    "gram": lambda weights, wide: (wide,),
+    "chebyshev_step": lambda weights, wide: (wide,),
+    "residual_norms": lambda weights, wide: (wide,) * 4,
 }
 
 

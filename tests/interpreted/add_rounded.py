@@ -6,9 +6,8 @@ Run by tests/test_op_add_rounded.py in a process with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +15,7 @@ from unittest import mock
 
 import pytest
 import torch
-from interpreter_toys import HALO, far_apart, in_halo, shuffle_programs, whole_buffer
+from interpreter_toys import HALO, far_apart, in_halo, results_in_halo, shuffle_programs, whole_buffer
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
 
@@ -84,20 +83,6 @@ def low_rank(module: ModuleType, tiles: Any = TILES) -> None:
             moved = found.double() - tuned.double()
             assert sums[:, 3].tolist() == [float(x.count_nonzero()) for x in moved]
             assert sums[:, 0].tolist() == pytest.approx(moved.square().sum((1, 2)).tolist(), rel=1e-4)
-
-
-@contextlib.contextmanager
-def results_in_halo() -> Iterator[list[Tensor]]:
-    """What launchers make with `torch.empty` is NaN, inside a halo of NaN; the list has all of it."""
-    made: list[Tensor] = []
-    empty = torch.empty
-
-    def halo_empty(*shape: int, **options: Any) -> Tensor:
-        made.append(in_halo(empty(*shape, **options).fill_(torch.nan)))
-        return made[-1]
-
-    with mock.patch.object(torch, "empty", halo_empty):
-        yield made
 
 
 def writes_stay_inside(module: ModuleType) -> None:

@@ -5,18 +5,16 @@ Run by tests/test_op_delta_matmul.py in a process with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 from unittest import mock
 
 import op_cases
 import pytest
 import torch
-from interpreter_toys import HALO, far_apart, in_halo, shuffle_programs, whole_buffer
+from interpreter_toys import HALO, far_apart, in_halo, results_in_halo, shuffle_programs, whole_buffer
 from op_cases import Case
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
@@ -62,20 +60,6 @@ def in_bfloat16(module: ModuleType) -> None:
             e = delta_ref(weight, reference).float().bfloat16().double()
             found = product(module, transposed)(weight, reference, x, precision="bf16", config=TILES[1])
             check(found, e.mT if transposed else e, x.bfloat16().double())
-
-
-@contextlib.contextmanager
-def results_in_halo() -> Iterator[list[Tensor]]:
-    """What launchers make with `torch.empty` is NaN, inside a halo of NaN; the list has all of it."""
-    made: list[Tensor] = []
-    empty = torch.empty
-
-    def halo_empty(*shape: int, **options: Any) -> Tensor:
-        made.append(in_halo(empty(*shape, **options).fill_(torch.nan)))
-        return made[-1]
-
-    with mock.patch.object(torch, "empty", halo_empty):
-        yield made
 
 
 def writes_stay_inside(module: ModuleType) -> None:

@@ -73,7 +73,7 @@ def score_series(
             if not table.has(label, by):
                 if on_checkpoint is not None:
                     on_checkpoint(label)
-                given: dict[str, Any] = {TEXT_LOSS: _losses(place, found, device)}
+                given: dict[str, Any] = {TEXT_LOSS: _losses(place, Path(base), found, device)}
                 scores = read_scores(given, str(place))
                 if start is not None:
                     scores[FORGETTING] = Score(scores[TEXT_LOSS].value - start)
@@ -151,9 +151,11 @@ def run_command(command: str, checkpoint: Path) -> dict[str, Score]:
     raise OptionError(f'evaluate: {told}: printed no line of JSON, wanted one such as {{"ood": 0.5}}')
 
 
-def _losses(place: Path, texts: Sequence[str], device: torch.device | str) -> list[float]:
-    model = load_model(place, choose_device(device)).eval()
-    return text_losses(model, load_tokenizer(place), texts)
+def _losses(place: Path, base: Path, texts: Sequence[str], device: torch.device | str) -> list[float]:
+    # Trainers often save weights alone: the tokenizer is then the base's.
+    own = any((place / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
+    tokenizer = load_tokenizer(place if own else base)
+    return text_losses(load_model(place, choose_device(device)).eval(), tokenizer, texts)
 
 
 class _Scores:
