@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import pytest
+from browser import browser
 
 
 class Meant(NamedTuple):
@@ -24,6 +25,10 @@ def _without_gpu() -> bool:
     import torch
 
     return not torch.cuda.is_available()
+
+
+def _without_browser() -> bool:
+    return browser() is None
 
 
 def _without_triton_wheels() -> bool:
@@ -55,6 +60,7 @@ MEANT: dict[str, tuple[Meant, ...]] = {
         Meant("this CPU multiplies float32 matrices in one way only", _with_one_float32),
     ),
     "test_linalg_precision.py": (Meant("this torch has one flag for all backends", _without_backend_flags),),
+    "test_report_browser.py": (Meant("no Chromium", _without_browser),),
     "test_backend.py::test_the_interpreter_on_request": (_TRITON,),
     "test_op_delta_stats.py::test_in_the_interpreter": (_TRITON,),
     "test_op_delta_matmul.py::test_in_the_interpreter": (_TRITON,),

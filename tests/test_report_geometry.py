@@ -13,7 +13,7 @@ import pytest
 from report_toys import make_run
 
 from rlspec.report import write_report
-from rlspec.report.heatmap import colour
+from rlspec.report.heatmap import colour, heatmap
 
 Drawing = ElementTree.Element
 
@@ -165,3 +165,19 @@ def test_a_map_drawn_wrong_is_noticed(mutate: Callable[[str], str], run: Path) -
     page = mutate((run / "report.html").read_text())
     assert page != (run / "report.html").read_text()
     assert not cells_lie_right(page, run)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 60])
+@pytest.mark.parametrize("name", ["sft", "ppo-from-300", "a/very/long/path/of/a/training/checkpoint"])
+def test_the_labels_below_a_map_do_not_touch(name: str, count: int) -> None:
+    columns = [f"{name} {100 * i}" for i in range(count)]
+    cells = {(0, i): 1.0 for i in range(count)}
+    drawn = heatmap(cells, layers=[0], columns=columns, top=1.0, value_format=str, title="t")
+    assert len(drawn.ends) == min(count, 2)
+    for end, column in zip(drawn.ends, (columns[0], columns[-1])):
+        assert end.text == column or (end.text[0] == "…" and column.endswith(end.text[1:]))
+    letter = 6.5  # of the page's 12 units, on average
+    first, last = drawn.ends[0], drawn.ends[-1]
+    if count > 1:
+        assert first.x + letter * len(first.text) < last.x - letter * len(last.text)
+    assert first.x + letter * len(first.text) <= drawn.width and last.x <= drawn.width

@@ -17,7 +17,7 @@ from report_toys import make_run
 
 from rlspec.cli.main import main
 from rlspec.errors import RunFolderError
-from rlspec.report import html, write_report
+from rlspec.report import html, pages, write_comparison, write_report
 
 ATTACK = "\"'><script>alert(1)<-script><svg onload=alert(2)><!--{{ 7 * 7 }}{% raw %}&lt;</style></title>"
 
@@ -116,13 +116,27 @@ def test_no_text_of_a_foreign_folder_becomes_markup(tmp_path: Path) -> None:
     assert f"{ATTACK}21" not in text  # no event of ours
 
 
+def test_no_text_of_foreign_folders_becomes_markup_where_they_are_compared(tmp_path: Path) -> None:
+    def compared(parent: Path, attack: str) -> Markup:
+        parent.mkdir()
+        own = make_run(parent / "own")
+        return Markup(write_comparison([foreign_run(parent, attack), own]).read_text())
+
+    plain, hostile = compared(tmp_path / "a", "word"), compared(tmp_path / "b", ATTACK)
+    assert hostile.elements == plain.elements
+    text = "\n".join(hostile.texts)
+    numbers = (11, 12, 13, 15, 16, 17)
+    assert [number for number in numbers if f"{ATTACK}{number}" not in text] == []
+    assert ATTACK.replace("/", "-") + "10" in text  # a folder's name
+
+
 def test_without_escaping_it_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The broken twin, and that the check sees it."""
     with monkeypatch.context() as patch:
-        patch.setattr(html.environment(), "autoescape", False)
-        html.environment().cache.clear()
+        patch.setattr(pages.environment(), "autoescape", False)
+        pages.environment().cache.clear()
         hostile = page_of(tmp_path / "b", ATTACK)
-    html.environment().cache.clear()
+    pages.environment().cache.clear()
     assert hostile.elements != page_of(tmp_path / "a", "word").elements
 
 

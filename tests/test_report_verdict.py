@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,44 @@ def test_whether_the_weights_turned_back(early: float, late: float, wanted: str,
     assert wanted in text
     assert "turned by 0.033 rad (1.9°) from the base on average" in text
     assert ("turned the weights back, part" in text) == (early < 0.02)
+
+
+@pytest.mark.parametrize(
+    ("settings", "method", "whose"),
+    [
+        ({}, "PPO", ""),
+        ({"further": {"advantages": "gae"}}, "PPO", ""),
+        ({"further": {"advantages": "grpo"}}, "GRPO", ""),
+        ({"further": {"advantages": "rloo"}}, "RLOO", ""),
+        ({"trainer": "trl"}, "GRPO", " of TRL"),
+    ],
+)
+def test_reinforcement_learning_has_the_name_of_what_trained(
+    settings: dict[str, Any], method: str, whose: str, tmp_path: Path
+) -> None:
+    angles = {("sft", 300): 0.033, (EARLY, 0): 0.02, (EARLY, 20): 0.036, (LATE, 0): 0.033, (LATE, 20): 0.044}
+    folder = make_tree(tmp_path / "run", TREE, angles=angles, ppo_updates=20, **settings)
+    page = write_report(folder).read_text()
+    shown = page[: page.index("<h2>Configuration")] + "\n".join(summary_lines(RunFolder(folder).summary()))
+    assert f"trained by SFT and {method}{whose};" in shown
+    assert f"Reinforcement learning ({method}) from step 100 took" in shown
+    assert f"grew: {method} did not turn the weights back" in shown
+    assert f"{method} updates count their optimizer steps" in shown
+    assert f"start of {method} from step 100 -&gt; end" in shown.replace("->", "-&gt;")
+    assert set(re.findall(r"PPO|GRPO|RLOO", shown)) == {method}
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [
+        ({}, "cross entropy"),
+        ({"sft_loss": "dft"}, "DFT"),
+        ({"sft_loss": "dft", "sft_kl_coef": 0.1}, "DFT and KL to the start"),
+    ],
+)
+def test_the_loss_of_sft_has_its_name(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
+    page = write_report(make_tree(tmp_path / "run", TREE, further=settings)).read_text()
+    assert f"</i>SFT, {name}</span>" in page
 
 
 def test_before_the_end_figures_are_told_and_no_more(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""`rlspec report`: write a run's report.html again, or that of spectra measured without a run."""
+"""`rlspec report`: write a run's report.html again, that of spectra measured without a run, or compare several."""
 
 from __future__ import annotations
 
@@ -6,18 +6,23 @@ from pathlib import Path
 
 import click
 
+_PATH = click.Path(path_type=Path)
 
-@click.command("report", short_help="Write the report of a run, or of measured spectra.")
-@click.argument("folder", type=click.Path(path_type=Path))
-@click.option("--figures", type=click.Path(path_type=Path), help="Write its charts there too, as SVG files.")
-def command(folder: Path, figures: Path | None) -> None:
+
+@click.command("report", short_help="Write the report of a run or of measured spectra; compare several.")
+@click.argument("folders", nargs=-1, required=True, metavar="FOLDER...", type=_PATH)
+@click.option(
+    "--out", type=_PATH, help="The page; default FOLDER/report.html, of several comparison.html in the first."
+)
+@click.option("--figures", type=_PATH, help="Write the page's charts there too, as SVG files.")
+def command(folders: tuple[Path, ...], out: Path | None, figures: Path | None) -> None:
     """Write FOLDER/report.html: of a run folder, also while the run is still going, or of what `rlspec measure` or a
-    callback left there."""
-    from rlspec.report.html import write_report
+    callback left there. Of several folders, write one page that compares them."""
+    from rlspec.report.html import write_comparison, write_report
 
-    click.echo(write_report(folder))
+    click.echo(write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out))
     if figures is not None:
         from rlspec.report.figures import write_figures
 
-        for path in write_figures(folder, figures):
+        for path in write_figures(folders, figures):
             click.echo(path)

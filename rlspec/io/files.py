@@ -93,6 +93,21 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def told_apart(paths: Iterable[Path], known: Iterable[Path] = ()) -> list[str]:
+    """The end of each path that tells it from the others, and from those known before (resolved)."""
+    resolved = [path.resolve() for path in paths]
+    places = {*known, *resolved}
+    found = []
+    for path in resolved:
+        parts = path.parts
+        others = [place.parts for place in places if place.parts != parts]
+        length = 1
+        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+            length += 1
+        found.append(os.path.join(*parts[-length:]))
+    return found
+
+
 def read_error(path: str | Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be read: {error.strerror or error}")
 

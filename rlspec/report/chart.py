@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 62, 16, 18, 40
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 62, 28, 18, 40  # RIGHT: half of a label of six digits
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rlspec.report.chart import Boundary, Chart, Series, line_chart
 from rlspec.report.data import Row, RunData, by_event
-from rlspec.run.branches import rows_by_segment, segment_titles
+from rlspec.run.branches import method_title, rows_by_segment, segment_titles
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import event_of
 
@@ -20,7 +20,7 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     """(title, chart) in the order of the page; None where nothing was measured."""
     x_label = "optimizer steps from the base"
     if len(run.segments) > 1:
-        x_label += " (PPO updates count their optimizer steps)"
+        x_label += f" ({method_title(run.segments[-1])} updates count their optimizer steps)"
     ood = run.metrics[-1].get("ood_shift")
     accuracies = [
         *_metric_series(run, "ID (as trained)", "id_accuracy", "c0", "id"),
@@ -33,8 +33,11 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     rotations = _by_module(run, rotation)
     kl = _metric_series(run, "KL(base ‖ current)", "kl_base_nats_per_token", "c3")
     # PPO's loss mixes a clipped policy term with a value term: it is no measure of progress, so it is not drawn.
-    loss = _series(
-        run, "SFT, cross entropy", "c0", lambda row: row.get("loss") if row["stage"] == "sft" else None
+    loss = segment_lines(
+        run,
+        f"SFT, {_sft_loss(run.config)}",
+        "c0",
+        lambda row: row.get("loss") if row["stage"] == "sft" else None,
     )
     charts: list[_Drawing] = [
         ("Accuracy", accuracies, "deals solved", lambda v: f"{100 * v:.0f} %", 300, 1.0),
@@ -43,6 +46,11 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
         ("Training loss", loss, "nats per token", lambda v: f"{v:.3g}", 170, None),
     ]
     return _drawn(run, charts, x_label)
+
+
+def _sft_loss(settings: Row) -> str:
+    name = "DFT" if settings.get("sft_loss") == "dft" else "cross entropy"
+    return f"{name} and KL to the start" if settings.get("sft_kl_coef") else name
 
 
 def spectral_curves(run: RunData) -> list[tuple[str, Chart | None]]:
@@ -85,55 +93,58 @@ def _by_module(run: RunData, value_of: Callable[[Row], float | None]) -> list[Se
         def mean_of(row: Row, module: str = module) -> float | None:
             return mean(value_of(r) for r in spectra.get(event_of(row), []) if r["module"] == module)
 
-        found += _series(run, module, colour, mean_of)
+        found += segment_lines(run, module, colour, mean_of)
     return found
 
 
 def branch_legend(run: RunData) -> list[tuple[str, str]]:
     """(dash, segment in words) of every segment where there are several."""
     titles = segment_titles(run.segments)
-    return [(dash, titles[name]) for name, dash in _dashes(run)] if len(run.segments) > 1 else []
+    return [(dash, titles[name]) for name, dash in dashes(run)] if len(run.segments) > 1 else []
 
 
-def _dashes(run: RunData) -> Iterable[tuple[str, str]]:
-    """(segment id, dash)."""
-    branches = 0
-    for segment in run.segments:
-        if segment.parent is None:
-            yield segment.id, "d0"
-        else:
-            yield segment.id, _DASHES[branches % len(_DASHES)]
-            branches += 1
+def dashes(run: RunData) -> Iterable[tuple[str, str]]:
+    """(segment id, the class of its dash)."""
+    for i, segment in enumerate(run.segments):
+        yield segment.id, _DASHES[(i - 1) % len(_DASHES)] if i else "d0"
 
 
-def _x(row: Row) -> float:
+def steps_from_base(row: Row) -> float:
+    """The position of a row of metrics on the axis."""
     at = row.get("global_step")
     return float(row["step"] if at is None else at)
 
 
 def _axis(run: RunData) -> tuple[tuple[float, float], list[Boundary]]:
-    xs = [_x(row) for row in run.metrics]
+    xs = [steps_from_base(row) for row in run.metrics]
     titles = segment_titles(run.segments)
     groups = rows_by_segment(run.metrics)
     boundaries = [
-        Boundary(_x(groups[segment.id][0]), titles[segment.id])
+        Boundary(steps_from_base(groups[segment.id][0]), titles[segment.id])
         for segment in run.segments
         if segment.parent is not None
     ]
     return (min(xs), max(max(xs), min(xs) + 1)), boundaries
 
 
-def _series(
+def segment_lines(
     run: RunData, label: str, colour: str, value_of: Callable[[Row], float | None], band: str | None = None
 ) -> list[Series]:
-    """A line per segment."""
+    """A line per segment.
+
+    Args:
+        value_of: a row of metrics's value; None where there is none.
+        band: the prefix of the columns of its interval.
+    """
     titles, groups = segment_titles(run.segments), rows_by_segment(run.metrics)
     found = []
-    for name, dash in _dashes(run):
+    for name, dash in dashes(run):
         rows = [(row, value) for row in groups[name] if (value := value_of(row)) is not None]
-        points = [(_x(row), float(value)) for row, value in rows]
+        points = [(steps_from_base(row), float(value)) for row, value in rows]
         around = (
-            [(_x(row), row.get(f"{band}_low"), row.get(f"{band}_high")) for row, _ in rows] if band else []
+            [(steps_from_base(row), row.get(f"{band}_low"), row.get(f"{band}_high")) for row, _ in rows]
+            if band
+            else []
         )
         whole = [(x, low, high) for x, low, high in around if low is not None and high is not None]
         where = titles[name] if len(titles) > 1 else ""
@@ -142,4 +153,4 @@ def _series(
 
 
 def _metric_series(run: RunData, label: str, key: str, colour: str, band: str | None = None) -> list[Series]:
-    return _series(run, label, colour, lambda row: row.get(key), band)
+    return segment_lines(run, label, colour, lambda row: row.get(key), band)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +11,8 @@ from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.report import chart
 from rlspec.report.chart import WIDTH, Chart
-from rlspec.report.html import charts_of, environment
+from rlspec.report.html import charts_of
+from rlspec.report.pages import rendered
 
 _ROW, _LETTER, _MARK = (
     20,
@@ -29,16 +31,16 @@ class Entry:
     text: str
 
 
-def write_figures(folder: Path | str, goal: Path) -> list[Path]:
-    """Write every chart of a folder's report into ``goal`` as <name>.svg; return the files.
+def write_figures(folders: Sequence[Path | str], goal: Path) -> list[Path]:
+    """Write every chart of a folder's report, or of a comparison, into ``goal`` as <name>.svg; return the files.
 
     Args:
-        folder: a run folder, or one that holds spectra alone.
+        folders: run folders, or ones that hold spectra alone; several are compared.
 
     Raises:
-        RunFolderError: as of :func:`rlspec.report.html.write_report`.
+        OptionError, RunFolderError: as of :func:`rlspec.report.html.write_comparison`.
     """
-    charts, branches = charts_of(Path(folder))
+    charts, branches = charts_of([Path(folder) for folder in folders])
     written = []
     try:
         goal.mkdir(parents=True, exist_ok=True)
@@ -56,10 +58,8 @@ def write_figures(folder: Path | str, goal: Path) -> list[Path]:
 def picture(title: str, drawn: Chart, branches: list[tuple[str, str]]) -> str:
     """A chart with its legend above it, as the text of an SVG file."""
     entries, head = _legend(drawn, branches)
-    template = environment().get_template("figure.svg.jinja")
-    return template.render(
-        title=title, chart=drawn, entries=entries, head=head, frame=chart, branches=branches
-    )
+    facts = {"title": title, "chart": drawn, "entries": entries, "head": head, "branches": branches}
+    return rendered("figure.svg.jinja", facts)
 
 
 def _legend(drawn: Chart, branches: list[tuple[str, str]]) -> tuple[list[Entry], int]:

@@ -10,6 +10,7 @@ from rlspec.report.chart import Place
 #: Dark to bright, evenly spaced in lightness, readable without colour vision.
 _STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
 _LEFT, _TOP = 30, 16  # of the first cell
+_LABEL, _LETTER = 24, 6.6  # of a column: its longest text, the width of a letter
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,12 @@ def heatmap(
 ) -> HeatMap:
     """One map: rows are layers, columns are events, ``cells[layer, column index]`` values in [0, top]."""
     # Few columns are wide enough for the title above them and the two labels below.
-    wide = max(6.0, min(26.0, 330 / len(columns)), 150 / len(columns))
+    ends = [
+        name if len(name) <= _LABEL else f"…{name[1 - _LABEL :]}"
+        for name in columns[:: len(columns) - 1 or 1]
+    ]
+    room = max(150.0, _LETTER * sum(map(len, ends)) + 10)
+    wide = max(6.0, min(26.0, 330 / len(columns)), room / len(columns))
     high = max(4.0, min(20.0, 300 / len(layers)))
     label_every = max(1, round(14 / high))
     placed, labels = [], []
@@ -79,7 +85,6 @@ def heatmap(
                 text = f"layer {layer}, {name}: {value_format(value)}"
                 placed.append(Cell(_LEFT + column * wide, y, fill, text))
     bottom = _TOP + len(layers) * high + 14
-    ends = [Place(_LEFT, bottom, columns[0]), Place(_LEFT + wide * len(columns), bottom, columns[-1])]
     return HeatMap(
         title=title,
         width=_LEFT + wide * len(columns) + 4,
@@ -88,7 +93,7 @@ def heatmap(
         high=high,
         cells=placed,
         layers=labels,
-        ends=ends[: min(2, len(columns))],
+        ends=[Place(_LEFT + i * wide * len(columns), bottom, name) for i, name in enumerate(ends)],
     )
 
 

@@ -1,4 +1,5 @@
-"""report.html: one self-contained page, readable without a network, without scripts and without the paper.
+"""report.html: one self-contained page, readable without a network, without scripts and without the paper. Where scripts
+run, its tables sort.
 
 A run folder may come from anybody. Its texts reach the page through a template that escapes all of them, and nothing
 here may tell the template that a text is HTML already.
@@ -6,19 +7,27 @@ here may tell the template that a text is HTML already.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
-
-from rlspec.errors import RunFolderError
-from rlspec.io.files import write_atomically
-from rlspec.report import chart
+from rlspec.errors import OptionError, RunFolderError
+from rlspec.io.files import told_apart, write_atomically
 from rlspec.report.chart import Chart
+from rlspec.report.comparison import (
+    MOST,
+    Named,
+    compared_branches,
+    compared_curves,
+    compared_figures,
+    differences,
+    named,
+    ood_shifts,
+)
 from rlspec.report.curves import branch_legend, curves, spectral_curves
 from rlspec.report.data import RunData, read_run
 from rlspec.report.maps import maps
+from rlspec.report.pages import rendered
 from rlspec.report.series import ROWS, checkpoints, read_series, sentence
 from rlspec.report.tables import (
     configuration,
@@ -30,32 +39,86 @@ from rlspec.report.tables import (
     shown,
     time_spent,
 )
-from rlspec.report.verdict import headlines, verdict
+from rlspec.report.verdict import headlines, trained, verdict
 
 
-def write_report(run_dir: Path | str) -> Path:
+def write_report(run_dir: Path | str, out: Path | None = None) -> Path:
     """Write ``report.html`` into a run folder, or one that holds spectra alone, and return its path.
 
+    Args:
+        out: another place for the page. An earlier report there is replaced.
+
     Raises:
-        RunFolderError: the folder is neither, its files are malformed, or the page cannot be written.
+        RunFolderError: the folder is neither, its files are malformed, or the page cannot be written, or something else
+            is in the place of ``out``.
     """
     folder = Path(run_dir)
     run, alone = _read(folder)
     text = render_series(run) if alone else render(run)
-    target = folder / "report.html"
-    # Half of a surrogate pair, which JSON and file names may hold, has no UTF-8 and becomes a question mark.
-    page = text.encode(errors="replace")
+    if out is not None:
+        _refuse_others(out, "report")
+    return _write(out or folder / "report.html", text)
+
+
+def write_comparison(run_dirs: Sequence[Path | str], out: Path | None = None) -> Path:
+    """Write a page that compares runs, or folders that hold spectra alone, and return its path.
+
+    Args:
+        out: the page; default ``comparison.html`` in the first folder. An earlier comparison there is replaced.
+
+    Raises:
+        OptionError: fewer than two folders, more than can be told apart, or one of them twice.
+        RunFolderError: as of :func:`write_report`, or something else than a comparison is in the page's place.
+    """
+    folders = [Path(folder) for folder in run_dirs]
+    target = out or folders[0] / "comparison.html"
+    text = render_comparison(_named(folders))
+    _refuse_others(target, "comparison")
+    return _write(target, text)
+
+
+def _refuse_others(target: Path, kind: str) -> None:
+    """Refuse to replace what is no page of this kind."""
     try:
-        write_atomically(target, page)
+        with target.open("rb") as file:
+            beginning = file.read(1000)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise RunFolderError(f"{target}: cannot be written: {error.strerror or error}") from None
+    if f"<title>rlspec {kind}: ".encode() not in beginning:
+        raise RunFolderError(
+            f"{target}: what is there is no {kind} of rlspec's; choose another place for out="
+        )
+
+
+def _write(target: Path, text: str) -> Path:
+    # Half of a surrogate pair, which JSON and file names may hold, has no UTF-8 and becomes a question mark.
+    try:
+        write_atomically(target, text.encode(errors="replace"))
     except OSError as error:
         raise RunFolderError(f"{target}: cannot be written: {error.strerror or error}") from None
     return target
 
 
-def charts_of(folder: Path) -> tuple[list[tuple[str, Chart | None]], list[tuple[str, str]]]:
-    """(title, chart) of a folder's report, and its branches as (dash, segment in words)."""
-    run, alone = _read(folder)
-    return (spectral_curves(run), []) if alone else (curves(run), branch_legend(run))
+def charts_of(folders: Sequence[Path]) -> tuple[list[tuple[str, Chart | None]], list[tuple[str, str]]]:
+    """(title, chart) of the report of a folder, or of a comparison, and its branches as (dash, segment in words)."""
+    if len(folders) > 1:
+        runs = _named(folders)
+        return compared_curves(runs), compared_branches(runs)
+    run, alone = _read(folders[0])
+    return (spectral_curves(run) if alone else curves(run)), branch_legend(run)
+
+
+def _named(folders: Sequence[Path]) -> list[Named]:
+    if not 2 <= len(folders) <= MOST:
+        raise OptionError(f"{len(folders)} folders to compare, wanted 2 to {MOST}")
+    seen: set[Path] = set()
+    for folder in folders:
+        if folder.resolve() in seen:
+            raise OptionError(f"{folder}: given twice; a run is not compared with itself")
+        seen.add(folder.resolve())
+    return named(told_apart(folders), [_read(folder)[0] for folder in folders])
 
 
 def _read(folder: Path) -> tuple[RunData, bool]:
@@ -75,6 +138,7 @@ def render(run: RunData) -> str:
         "model": shown(run.config.get("model", "")),
         "task": shown(run.config.get("task", "")),
         "seed": shown(run.config.get("seed", "")),
+        "trained": trained(run),
         "verdict": verdict(run),
         "cards": headlines(run),
         "charts": curves(run),
@@ -89,7 +153,7 @@ def render(run: RunData) -> str:
         "notes": notes(run),
         "configuration": configuration(run),
     }
-    return environment().get_template("page.html.jinja").render(facts, frame=chart)
+    return rendered("page.html.jinja", facts)
 
 
 def render_series(run: RunData) -> str:
@@ -98,23 +162,26 @@ def render_series(run: RunData) -> str:
         "folder": run.folder.name,
         "sentence": sentence(run),
         "charts": spectral_curves(run),
-        "branches": [],
+        "branches": branch_legend(run),
         "maps": maps(run),
         "checkpoints": checkpoints(run),
         "nulls": nulls(run),
         "notes": notes(run),
     }
-    return environment().get_template("series.html.jinja").render(facts, frame=chart)
+    return rendered("series.html.jinja", facts)
 
 
-@cache
-def environment() -> Environment:
-    environment = Environment(
-        loader=PackageLoader("rlspec", "report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["px"] = lambda value: f"{value:.1f}"
-    return environment
+def render_comparison(runs: Sequence[Named]) -> str:
+    """The page's HTML, of several runs."""
+    head, rows = compared_figures(runs)
+    facts: dict[str, Any] = {
+        "names": [each.name for each in runs],
+        "unfinished": [each.name for each in runs if each.run.config and not each.run.summary],
+        "head": head,
+        "figures": rows,
+        "shifts": ood_shifts(runs),
+        "charts": compared_curves(runs),
+        "branches": compared_branches(runs),
+        "differences": differences(runs),
+    }
+    return rendered("comparison.html.jinja", facts)

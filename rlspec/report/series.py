@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
+from typing import Any
 
 from rlspec.errors import RunFolderError
 from rlspec.io.jsonl import Row, numbered_rows
 from rlspec.report.data import RunData, by_event, check_row
 from rlspec.report.tables import Cells, number
-from rlspec.run.branches import tree_of
+from rlspec.run.branches import rows_by_segment
 from rlspec.run.rows import mean, rotation
+from rlspec.run.segments import Segment
 
 ROWS = "spectra.jsonl"
+_UNNUMBERED = "without a step"
 
 
 def read_series(folder: Path) -> RunData:
-    """The rows of a folder as those of a run with one segment and no accuracies.
+    """The rows of a folder as those of a run without accuracies.
 
-    A checkpoint whose name has no step gets its place in the table for one.
+    Checkpoints whose paths differ by more than their step, such as those of two branches or of two trainings, are
+    segments of their own, in the order of the table. Those without a step come after the last step, or, where none has
+    a step, get their place in the table for one.
 
     Raises:
         RunFolderError: the file is missing or empty, or a line is no JSON object or holds something else than numbers
@@ -25,20 +31,41 @@ def read_series(folder: Path) -> RunData:
     """
     path = folder / ROWS
     rows: list[Row] = []
-    places: dict[str, int] = {}
+    unnumbered: dict[str, int] = {}  # checkpoint -> its place among those without a step
     for line, row in numbered_rows(path):
-        place = places.setdefault(str(row.get("checkpoint", row.get("step"))), len(places))
-        step = row.get("step")
-        rows.append(row | {"stage": row.get("stage") or "series", "step": place if step is None else step})
+        checkpoint, step = row.get("checkpoint"), row.get("step")
+        place = unnumbered.setdefault(str(checkpoint), len(unnumbered)) if step is None else step
+        rows.append(row | {"stage": row.get("stage") or "series", "step": place, "segment": _segment(row)})
         check_row(f"{path}, line {line}", rows[-1], "module")
     if not rows:
         raise RunFolderError(f"{path}: no row yet; nothing to report")
-    rows.sort(key=lambda row: row["step"])
+    after = 1 + max((row["step"] for row in rows if row["segment"] != _UNNUMBERED), default=-1)
+    for row in rows:
+        row["step"] += after if row["segment"] == _UNNUMBERED else 0
+    order = {name: i for i, name in enumerate(dict.fromkeys(row["segment"] for row in rows))}
+    rows.sort(key=lambda row: (order[row["segment"]], row["step"]))
     events = [
-        {"stage": stage, "step": step, "global_step": step, "checkpoint": found[0].get("checkpoint")}
-        for (stage, step), found in by_event(rows).items()
+        {
+            "stage": found[0]["stage"], "segment": segment, "step": step, "global_step": step,
+            "checkpoint": found[0].get("checkpoint"),
+        }
+        for (segment, step), found in by_event(rows).items()
+    ]  # fmt: skip
+    segments = [
+        Segment(name, found[0]["stage"], found[-1]["step"], None, name)
+        for name, found in rows_by_segment(events).items()
     ]
-    return RunData(folder, {}, events, rows, {}, tree_of(events, {}))
+    return RunData(folder, {}, events, rows, {}, segments)
+
+
+def _segment(row: Row) -> Any:
+    """What the checkpoints of one training have in common: the path without its last number, which is the step."""
+    if row.get("step") is None:
+        return _UNNUMBERED
+    if row.get("checkpoint") is None:
+        return row.get("segment") or str(row.get("stage") or "series")
+    name, _, rest = re.sub(r"\d+(?=\D*$)", "\0", str(row["checkpoint"])).partition("\0")
+    return name.rstrip("-_./") + rest or "series"
 
 
 def checkpoints(run: RunData) -> Cells:

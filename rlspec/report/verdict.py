@@ -7,7 +7,7 @@ finished, when there are no tests yet, only figures are told.
 from __future__ import annotations
 
 from rlspec.report.data import Row, RunData, by_event
-from rlspec.run.branches import decisive_events, event_title, segment_titles, start_name
+from rlspec.run.branches import decisive_events, event_title, method_title, segment_titles, start_name
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import Segment, event_of
 
@@ -29,6 +29,12 @@ def accuracy(row: Row, prefix: str) -> str:
         if low is None or high is None
         else f"{percent(found)} ({100 * low:.1f}–{100 * high:.1f})"
     )
+
+
+def trained(run: RunData) -> str:
+    """What trained the model, and whose code."""
+    methods = " and ".join(dict.fromkeys(map(method_title, run.segments)))
+    return f"trained by {methods}" + (" of TRL" if run.config.get("trainer") == "trl" else "")
 
 
 def headlines(run: RunData) -> list[tuple[str, str]]:
@@ -176,7 +182,7 @@ def _limit(run: RunData) -> list[str]:
 
 
 def _weights(run: RunData) -> list[str]:
-    """How far the weights had turned after SFT, and whether PPO turned them back."""
+    """How far the weights had turned after SFT, and whether reinforcement learning turned them back."""
     told = []
     titles = segment_titles(run.segments)
     events = decisive_events(run.segments, run.metrics)
@@ -196,9 +202,10 @@ def _weights(run: RunData) -> list[str]:
             continue
         kind = "stayed" if abs(high - low) <= SAME_ROTATION * low else "grew" if high > low else "fell"
         groups.setdefault(kind, []).append(f"{titles[segment.id]} ({low:.4f} to {high:.4f} rad)")
+    method = method_title(run.segments[-1])
     meaning = {
-        "grew": "the rotation from the base grew: PPO did not turn the weights back",
-        "fell": "the rotation from the base fell: PPO turned the weights back, part of the way",
+        "grew": f"the rotation from the base grew: {method} did not turn the weights back",
+        "fell": f"the rotation from the base fell: {method} turned the weights back, part of the way",
         "stayed": "the rotation from the base stayed where it was",
     }
     told += [f"In {_listed(names)} {meaning[kind]}." for kind, names in groups.items()]
@@ -207,7 +214,10 @@ def _weights(run: RunData) -> list[str]:
 
 def _told(run: RunData, segment: Segment) -> str:
     title = segment_titles(run.segments)[segment.id]
-    return title.replace("PPO", "Reinforcement learning (PPO)", 1) if segment is run.segments[1] else title
+    if segment.stage != "ppo" or segment is not run.segments[1]:
+        return title
+    method = method_title(segment)
+    return title.replace(method, f"Reinforcement learning ({method})", 1)
 
 
 def _listed(names: list[str]) -> str:

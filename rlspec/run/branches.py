@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlspec.run.segments import Segment, segment_of
+from rlspec.run.segments import Segment, method_of, segment_of
 
 Row = dict[str, Any]
 
@@ -31,8 +31,14 @@ def tree_of(metrics: Sequence[Row], config: Mapping[str, Any]) -> list[Segment]:
         if parent is None and segments:
             named = config.get("ppo_from")
             parent = (segments[0].id, named) if isinstance(named, int) else segments[0].end
-        segments.append(Segment(name, rows[0]["stage"], rows[-1]["step"], parent))
+        stage = rows[0]["stage"]
+        segments.append(Segment(name, stage, rows[-1]["step"], parent, method_of(stage, config)))
     return segments
+
+
+def method_title(segment: Segment) -> str:
+    """What trained a segment: ``SFT``, ``PPO``, ``GRPO`` or ``RLOO``."""
+    return segment.method or segment.stage.upper()
 
 
 def segment_titles(segments: Sequence[Segment]) -> dict[str, str]:
@@ -42,7 +48,7 @@ def segment_titles(segments: Sequence[Segment]) -> dict[str, str]:
     titles = {}
     for segment in segments:
         told = segment.parent is not None and (len(branches) > 1 or segment.parent not in ends)
-        titles[segment.id] = segment.stage.upper() + (
+        titles[segment.id] = method_title(segment) + (
             f" from step {segment.parent[1]}" if segment.parent and told else ""
         )
     return titles

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from rlspec.errors import OptionError
-from rlspec.run.segments import Segment
+from rlspec.run.segments import Segment, method_of
 from rlspec.run.trainers import further_settings, names, trainer_config
 from rlspec.run.values import converted
 from rlspec.settings import Setting, setting, setting_of
@@ -277,11 +277,16 @@ class TrackConfig:
 
         A branch that is the only one is called by its stage, as in runs that could have no other.
         """
-        trunk = tuple(Segment(stage, stage, self.steps(stage)) for stage in self.stages[:1])
+        method = method_of("ppo", {"trainer": self.trainer, "advantages": self.ppo.advantage})
+        trunk = tuple(
+            Segment(stage, stage, self.steps(stage), None, method if stage == "ppo" else "")
+            for stage in self.stages[:1]
+        )
         points = self.ppo_from or ()
         names = [f"ppo-from-{point}" for point in points] if len(points) > 1 else ["ppo"]
         branches = (
-            Segment(name, "ppo", self.steps("ppo"), ("sft", point)) for name, point in zip(names, points)
+            Segment(name, "ppo", self.steps("ppo"), ("sft", point), method)
+            for name, point in zip(names, points)
         )
         return (*trunk, *branches)
 

@@ -22,10 +22,22 @@ class Segment:
     stage: str  # what trains: "sft" or "ppo"
     steps: int
     parent: Event | None = None  # whose weights it starts from; None: the model that the run was given
+    method: str = ""  # of training, where the stage's name does not say it: see method_of
 
     @property
     def end(self) -> Event:
         return self.id, self.steps
+
+
+def method_of(stage: str, settings: Mapping[str, Any]) -> str:
+    """What a stage of a run with these settings was trained by, where that is not what the stage is called.
+
+    ``ppo`` is GRPO or RLOO where returns are held against the group's (``advantages``), and GRPO by TRL's trainers.
+    """
+    if stage != "ppo":
+        return ""
+    advantages = "grpo" if settings.get("trainer") == "trl" else settings.get("advantages")
+    return str(advantages).upper() if advantages in ("grpo", "rloo") else ""
 
 
 def segment_of(row: Mapping[str, Any]) -> str:

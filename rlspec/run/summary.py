@@ -91,6 +91,7 @@ def _segment_row(segment: Segment) -> Row:
     return {
         "segment": segment.id,
         "stage": segment.stage,
+        "method": segment.method,
         "steps": segment.steps,
         "parent_segment": parent,
         "parent_step": step,
@@ -175,7 +176,7 @@ def _segments(summary: Row) -> list[Segment]:
     found = []
     for row in summary["segments"]:
         parent = None if row["parent_segment"] is None else (row["parent_segment"], row["parent_step"])
-        found.append(Segment(row["segment"], row["stage"], row["steps"], parent))
+        found.append(Segment(row["segment"], row["stage"], row["steps"], parent, row.get("method", "")))
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 
 from rlspec.errors import CheckpointError
 from rlspec.io.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, is_adapter
+from rlspec.io.files import told_apart
 from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, distributed_format
 from rlspec.io.weights import CheckpointWeights
 from rlspec.jobs.series.adapted import AdaptedWeights
@@ -129,16 +129,7 @@ def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
 
 def labels(checkpoints: Sequence[Checkpoint], known: Iterable[Path] = ()) -> list[str]:
     """What rows call each: the end of its path that tells it from the others, and from those known before."""
-    places = {*known, *(c.path.resolve() for c in checkpoints)}
-    found = []
-    for checkpoint in checkpoints:
-        parts = checkpoint.path.resolve().parts
-        others = [place.parts for place in places if place.parts != parts]
-        length = 1
-        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
-            length += 1
-        found.append(os.path.join(*parts[-length:]))
-    return found
+    return told_apart([checkpoint.path for checkpoint in checkpoints], known)
 
 
 def _named(path: Path) -> Path:
