@@ -27,6 +27,15 @@ SETTINGS: dict[str, Any] = {
 }
 
 
+class Clock:
+    """Seconds that pass when told to."""
+
+    now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
 def examples(count: int = 32, length: int = 8) -> list[dict[str, list[int]]]:
     draw = torch.Generator().manual_seed(3)
     tokens = torch.randint(4, len(WORDS), (count, length), generator=draw).tolist()

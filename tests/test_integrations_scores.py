@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from integration_toys import assert_same_training, plain_trainer
+from integration_toys import Clock, assert_same_training, plain_trainer
 from torch import nn
 from train_toys import toy_tokenizer
 from transformers import TrainerCallback
 
 from rlspec.errors import OptionError
+from rlspec.integrations.budget import Pace
 from rlspec.integrations.transformers import SpectralCallback
 from rlspec.train.texts import text_losses
 
@@ -179,3 +180,22 @@ def test_wrong_arguments_are_told_before_the_training(tmp_path: Path) -> None:
     for given, told in wrong:
         with pytest.raises(OptionError, match=told):
             SpectralCallback(**given)
+
+
+def test_the_budget_counts_on_the_next_measurement_to_take_as_long_with_its_scores(tmp_path: Path) -> None:
+    clock = Clock()
+
+    class Step(TrainerCallback):
+        def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+            clock.now += 15
+
+    def evaluate(model: nn.Module) -> dict[str, float]:
+        clock.now += 10
+        return {"x": 1.0}
+
+    callback = SpectralCallback(every=1, budget=0.45, evaluate=evaluate)
+    callback.pace = Pace(0.45, clock)
+    plain_trainer(tmp_path, [Step(), callback], max_steps=2).train()
+    # After step 1, 10 of 25 s are spent (40 %): a second event makes it 20 of 35 (57 %), and after step 2, 20 of 50.
+    assert [record.step for record in callback.records] == [0, 2]
+    assert callback.pace.spent == 20

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from integration_toys import assert_same_training, examples, losses, plain_trainer
+from integration_toys import Clock, assert_same_training, examples, losses, plain_trainer
 from restore_toys import save_model
 from torch import nn
 from train_toys import toy_model
@@ -253,13 +253,6 @@ def test_ctrl_c_inside_a_measurement_is_still_ctrl_c(tmp_path: Path, monkeypatch
     monkeypatch.setattr(SpectralTracker, "measure", stopped)
     with pytest.raises(KeyboardInterrupt):
         plain_trainer(tmp_path, [SpectralCallback(every=1)]).train()
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.mark.parametrize(("share", "cost"), [(0.01, 0.5), (0.1, 0.5), (0.5, 2.0), (1.0, 3.0)])

@@ -14,8 +14,9 @@ from report_toys import MODEL, make_run
 from rlspec.errors import RunFolderError
 from rlspec.report import write_report
 from rlspec.report.chart import Series, line_chart, ticks
-from rlspec.report.data import read_run, spearman
+from rlspec.report.data import read_run
 from rlspec.report.heatmap import colour
+from rlspec.tasks.stats import spearman
 
 
 def test_page_holds_the_figures_and_loads_nothing(tmp_path: Path) -> None:

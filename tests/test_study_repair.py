@@ -24,7 +24,8 @@ from rlspec.study.repair import LossScores, search
 from rlspec.study.repair.candidates import coarse, directions, straight_line
 from rlspec.study.repair.choice import Trial, difference_interval, front, recommend
 from rlspec.study.repair.losses import mean
-from rlspec.study.repair.scores import Score
+from rlspec.study.repair.scores import Costs
+from rlspec.study.repair.texts import read_traces
 from rlspec.tasks.general_points import GeneralPoints
 
 SCORER = """
@@ -234,6 +235,19 @@ def test_a_command_needs_a_place_for_the_model(given: Path, tmp_path: Path) -> N
     assert result.exit_code == 2 and "has no {model}" in result.stderr
 
 
+def test_a_command_of_unmatched_quotes_is_one_line(given: Path, tmp_path: Path) -> None:
+    result = rank(given, tmp_path / "out", "--eval", "python 'x.py {model}")
+    assert result.exit_code == 2 and "No closing quotation" in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_last_row_of_a_file_without_a_last_newline_counts(given: Path, tmp_path: Path) -> None:
+    text = (given / "answers.jsonl").read_text()
+    (tmp_path / "cut.jsonl").write_text(text.rstrip("\n"))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(given / "base")
+    assert read_traces(tmp_path / "cut.jsonl", tokenizer) == read_traces(given / "answers.jsonl", tokenizer)
+
+
 def test_a_row_that_is_no_text_is_named(given: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.jsonl").write_text('{"text": "( 1 + 2"}\n{"content": "x"}\n')
     with pytest.raises(OptionError, match=r"bad\.jsonl, line 2: wanted .* found the fields content"):
@@ -241,12 +255,12 @@ def test_a_row_that_is_no_text_is_named(given: Path, tmp_path: Path) -> None:
 
 
 def test_the_rule_and_the_curve() -> None:
-    base, tuned = Score(1.0, 5.0), Score(2.0, 1.0)
+    base, tuned = Costs(1.0, 5.0), Costs(2.0, 1.0)
     points = {0.1: (1.8, 1.0), 0.2: (1.4, 1.19), 0.3: (1.2, 1.21), 0.4: (1.5, 1.3)}
-    trials = [Trial(directions(rank), Score(*point)) for rank, point in points.items()]
+    trials = [Trial(directions(rank), Costs(*point)) for rank, point in points.items()]
     best = recommend(trials, base, tuned, 0.05)  # the limit is 1 + 0.05 * 4 = 1.2
     assert best is trials[1] and recommend(trials, base, tuned, 0.0) is trials[0]
-    assert recommend([Trial(directions(0.5), Score(2.0, 1.0))], base, tuned, 0.05) is None
+    assert recommend([Trial(directions(0.5), Costs(2.0, 1.0))], base, tuned, 0.05) is None
     assert front(trials) == [trials[2], trials[1], trials[0]]
 
 

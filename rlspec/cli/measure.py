@@ -87,10 +87,12 @@ def command(
     if alarm is not None and not scoring:
         raise OptionError(f"alarm={alarm!r}: no such score; evaluate= or texts= gives scores")
     if scoring:  # told before the work
-        from rlspec.jobs.series.scores import check_command
+        from rlspec.jobs.series.scores import MARKER
+        from rlspec.tasks.commands import check_command
         from rlspec.train.texts import read_texts
 
-        check_command(evaluate)
+        if evaluate is not None:
+            check_command(evaluate, MARKER, "evaluate")
         if texts is not None:
             read_texts(texts)
     bar = Bar()

@@ -11,7 +11,7 @@ from pathlib import Path
 from rlspec.cli.flags import flag
 from rlspec.study.repair.candidates import Candidate
 from rlspec.study.repair.choice import Trial, difference_interval, front, share_won_back
-from rlspec.study.repair.scores import Score
+from rlspec.study.repair.scores import Costs
 from rlspec.study.repair.search import Found
 
 
@@ -85,7 +85,7 @@ def _named(trial: Trial) -> str:
     return told(trial.candidate) + (" (control)" if trial.candidate.is_control else "")
 
 
-def _line(name: str, score: Score, found: Found) -> str:
+def _line(name: str, score: Costs, found: Found) -> str:
     share = share_won_back(score, found.base, found.tuned)
     won = "" if share is None else f"{100 * share:.0f} %"
     return f"{score.general:9.4f} {won:>9} {score.task:9.4f}   {name}"

@@ -141,13 +141,14 @@ class SpectralCallback(TrainerCallback):
         model: nn.Module = kwargs["model"]
         self.pace.begin()
         step = state.global_step
-        if (
-            self._together(model, lambda: self._open(model, args, step), once=True)
-            and self._together(model, lambda: self._find_reference(model, step), once=True)
-            and self._together(model, lambda: self._begin(model), once=True)
-            and self._together(model, self._begin_scores, once=True)
-            and step == 0
-        ):
+        with self.pace.spending(once=True):
+            ready = (
+                self._together(model, lambda: self._open(model, args, step))
+                and self._together(model, lambda: self._find_reference(model, step))
+                and self._together(model, lambda: self._begin(model))
+                and self._together(model, self._begin_scores)
+            )
+        if ready and step == 0:
             self._measure(args, state, control, **kwargs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -174,14 +175,14 @@ class SpectralCallback(TrainerCallback):
         self._tracker = self._trainer = None  # the factors' memory, and a cycle
 
     # What they come to.
-    def _together(self, model: nn.Module, work: Callable[[], None], *, once: bool = False) -> bool:
+    def _together(self, model: nn.Module, work: Callable[[], None]) -> bool:
         """Do one thing in all processes; False: it failed in one, and the tracking ends in all.
 
         What talks to the other processes in ``work`` must fail in all alike, or in none.
         """
         failure = None
         try:
-            with undisturbed(model), self.pace.spending(once=once):
+            with undisturbed(model):
                 work()
         except GatherError:  # nobody knows where the others are
             raise
@@ -271,10 +272,12 @@ class SpectralCallback(TrainerCallback):
             return
         self._due = False
         records: list[SpectralRecord] = []
-        if self._together(
-            model, lambda: records.append(tracker.measure(model, step=state.global_step, stage=_STAGE))
-        ):
-            self._together(model, lambda: self._keep(records[0], args, control, **kwargs), once=True)
+        # One event for the budget: the next one will take as long with its scores.
+        with self.pace.spending():
+            if self._together(
+                model, lambda: records.append(tracker.measure(model, step=state.global_step, stage=_STAGE))
+            ):
+                self._together(model, lambda: self._keep(records[0], args, control, **kwargs))
 
     def _keep(self, record: SpectralRecord, args: Any, control: Any, **kwargs: Any) -> None:
         if self._folder is not None and self._processes.number == 0:

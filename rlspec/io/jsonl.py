@@ -67,14 +67,30 @@ def read_rows(path: Path, error: type[RlspecError] = RunFolderError) -> list[Row
     return [row for _, row in numbered_rows(path, error)]
 
 
-def numbered_rows(path: Path, error: type[RlspecError] = RunFolderError) -> Iterator[tuple[int, Row]]:
-    """Line numbers from 1 and rows of ``path``, none if it is missing. Empty lines and a cut-off last one are skipped.
+def numbered_rows(
+    path: Path, error: type[RlspecError] = RunFolderError, *, foreign: bool = False
+) -> Iterator[tuple[int, Row]]:
+    """Line numbers from 1 and rows of ``path``, as :func:`numbered_values` reads them.
+
+    Raises:
+        RlspecError: as there, or a line is not a JSON object.
+    """
+    for number, value in numbered_values(path, error, foreign=foreign):
+        if not isinstance(value, dict):
+            raise error(f"{path}, line {number}: a row must be a JSON object")
+        yield number, value
+
+
+def numbered_values(path: Path, error: type[RlspecError], *, foreign: bool) -> Iterator[tuple[int, Any]]:
+    """Line numbers from 1 and JSON values of ``path``, none if it is missing. Empty lines are skipped.
 
     Args:
         error: what is raised.
+        foreign: somebody else's file, whose last line counts without a newline; of our own files it is one that was
+            cut off, and is skipped.
 
     Raises:
-        RlspecError: The file cannot be read, or a whole line is not a JSON object; the message names file and line.
+        RlspecError: The file cannot be read, or a line is not JSON; the message names file and line.
     """
     try:
         lines = path.read_bytes().split(b"\n")
@@ -82,16 +98,14 @@ def numbered_rows(path: Path, error: type[RlspecError] = RunFolderError) -> Iter
         return
     except OSError as problem:
         raise error(f"{path}: cannot be read: {problem.strerror or problem}") from None
-    for number, line in enumerate(lines[:-1], start=1):
+    for number, line in enumerate(lines if foreign else lines[:-1], start=1):
         if not line.strip():
             continue
         try:
-            row = json.loads(line.decode())
+            value = json.loads(line.decode())
         except (ValueError, RecursionError) as problem:
             raise error(f"{path}, line {number}: not JSON ({problem})") from None
-        if not isinstance(row, dict):
-            raise error(f"{path}, line {number}: a row must be a JSON object")
-        yield number, row
+        yield number, value
 
 
 def keep_rows(path: Path, wanted: Callable[[Row], bool]) -> int:

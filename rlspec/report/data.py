@@ -18,7 +18,6 @@ from rlspec.errors import RunFolderError
 from rlspec.io.jsonl import Row, numbered_rows
 from rlspec.run.branches import tree_of
 from rlspec.run.segments import Event, Segment, event_of
-from rlspec.tasks.stats import spearman as spearman
 
 # The columns that the page reads.
 _TEXTS = ("stage", "segment", "parent_segment", "module", "note", "ood_shift")

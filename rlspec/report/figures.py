@@ -14,11 +14,8 @@ from rlspec.report.chart import WIDTH, Chart
 from rlspec.report.html import charts_of
 from rlspec.report.pages import rendered
 
-_ROW, _LETTER, _MARK = (
-    20,
-    6.6,
-    30,
-)  # height of a line of the legend; widths of a letter and of what stands before a text
+# Height of a line of the legend; widths of a letter and of what stands before a text.
+_ROW, _LETTER, _MARK = 20, 6.6, 30
 
 
 @dataclass(frozen=True)

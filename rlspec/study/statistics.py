@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from rlspec.report.data import spearman
+from rlspec.tasks.stats import spearman
 
 T = TypeVar("T")
 Interval = tuple[float, float]

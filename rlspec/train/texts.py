@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from rlspec.errors import OptionError
+from rlspec.io.jsonl import numbered_values
 from rlspec.train.limits import position_limit
 from rlspec.train.modes import evaluation_mode
 
@@ -28,14 +28,7 @@ def read_texts(path: str | Path) -> list[str]:
     if not path.is_file():
         raise OptionError(f"texts={str(path)!r}: no such file")
     texts = []
-    # Unlike our own files this one may end without a newline.
-    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except (ValueError, RecursionError) as problem:
-            raise OptionError(f"{path}, line {number}: not JSON ({problem})") from None
+    for number, row in numbered_values(path, OptionError, foreign=True):
         if not isinstance(row, dict) or not isinstance(row.get("text"), str):
             raise OptionError(f'{path}, line {number}: no text, wanted {{"text": "..."}}')
         texts.append(row["text"])

@@ -5,7 +5,6 @@ Run by tests/test_op_delta_matmul.py in a process with TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -14,7 +13,15 @@ from unittest import mock
 import op_cases
 import pytest
 import torch
-from interpreter_toys import HALO, far_apart, in_halo, results_in_halo, shuffle_programs, whole_buffer
+from interpreter_toys import (
+    HALO,
+    far_apart,
+    in_halo,
+    results_in_halo,
+    shuffle_programs,
+    whole_buffer,
+    with_fault,
+)
 from op_cases import Case
 from torch import Tensor
 from triton.runtime.interpreter import GridExecutor
@@ -187,15 +194,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught(fault: str, tmp_path: Path) -> None:
-    source = Path(kernel.__file__ or "").read_text()
-    right, wrong = FAULTS[fault]
-    assert source.count(right) == 1, right
-    path = tmp_path / "faulty.py"
-    path.write_text(source.replace(right, wrong))
-    spec = importlib.util.spec_from_file_location("faulty", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = with_fault(kernel, *FAULTS[fault], tmp_path)
     with results_in_halo(), pytest.raises(AssertionError):  # a wrong number, not an exception of another kind
         for gate in GATES:
             gate(module)

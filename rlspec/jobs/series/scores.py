@@ -5,9 +5,7 @@ They lie beside the spectra, in ``scores.jsonl``: one row per checkpoint and sco
 
 from __future__ import annotations
 
-import json
 import shlex
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -22,9 +20,11 @@ from rlspec.io.jsonl import Row, read_rows, write_rows
 from rlspec.jobs.loading import load_model, load_tokenizer
 from rlspec.jobs.series.result import Series
 from rlspec.tasks.alarm import Fall, standing_fall
+from rlspec.tasks.commands import check_command, last_json, run, words_for
 from rlspec.tasks.scores import Score, read_scores
 from rlspec.train.texts import read_texts, text_losses
 
+MARKER = "{checkpoint}"
 BASE = "base"
 TEXT_LOSS, FORGETTING = "text_loss", "forgetting"
 
@@ -56,10 +56,8 @@ def score_series(
         OptionError: no texts, a command without ``{checkpoint}``, or one that fails or prints no scores.
         CheckpointError: transformers cannot load a checkpoint, or the rows cannot be written.
     """
-    if evaluate is not None and "{checkpoint}" not in evaluate:
-        raise OptionError(
-            f"evaluate={evaluate!r}: no {{checkpoint}} in it, which stands for the path to score"
-        )
+    if evaluate is not None:
+        check_command(evaluate, MARKER, "evaluate")
     found = None if texts is None else read_texts(texts)
     known = read_json_object(Path(out) / "measure.json")["checkpoints"]
     table = _Scores(Path(out) / "scores.jsonl")
@@ -89,24 +87,6 @@ def score_series(
     return [row for label in labels for row in table.rows if row["checkpoint"] == label]
 
 
-def check_command(evaluate: str | None) -> None:
-    """Refuse a command that does not say where the checkpoint's path goes, or whose quotes do not match.
-
-    Raises:
-        OptionError: so it is.
-    """
-    if evaluate is None:
-        return
-    try:
-        words = shlex.split(evaluate)
-    except ValueError as error:
-        raise OptionError(f"evaluate={evaluate!r}: {error}") from None
-    if not any("{checkpoint}" in word for word in words):
-        raise OptionError(
-            f"evaluate={evaluate!r}: no {{checkpoint}} in it, which stands for the path to score"
-        )
-
-
 def find_fall(rows: Sequence[Row], name: str) -> tuple[Fall, str] | None:
     """The first fall of a score from a peak not reached again, in the order of the rows, and that peak's checkpoint.
 
@@ -133,22 +113,17 @@ def run_command(command: str, checkpoint: Path) -> dict[str, Score]:
     Raises:
         OptionError: it cannot be run, fails, or prints no scores; the message names it.
     """
-    words = [word.replace("{checkpoint}", str(checkpoint)) for word in shlex.split(command)]
-    told = shlex.join(words)
-    try:
-        done = subprocess.run(words, capture_output=True, text=True, check=False)
-    except OSError as error:
-        raise OptionError(f"evaluate: {told}: cannot be run: {error.strerror or error}") from None
+    words = words_for(command, MARKER, checkpoint)
+    told = f"evaluate: {shlex.join(words)}"
+    done = run(words, told, quiet=True)
     if done.returncode != 0:
         last = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
-        raise OptionError(f"evaluate: {told}: ended with code {done.returncode}: {last}")
-    for line in reversed(done.stdout.splitlines()):
-        try:
-            given = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        return read_scores(given, f"evaluate: {told}")
-    raise OptionError(f'evaluate: {told}: printed no line of JSON, wanted one such as {{"ood": 0.5}}')
+        raise OptionError(f"{told}: ended with code {done.returncode}: {last}")
+    try:
+        given = last_json(done.stdout)
+    except LookupError:
+        raise OptionError(f'{told}: printed no line of JSON, wanted one such as {{"ood": 0.5}}') from None
+    return read_scores(given, told)
 
 
 def _losses(place: Path, base: Path, texts: Sequence[str], device: torch.device | str) -> list[float]:

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from rlspec.report.chart import Series, line_chart
-from rlspec.report.data import spearman
 from rlspec.study.findings.recovery import LEAST_LOSS, Recovery, crossing, recoveries, resampled, shares
 from rlspec.study.findings.section import Row, Section, between, pooled
 from rlspec.study.statistics import auc, auc_interval, interval, spearman_interval
+from rlspec.tasks.stats import spearman
 
 #: What is known when RL starts -> in words. The last three are of the weights' spectra.
 PREDICTORS = {

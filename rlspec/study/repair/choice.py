@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from rlspec.study.repair.candidates import Candidate
-from rlspec.study.repair.scores import Score, Sums
+from rlspec.study.repair.scores import Costs, Sums
 
 _DRAWS = 2000
 
@@ -16,15 +16,15 @@ _DRAWS = 2000
 @dataclass(frozen=True)
 class Trial:
     candidate: Candidate
-    score: Score
+    score: Costs
 
 
-def most_task(base: Score, tuned: Score, tolerance: float) -> float:
+def most_task(base: Costs, tuned: Costs, tolerance: float) -> float:
     """The largest task cost that the rule accepts: the tuned one's and a share of what tuning gained."""
     return tuned.task + tolerance * abs(base.task - tuned.task)
 
 
-def recommend(trials: Sequence[Trial], base: Score, tuned: Score, tolerance: float) -> Trial | None:
+def recommend(trials: Sequence[Trial], base: Costs, tuned: Costs, tolerance: float) -> Trial | None:
     """The trial of least general cost among those within the tolerance; None where none is below the tuned one's.
 
     The first of equals, so that the answer does not depend on how a search was interrupted.
@@ -43,7 +43,7 @@ def front(trials: Sequence[Trial]) -> list[Trial]:
     return found
 
 
-def share_won_back(score: Score, base: Score, tuned: Score) -> float | None:
+def share_won_back(score: Costs, base: Costs, tuned: Costs) -> float | None:
     """Of the general score that tuning lost; None where it lost none."""
     lost = tuned.general - base.general
     return (tuned.general - score.general) / lost if lost > 0 else None

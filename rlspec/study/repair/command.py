@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import shutil
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,7 +12,10 @@ from rlspec.errors import CheckpointError, OptionError
 from rlspec.restore.checkpoint import Target, run_plan
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import plan_restore
-from rlspec.study.repair.scores import Score
+from rlspec.study.repair.scores import Costs
+from rlspec.tasks.commands import check_command, last_json, run, words_for
+
+_MARKER = "{model}"
 
 
 class CommandScores:
@@ -46,8 +47,8 @@ class CommandScores:
         cache_dir: Path | None = None,
     ) -> None:
         for name, given in (("eval", command), ("confirm_eval", confirm)):
-            if given is not None and "{model}" not in given:
-                raise OptionError(f"{name}={given!r} has no {{model}}, where the checkpoint's folder goes")
+            if given is not None:
+                check_command(given, _MARKER, name)
         self._base, self._tuned, self._cache = base, tuned, cache_dir
         self._commands = {False: command, True: confirm}
         self._names = {"win_back": list(win_back), "keep": list(keep)}
@@ -56,13 +57,13 @@ class CommandScores:
         self.can_confirm, self.can_randomise = confirm is not None, False
         self.identity = f"command {json.dumps([self._commands[False], confirm, self._names, self._sign])}"
 
-    def base(self, *, confirm: bool = False) -> Score:
+    def base(self, *, confirm: bool = False) -> Costs:
         return self._score(self._base, confirm)
 
-    def tuned(self, *, confirm: bool = False) -> Score:
+    def tuned(self, *, confirm: bool = False) -> Costs:
         return self._score(self._tuned, confirm)
 
-    def restored(self, options: RestoreOptions, *, confirm: bool = False) -> Score:
+    def restored(self, options: RestoreOptions, *, confirm: bool = False) -> Costs:
         plan = plan_restore(self._base, self._tuned, options)
         self._remove()
         try:
@@ -71,7 +72,7 @@ class CommandScores:
         finally:
             self._remove()
 
-    def randomised(self, options: RestoreOptions) -> Score:
+    def randomised(self, options: RestoreOptions) -> Costs:
         raise OptionError("random controls are for losses in memory")
 
     def _remove(self) -> None:
@@ -82,34 +83,22 @@ class CommandScores:
         except OSError as error:
             raise CheckpointError(f"{self._place}: cannot be removed: {error.strerror or error}") from None
 
-    def _score(self, model: Path, confirm: bool) -> Score:
+    def _score(self, model: Path, confirm: bool) -> Costs:
         command = self._commands[confirm]
         assert command is not None
-        words = [word.replace("{model}", str(model)) for word in shlex.split(command)]
-        try:
-            ran = subprocess.run(words, stdout=subprocess.PIPE, text=True, errors="replace", check=False)
-        except OSError as error:
-            raise OptionError(f"eval: {command!r} cannot be run: {error.strerror or error}") from None
+        ran = run(words_for(command, _MARKER, model), f"eval: {command!r}", quiet=False)
         if ran.returncode != 0:
             raise OptionError(f"eval: {command!r} ended with exit code {ran.returncode} on {model}")
-        found = _last_object(ran.stdout)
-        if found is None:
-            raise OptionError(f"eval: {command!r} printed no line that is a JSON object; wanted named scores")
+        try:
+            found = last_json(ran.stdout, dict)
+        except LookupError:
+            raise OptionError(
+                f"eval: {command!r} printed no line that is a JSON object; wanted named scores"
+            ) from None
         general, task = (
             self._sign * _mean(found, names, command, kind) for kind, names in self._names.items()
         )
-        return Score(general, task)
-
-
-def _last_object(text: str) -> dict[str, object] | None:
-    for line in reversed(text.splitlines()):
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, dict):
-            return found
-    return None
+        return Costs(general, task)
 
 
 def _mean(found: dict[str, object], names: Sequence[str], command: str, kind: str) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 from rlspec.errors import CheckpointError, OptionError
 from rlspec.io.files import write_error
 from rlspec.io.jsonl import append_rows, read_rows, repair
-from rlspec.study.repair.scores import Score, as_row, from_row
+from rlspec.study.repair.scores import Costs, as_row, from_row
 
 
 class Ledger:
@@ -22,7 +22,7 @@ class Ledger:
 
     def __init__(self, folder: Path, identity: str) -> None:
         self._path = folder / "ledger.jsonl"
-        self._rows: list[tuple[dict[str, Any], Score]] = []
+        self._rows: list[tuple[dict[str, Any], Costs]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
             repair(self._path)
@@ -41,7 +41,7 @@ class Ledger:
 
     resumed = 0
 
-    def score(self, of: dict[str, Any], compute: Callable[[], Score]) -> Score:
+    def score(self, of: dict[str, Any], compute: Callable[[], Costs]) -> Costs:
         """The score noted, or the one computed now, noted before it is returned."""
         for known, score in self._rows:
             if known == of:

@@ -21,7 +21,7 @@ from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import plan_restore
 from rlspec.restore.tensors import generator, restore_stored
-from rlspec.study.repair.scores import Score, Sums
+from rlspec.study.repair.scores import Costs, Sums
 from rlspec.study.repair.texts import halves, read_traces
 from rlspec.train.encode import pad_id
 from rlspec.train.forward import answer_logits, answer_tokens, forward_passes
@@ -79,21 +79,21 @@ class LossScores:
         self._model: Any = load_model(self._tuned, self._device)
         self._pad = pad_id(self._model, tokenizer)
 
-    def base(self, *, confirm: bool = False) -> Score:
+    def base(self, *, confirm: bool = False) -> Costs:
         names = [name for name, _ in self._model.named_parameters()]
         # Loaded as the tuned one was: what a checkpoint leaves out (a tied head) transformers fills in.
         there = dict(load_model(self._base, torch.device("cpu")).named_parameters())
         with self._holding({name: there[name].data for name in names}):
             return self._score(confirm)
 
-    def tuned(self, *, confirm: bool = False) -> Score:
+    def tuned(self, *, confirm: bool = False) -> Costs:
         return self._score(confirm)
 
-    def restored(self, options: RestoreOptions, *, confirm: bool = False) -> Score:
+    def restored(self, options: RestoreOptions, *, confirm: bool = False) -> Costs:
         with self._holding(self.weights(options)):
             return self._score(confirm)
 
-    def randomised(self, options: RestoreOptions) -> Score:
+    def randomised(self, options: RestoreOptions) -> Costs:
         with self._holding(self.random_weights(options)):
             return self._score(False)
 
@@ -142,9 +142,9 @@ class LossScores:
             for name, weight in before.items():
                 held[name].data.copy_(weight)
 
-    def _score(self, confirm: bool) -> Score:
+    def _score(self, confirm: bool) -> Costs:
         details = {name: self._losses(traces) for name, traces in self._traces[confirm].items()}
-        return Score(mean(details["general"]), mean(details["task"]), details)
+        return Costs(mean(details["general"]), mean(details["task"]), details)
 
     @torch.no_grad()
     def _losses(self, traces: Sequence[Trace]) -> Sums:

@@ -12,7 +12,7 @@ Sums = list[tuple[float, int]]
 
 
 @dataclass(frozen=True)
-class Score:
+class Costs:
     """``general`` is to be won back, ``task`` to be kept; less is better for both. ``details`` are of each text,
     where there are texts: {"general": ..., "task": ...} of `Sums`."""
 
@@ -30,20 +30,20 @@ class Scores(Protocol):
     def can_confirm(self) -> bool: ...
     @property
     def can_randomise(self) -> bool: ...
-    def base(self, *, confirm: bool = False) -> Score: ...
-    def tuned(self, *, confirm: bool = False) -> Score: ...
-    def restored(self, options: RestoreOptions, *, confirm: bool = False) -> Score: ...
-    def randomised(self, options: RestoreOptions) -> Score:
+    def base(self, *, confirm: bool = False) -> Costs: ...
+    def tuned(self, *, confirm: bool = False) -> Costs: ...
+    def restored(self, options: RestoreOptions, *, confirm: bool = False) -> Costs: ...
+    def randomised(self, options: RestoreOptions) -> Costs:
         """Of the tuned model, moved as far as a restoration moves each tensor, in random directions."""
         ...
 
 
-def as_row(score: Score) -> dict[str, Any]:
+def as_row(score: Costs) -> dict[str, Any]:
     return vars(score)
 
 
-def from_row(row: dict[str, Any]) -> Score:
+def from_row(row: dict[str, Any]) -> Costs:
     details = row["details"]
     if details is not None:
         details = {name: [(float(a), int(b)) for a, b in sums] for name, sums in details.items()}
-    return Score(row["general"], row["task"], details)
+    return Costs(row["general"], row["task"], details)

@@ -15,7 +15,7 @@ from rlspec.restore.plan import plan_restore
 from rlspec.study.repair.candidates import Candidate, around, closer, coarse, new
 from rlspec.study.repair.choice import Trial, recommend
 from rlspec.study.repair.ledger import Ledger
-from rlspec.study.repair.scores import Score, Scores
+from rlspec.study.repair.scores import Costs, Scores
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,12 @@ class Found:
     ``passed_over`` tells of candidates that the checkpoints cannot have, and why.
     """
 
-    base: Score
-    tuned: Score
+    base: Costs
+    tuned: Costs
     trials: tuple[Trial, ...]
     recommended: Trial | None
-    random: Score | None
-    confirmed: dict[str, Score] | None
+    random: Costs | None
+    confirmed: dict[str, Costs] | None
     passed_over: tuple[tuple[Candidate, str], ...]
     resumed: int
     tolerance: float
@@ -96,7 +96,7 @@ def search(
         of = {"model": "random", **_plain(best.candidate)}
         random = ledger.score(of, partial(scores.randomised, best.candidate.options))
     if best is not None and scores.can_confirm:
-        parts: dict[str, tuple[dict[str, Any], Callable[[], Score]]] = {
+        parts: dict[str, tuple[dict[str, Any], Callable[[], Costs]]] = {
             "base": ({"confirm": "base"}, lambda: scores.base(confirm=True)),
             "tuned": ({"confirm": "tuned"}, lambda: scores.tuned(confirm=True)),
             "recommended": (

@@ -25,7 +25,7 @@ def read_traces(path: Path, tokenizer: Any) -> list[Trace]:
     if not path.is_file():
         raise OptionError(f"{path}: no such file; wanted rows of JSON with a text, or a prompt and an answer")
     traces = []
-    for number, row in numbered_rows(path, OptionError):
+    for number, row in numbered_rows(path, OptionError, foreign=True):
         trace = _trace(row, tokenizer)
         if trace is None:
             raise OptionError(
