@@ -150,14 +150,11 @@ class CheckpointWriter:
             if future.done():
                 future.result()
 
-    def commit(self) -> Path:
-        """Finish all shards, add the other files and the index, and give the folder its name.
-
-        Returns:
-            The folder.
+    def finish_shards(self) -> None:
+        """Wait until all shards are on the disk, where they stay for a resumed run if this one gets no further.
 
         Raises:
-            CheckpointError: the disk fails. What is complete stays for a resumed run.
+            CheckpointError: the disk fails. What is complete stays.
             ValueError: a changed tensor was not put.
         """
         missing = [name for name in self.pending if not self._by_name[name].has(name)]
@@ -165,6 +162,17 @@ class CheckpointWriter:
             raise ValueError(f"{len(missing)} tensors were not put, the first is {missing[0]!r}")
         for future in list(self._copied):
             future.result()
+
+    def commit(self) -> Path:
+        """Finish all shards, add the other files and the index, and give the folder its name.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError, ValueError: as `finish_shards`.
+        """
+        self.finish_shards()
         self._thread.shutdown()
         for place, path in self._companions.items():
             target = self._staging.checkpoint / place

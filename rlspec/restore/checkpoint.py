@@ -7,18 +7,15 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from torch import Tensor
-
 from rlspec.errors import CheckpointError, TensorError, check_type
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import RankLike
-from rlspec.restore.codes import StoredWeights, restore_codes
 from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, streamed_by_rows
 from rlspec.restore.options import Dtype, RestoreOptions, Rounding
 from rlspec.restore.plan import Plan, Step, plan_restore
@@ -27,13 +24,11 @@ from rlspec.restore.target import Target
 from rlspec.restore.tensors import (
     Block,
     Changes,
-    NotFiniteError,
     aligned,
-    converted,
     restore_rows,
-    restore_stored,
     unchanged,
 )
+from rlspec.restore.whole import file_named, restore_whole
 
 if TYPE_CHECKING:
     from rlspec.io.writer import CheckpointWriter
@@ -186,6 +181,7 @@ def _fill(
         writer.close(keep=False)
         raise
     on_commit()
+    writer.finish_shards()
     target.refuse_losses()  # once more: hours may have passed
     writer.commit()
     return done, len(earlier)
@@ -210,69 +206,26 @@ def _carry_out(
     journal: Journal,
 ) -> Iterator[tuple[Step, list[MatrixReport]]]:
     """Do the steps in order; tensors that need not be held whole go through row by row."""
-    there, here = StoredWeights(plan.base), StoredWeights(plan.like)
     for by_rows, group in groupby(pending, lambda step: streamed_by_rows(step, plan)):
         steps = list(group)
         if by_rows:
             for step in steps:
-                with _file_named(plan, step):
+                with file_named(plan, step):
                     rows = _by_rows(plan, step, writer, memory)
                 journal.append(rows)
                 yield step, rows
             continue
-        for name, base, tuned in _pairs(plan, [step.name for step in steps], pool_bytes(plan, memory)):
-            step = plan.steps[name]
-            with _file_named(plan, step):
-                scale = None
-                if step.action == "merge":
-                    out, rows = converted(name, tuned, step.dtype or tuned.dtype, plan.options), []
-                elif step.dequantised:
-                    sides = (there.side(name, base), here.side(name, tuned))
-                    out, scale, rows = restore_codes(step, *sides, plan.options, cache_dir)
-                    del sides
-                else:
-                    out, rows = restore_stored(step, base, tuned, plan.options, cache_dir)
-            del base, tuned  # their buffers go back to the reader before the next pair is asked for
-            journal.append(rows)
+        for step, restored in restore_whole(plan, steps, memory, cache_dir):
+            journal.append(restored.rows)
             for written in _pending(plan, step, writer):
-                writer.put(written, out if scale is None or written != step.scale else scale)
-            yield step, rows
+                scale = restored.scale if written == step.scale else None
+                writer.put(written, restored.weight if scale is None else scale)
+            yield step, restored.rows
 
 
 def _pending(plan: Plan, step: Step, writer: CheckpointWriter) -> list[str]:
     """The tensors to be written with what a step gives; an earlier call may have finished some."""
     return [name for name in plan.written_by(step) if name in writer.pending]
-
-
-@contextmanager
-def _file_named(plan: Plan, step: Step) -> Iterator[None]:
-    """Say in which file the tensor lies that an error is about."""
-    try:
-        yield
-    except TensorError as error:
-        file = step.entry.shard if plan.adapter is None else plan.adapter.index.path
-        if isinstance(error, NotFiniteError) and error.side == "base":
-            file = plan.base.tensors[step.name].shard
-        raise TensorError(f"{file}: {error}") from None
-
-
-def _pairs(plan: Plan, names: list[str], memory: int) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """(name, base, tuned) in the order asked for; an adapter's tuned tensors are formed from the base's."""
-    from rlspec.io.stream import TensorStream, read_tensor, stream_pairs
-
-    if plan.adapter is None:
-        yield from stream_pairs(plan.base, plan.like, names, memory_bytes=memory)
-        return
-    with TensorStream(plan.base, names, memory_bytes=memory) as stream:
-        for streamed in stream:
-            name = streamed.entry.name
-            base = streamed.tensor
-            saved = plan.adapter.saved(name)
-            rows = base if saved is None else read_tensor(plan.adapter.index, saved)
-            tuned = plan.adapter.add_update(name, 0, rows)
-            del streamed, rows
-            yield name, base, tuned
-            del base, tuned
 
 
 def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> list[MatrixReport]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable
 from math import prod
@@ -13,6 +14,7 @@ import torch
 from rlspec.errors import OptionError, check_type
 from rlspec.io.index import TensorEntry
 from rlspec.linalg.dense import eigh
+from rlspec.linalg.workers import is_small
 from rlspec.restore.plan import Plan, Step
 from rlspec.restore.tensors import BLOCK_ENTRIES
 
@@ -27,6 +29,8 @@ _DEQUANTISED_BYTES = 12
 _BLOCK_COPIES = 10
 # Row streams and pools get at least this.
 _SMALLEST_POOL = 1 << 26
+# What buffers take beyond their tensors.
+_SLACK = 1 << 24
 
 
 def streamed_by_rows(step: Step, plan: Plan) -> bool:
@@ -50,10 +54,40 @@ def working_bytes(step: Step, plan: Plan) -> int:
     return whole + max(int(8 * (_MATRIX_COPIES * m * n + _GRAM_COPIES * min(m, n) ** 2)) for m, n in shapes)
 
 
+def entries_at_once(step: Step, plan: Plan) -> int:
+    """Entries of the largest matrix that this process computes with for a step; see ``linalg.workers``."""
+    if torch.device(plan.options.device).type != "cpu":
+        return sys.maxsize  # one after the other
+    return max((m * n for _, (m, n) in step.matrices()), default=prod(step.entry.shape))
+
+
+def side_by_side(plan: Plan, memory: int) -> int:
+    """How many steps of small matrices, held whole, are worked on at once: one at least, and what the bound allows."""
+    work, pair = _small_step(plan)
+    room = memory - _smallest_pool(plan) - 2 * pair - _SLACK
+    return max(1, min(torch.get_num_threads(), room // (work + pair))) if pair else 1
+
+
 def pool_bytes(plan: Plan, memory: int) -> int:
     """What the reader may hold: all that the largest computation leaves, up to four of the largest pairs."""
-    work = max((working_bytes(step, plan) for step in _steps(plan)), default=0)
-    return max(_smallest_pool(plan), min(memory - work, 2 * _smallest_pool(plan)))
+    work, pair = _small_step(plan)
+    most = side_by_side(plan, memory)
+    largest = max((working_bytes(step, plan) for step in _steps(plan)), default=0)
+    # Of small pairs there is one in each worker, one that waits and one that is being read.
+    needed = max(_smallest_pool(plan), (most + 2) * pair + _SLACK)
+    return max(needed, min(memory - max(largest, most * work), 2 * needed))
+
+
+def _small_step(plan: Plan) -> tuple[int, int]:
+    """Of the steps that run side by side, the most that one computes with, and the largest pair."""
+    small = [
+        step
+        for step in _steps(plan)
+        if not streamed_by_rows(step, plan) and is_small(entries_at_once(step, plan))
+    ]
+    return max((working_bytes(step, plan) for step in small), default=0), max(
+        (_pair(plan, step) for step in small), default=0
+    )
 
 
 def memory_bytes(memory_gib: float) -> int:
@@ -88,7 +122,7 @@ def _smallest_pool(plan: Plan) -> int:
     """Two of the largest pairs that are held whole: one in use, one being read."""
     whole = [step for step in _steps(plan) if not streamed_by_rows(step, plan)]
     largest = max((_pair(plan, step) for step in whole), default=0)
-    return max(_SMALLEST_POOL, 2 * largest + (1 << 24))
+    return max(_SMALLEST_POOL, 2 * largest + _SLACK)
 
 
 def _pair(plan: Plan, step: Step) -> int:

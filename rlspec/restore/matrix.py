@@ -7,6 +7,7 @@ bit.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from numbers import Real
 from types import NoneType
@@ -20,6 +21,7 @@ from rlspec.io.projections import check_finite
 from rlspec.linalg.factor import reference_factors
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
+from rlspec.linalg.workers import threads_for
 from rlspec.ops.draws import Draws
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.change import Change, restoring_change
@@ -109,6 +111,25 @@ def restore_matrix(
     target = dtype if dtype is not None else W_tuned.dtype
     if not target.is_floating_point:
         raise OptionError(f"dtype {target} is not a floating one")
+    arguments = (Rank.parse(rank), mode, band, strength, target, rounding, basis, exact, generator)
+    # As where several are restored side by side, so that the bits are the same.
+    with threads_for(W_tuned.numel() if W_tuned.device.type == "cpu" else sys.maxsize):
+        return _restored(W_base, W_tuned, *arguments)
+
+
+def _restored(
+    W_base: Tensor,
+    W_tuned: Tensor,
+    rank: Rank,
+    mode: Mode,
+    band: tuple[int, int] | None,
+    strength: float,
+    target: torch.dtype,
+    rounding: Rounding,
+    basis: MatrixBasis | None,
+    exact: bool,
+    generator: torch.Generator | None,
+) -> RestoreResult:
     note = None
     if mode in ("copy", "interpolate"):
         k = min(W_tuned.shape)
@@ -117,9 +138,9 @@ def restore_matrix(
         base = (
             basis
             if basis is not None
-            else matrix_basis("base", W_base.cpu(), reference_factors(W_base.cpu()), Rank.parse(rank))
+            else matrix_basis("base", W_base.cpu(), reference_factors(W_base.cpu()), rank)
         )
-        start, stop = _indices(Rank.parse(rank).resolve(base.S), base.S.shape[0], mode, band)
+        start, stop = _indices(rank.resolve(base.S), base.S.shape[0], mode, band)
         numerical = base.numerical_rank
         if stop > numerical and mode not in ("values", "directions_and_values"):
             note = f"the base has numerical rank {numerical}: of [{start}, {stop}) only what is below that is restored"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,8 +18,10 @@ from rlspec.io.requantised import ScaledCodes
 from rlspec.io.weights import find_tensor
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
-from rlspec.perturb.matrix import matrix_basis
+from rlspec.linalg.workers import in_order
+from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.codes import told_of_codes
+from rlspec.restore.matrix import RestoreResult
 from rlspec.restore.options import RestoreOptions, Rounding
 from rlspec.restore.report import MatrixReport
 from rlspec.restore.tensors import draws, restore_with
@@ -72,7 +76,7 @@ def restore_(
     held = ModuleTensors(model, {**dict(model.named_buffers()), **parameters})
     beside, block = companions(held.tensors), block_size(module_config(model))
     places: dict[str, _Place] = {}
-    changes = []
+    todo = []
     for projection in basis.projections:
         if held.is_fsdp:
             raise TensorError(
@@ -82,23 +86,19 @@ def restore_(
         if found not in places:
             places[found] = _place(held, projection.tensor, found, beside.get(found, []), block)
         place = places[found]
-        reference = basis.matrix(projection.name)
-        tuned = projection.take(place.numbers).detach()
-        if tuple(tuned.shape) != reference.shape:
-            raise TensorError(
-                f"{projection.name}: {tuple(tuned.shape)} in the model, {reference.shape} in the basis"
-            )
-        if not options.elementwise and options.arguments(min(tuned.shape)) is None:
-            raise OptionError(f"part {part} lies past the {min(tuned.shape)} directions of {projection.name}")
-        factors = (reference.U, reference.S, reference.Vh)
-        own = matrix_basis(projection.name, reference.W, factors, rule)
-        settings = options if place.codes is None else replace(options, rounding="nearest")
-        try:
-            result = restore_with(own, projection.name, tuned, tuned.dtype, settings)
-        except TensorError as error:
-            raise TensorError(f"{projection.name}: {error}") from None
-        report = MatrixReport.of(projection, reference.shape, tuned.dtype, result)
-        changes.append((projection, place, result.weight, report))
+        shape, wanted = tuple(projection.take(place.numbers).shape), basis.matrix(projection.name).shape
+        if shape != wanted:
+            raise TensorError(f"{projection.name}: {shape} in the model, {wanted} in the basis")
+        if not options.elementwise and options.arguments(min(shape)) is None:
+            raise OptionError(f"part {part} lies past the {min(shape)} directions of {projection.name}")
+        todo.append((projection, place))
+    jobs = (
+        _job(projection, place, basis.matrix(projection.name), rule, options) for projection, place in todo
+    )
+    changes = []
+    for (projection, place), result in zip(todo, in_order(jobs, torch.get_num_threads()), strict=True):
+        shape, dtype = basis.matrix(projection.name).shape, place.numbers.dtype
+        changes.append((projection, place, result.weight, MatrixReport.of(projection, shape, dtype, result)))
     _refuse_two_for_one([(projection, place.stored) for projection, place, *_ in changes], basis)
     return tuple(_put_back(changes, options))
 
@@ -110,6 +110,24 @@ class _Place:
     stored: Tensor
     numbers: Tensor
     codes: ScaledCodes | None = None
+
+
+def _job(
+    projection: Projection, place: _Place, reference: MatrixBasis, rule: Rank, options: RestoreOptions
+) -> tuple[int, Callable[[], RestoreResult]]:
+    tuned = projection.take(place.numbers).detach()
+    settings = options if place.codes is None else replace(options, rounding="nearest")
+
+    def work() -> RestoreResult:
+        with pinned_arithmetic():
+            factors = (reference.U, reference.S, reference.Vh)
+            own = matrix_basis(projection.name, reference.W, factors, rule)
+            try:
+                return restore_with(own, projection.name, tuned, tuned.dtype, settings)
+            except TensorError as error:
+                raise TensorError(f"{projection.name}: {error}") from None
+
+    return tuned.numel() if tuned.device.type == "cpu" else sys.maxsize, work
 
 
 def _put_back(

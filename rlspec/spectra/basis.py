@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from rlspec.io.projections import Projection, check_finite, find_projections, la
 from rlspec.io.weights import WeightSource, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
+from rlspec.linalg.workers import in_order
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.spectra.cache import cached_factors
 
@@ -132,10 +133,14 @@ class SpectralBasis:
         if len(model.own) > 1:
             _LOG.warning(model.note)
         matrices, devices = [], {}
-        stream = weights.stream(weights.in_file_order(projections))
-        for done, (projection, found) in enumerate(stream, start=1):
-            devices[projection.name] = _place(device, found, source)
-            matrices.append(reference_matrix(projection.name, found, rule, cache_dir))
+
+        def placed() -> Iterator[tuple[Projection, Tensor]]:
+            for projection, found in weights.stream(weights.in_file_order(projections)):
+                devices[projection.name] = _place(device, found, source)
+                yield projection, found
+
+        for done, matrix in enumerate(reference_matrices(placed(), rule, cache_dir), start=1):
+            matrices.append(matrix)
             if progress is not None:
                 progress(done, len(projections))
         return cls(projections, matrices, rule, partly_found(projections, shapes), devices=devices)
@@ -158,17 +163,29 @@ class SpectralBasis:
         return len(self.projections)
 
 
-def reference_matrix(
-    name: str, weight: Tensor, rank: Rank, cache_dir: str | Path | None = None
-) -> MatrixBasis:
-    """Decompose one matrix (m, n), on any device; what is kept of it is a copy on the host.
+def reference_matrices(
+    weights: Iterable[tuple[Projection, Tensor]], rank: Rank, cache_dir: str | Path | None = None
+) -> Iterator[MatrixBasis]:
+    """Decompose matrices (m, n), on any device, small ones side by side; what is kept of them are copies on the host.
 
     Raises:
-        TensorError: it holds NaN or infinity.
+        TensorError: one holds NaN or infinity; names it.
     """
+    jobs = (_job(projection.name, weight, rank, cache_dir) for projection, weight in weights)
+    return in_order(jobs, torch.get_num_threads())
+
+
+def _job(
+    name: str, weight: Tensor, rank: Rank, cache_dir: str | Path | None
+) -> tuple[int, Callable[[], MatrixBasis]]:
     check_finite(name, weight)
-    weight = weight.cpu().contiguous().clone()
-    return matrix_basis(name, weight, cached_factors(weight, cache_dir), rank)
+    copy = weight.cpu().contiguous().clone()
+
+    @pinned_arithmetic()
+    def work() -> MatrixBasis:
+        return matrix_basis(name, copy, cached_factors(copy, cache_dir), rank)
+
+    return copy.numel(), work
 
 
 def _place(device: torch.device | str, weight: Tensor, source: WeightSource) -> torch.device:

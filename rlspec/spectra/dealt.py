@@ -20,8 +20,7 @@ from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.io.weights import CheckpointWeights, Weights, WeightSource, find_tensor, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
-from rlspec.perturb.matrix import MatrixBasis
-from rlspec.spectra.basis import SpectralBasis, reference_matrix
+from rlspec.spectra.basis import SpectralBasis, reference_matrices
 from rlspec.spectra.processes import GatherError, Processes, dealt, raise_failures, told
 from rlspec.spectra.table import Row
 from rlspec.spectra.tracker import STACK_ENTRIES, SpectralRecord, SpectralTracker
@@ -117,12 +116,9 @@ class DealtTracker:
         """Make the trackers of this process's stacks; what went wrong, None where nothing did."""
 
         def work(stack: _Stack, matrices: dict[str, Tensor]) -> None:
-            basis: list[MatrixBasis] = []
-            devices = {}
-            for projection in stack.projections:
-                weight = matrices.pop(projection.name)
-                devices[projection.name] = self._device or weight.device
-                basis.append(reference_matrix(projection.name, weight, self._rank, self._cache_dir))
+            devices = {p.name: self._device or matrices[p.name].device for p in stack.projections}
+            weights = ((p, matrices.pop(p.name)) for p in stack.projections)
+            basis = reference_matrices(weights, self._rank, self._cache_dir)
             reference = SpectralBasis(stack.projections, basis, self._rank, devices=devices)
             stack.tracker = SpectralTracker(reference, arrays=False, factors="host")
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Literal, get_args
 
 import torch
@@ -15,6 +17,7 @@ from rlspec.errors import OptionError, TensorError, check_type
 from rlspec.io.projections import Projection, check_finite
 from rlspec.io.weights import WeightSource, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
+from rlspec.linalg.workers import in_order
 from rlspec.perturb.delta import Delta, delta_between
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.reference import Reference, stack
@@ -29,9 +32,9 @@ Engine = Literal["delta", "exact"]
 Factors = Literal["auto", "device", "host"]
 _ENGINES = {"delta": measure_delta, "exact": measure_exact}
 
-# Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. On a CPU that keeps a stack of
-# small matrices inside the last-level cache; on a device it bounds working memory (a few dozen bytes per entry).
-STACK_ENTRIES, _DEVICE_STACK_ENTRIES = 4_000_000, 1 << 28
+# Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. On a CPU that keeps the stacks of
+# small matrices, one a thread, inside the caches; on a device it bounds working memory (a few dozen bytes per entry).
+STACK_ENTRIES, _DEVICE_STACK_ENTRIES = 1 << 20, 1 << 28
 
 
 @dataclass
@@ -133,30 +136,45 @@ class SpectralTracker:
         stream = open_weights(source).stream([p for group in self._groups for p in group.projections])
         record = SpectralRecord(stage=stage, step=step, rows=[])
         rows: dict[str, Row] = {}
-        for group in self._groups:
-            stacked = _stacked(stream, group)
-            pairs = list(zip(group.projections, group.matrices, strict=True))
-            if group.rank == 0:
-                rows.update({p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs})
-                continue
-            engine, reference = _ENGINES[self.engine], group.reference()
-            delta = delta_between(stacked, reference.W)
-            if stacked.is_cuda:
-                _check_sums(group, stacked, delta)
-            measurement = engine(reference, delta)
-            nulls = None
-            if null_draws > 0:
-                nulls = null_rotations(engine, reference, stacked, measurement, draws=null_draws)
-            measured = measured_rows(measurement, group.matrices, group.projections, stage=stage, step=step)
-            for i, (projection, matrix) in enumerate(pairs):
-                rows[projection.name] = measured[i]
-                if nulls is not None:
-                    put_nulls(measured[i], nulls, i)
-                if self.arrays:
-                    record.arrays.update(_arrays(measurement, i, matrix))
+        jobs = (self._job(group, _stacked(stream, group), step, stage, null_draws) for group in self._groups)
+        for measured, arrays in in_order(jobs, torch.get_num_threads()):
+            rows.update(measured)
+            record.arrays.update(arrays)
         record.rows = [rows[projection.name] for projection in self.basis.projections]
         record.seconds = time.perf_counter() - started
         return record
+
+    def _job(
+        self, group: _Group, stacked: Tensor, step: int, stage: str, null_draws: int
+    ) -> tuple[int, Callable[[], tuple[dict[str, Row], dict[str, Tensor]]]]:
+        """The measurement of one stack: its rows and arrays, by name."""
+        on_host = group.device.type == "cpu"
+        measure = partial(self._measured, group, stacked, step, stage, null_draws)
+        return group.matrices[0].W.numel() if on_host else sys.maxsize, measure
+
+    @pinned_arithmetic()
+    def _measured(
+        self, group: _Group, stacked: Tensor, step: int, stage: str, null_draws: int
+    ) -> tuple[dict[str, Row], dict[str, Tensor]]:
+        pairs = list(zip(group.projections, group.matrices, strict=True))
+        if group.rank == 0:
+            return {p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs}, {}
+        engine, reference = _ENGINES[self.engine], group.reference()
+        delta = delta_between(stacked, reference.W)
+        if stacked.is_cuda:
+            _check_sums(group, stacked, delta)
+        measurement = engine(reference, delta)
+        nulls = None
+        if null_draws > 0:
+            nulls = null_rotations(engine, reference, stacked, measurement, draws=null_draws)
+        rows = measured_rows(measurement, group.matrices, group.projections, stage=stage, step=step)
+        arrays: dict[str, Tensor] = {}
+        for i, (row, matrix) in enumerate(zip(rows, group.matrices, strict=True)):
+            if nulls is not None:
+                put_nulls(row, nulls, i)
+            if self.arrays:
+                arrays.update(_arrays(measurement, i, matrix))
+        return {p.name: row for p, row in zip(group.projections, rows, strict=True)}, arrays
 
 
 def _groups(basis: SpectralBasis, engine: Engine, factors: Factors) -> Iterator[_Group]:
@@ -172,8 +190,7 @@ def _groups(basis: SpectralBasis, engine: Engine, factors: Factors) -> Iterator[
         by_kind.setdefault(kind, []).append(projection)
     for members in by_kind.values():
         first, device = basis.matrix(members[0].name), basis.device(members[0].name)
-        most = STACK_ENTRIES if device.type == "cpu" else _DEVICE_STACK_ENTRIES
-        size = max(1, most // first.W.numel())
+        size = max(1, stack_entries(device) // first.W.numel())
         dtype = torch.float32 if engine == "delta" and first.W.dtype != torch.float64 else None
         for start in range(0, len(members), size):
             part = tuple(members[start : start + size])
@@ -182,6 +199,11 @@ def _groups(basis: SpectralBasis, engine: Engine, factors: Factors) -> Iterator[
                 yield group
             else:
                 yield replace(group, kept=group.placed())
+
+
+def stack_entries(device: torch.device) -> int:
+    """The most entries of a stack of several matrices."""
+    return STACK_ENTRIES if device.type == "cpu" else _DEVICE_STACK_ENTRIES
 
 
 def factor_place(basis: SpectralBasis) -> Literal["device", "host"]:

@@ -28,7 +28,7 @@ from rlspec.jobs.series.table import SpectraTable
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.restore.estimate import memory_bytes
-from rlspec.spectra.basis import SpectralBasis, reference_matrix
+from rlspec.spectra.basis import SpectralBasis, reference_matrices
 from rlspec.spectra.processes import ProcessError, dealt
 from rlspec.spectra.tracker import Engine, SpectralTracker
 
@@ -148,7 +148,9 @@ class Job:
         weights = CheckpointWeights(place)
         shapes = weights.shapes()
         projections = find_projections(shapes, wanted, weights.config())
-        parts = stacks(projections, shapes, memory, memory_gib)
+        # Several processes deal stacks to each other, and small ones come out even.
+        together = torch.get_num_threads() + 1 if share.count == 1 else 1
+        parts = stacks(projections, shapes, memory, memory_gib, device=chosen, parts=together)
         settings = {
             "base": str(place.resolve()),
             "base_files": Checkpoint.at(place).files(),
@@ -247,10 +249,7 @@ class Job:
             time.sleep(LOOK)
 
     def _basis(self, stack: Sequence[Projection]) -> SpectralBasis:
-        matrices = [
-            reference_matrix(projection.name, weight, self.rank, self.cache_dir)
-            for projection, weight in self.weights.stream(stack)
-        ]
+        matrices = reference_matrices(self.weights.stream(stack), self.rank, self.cache_dir)
         devices = {p.name: self.device for p in stack}
         return SpectralBasis(stack, matrices, self.rank, devices=devices)
 

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from rlspec.errors import OptionError
 from rlspec.io.projections import Projection
-from rlspec.spectra.tracker import STACK_ENTRIES
+from rlspec.linalg.workers import is_small
+from rlspec.spectra.tracker import stack_entries
 
 # Bytes for each entry of a stack (weights, factors, the update, what an engine makes of them) and for each of one smaller
 # Gram matrix. Above the peaks measured of either engine, with every direction followed and random updates drawn; what is
@@ -19,10 +22,15 @@ def stacks(
     shapes: Mapping[str, tuple[int, ...]],
     memory: int,
     memory_gib: float,
+    *,
+    device: torch.device,
+    parts: int = 1,
 ) -> tuple[tuple[Projection, ...], ...]:
     """Matrices of one shape, in stacks that fit the memory, in the order of their first ones.
 
     Args:
+        device: where they are measured.
+        parts: how many of a tracker's stacks of small matrices may make one, to be measured side by side.
         memory: bound in bytes; ``memory_gib`` is what messages call it.
 
     Raises:
@@ -39,10 +47,14 @@ def stacks(
                 f"memory_gib={memory_gib} is too little: {members[0].name} ({shape[0]}x{shape[1]}) takes up to "
                 f"{alone / 2**30:.2g} GiB to decompose and measure"
             )
-        # As a tracker stacks on a CPU: a row is then the same as that of a tracker of the whole model.
-        size = max(1, STACK_ENTRIES // max(1, shape[0] * shape[1]))
+        # As a tracker stacks them: a row is then the same as that of a tracker of the whole model.
+        entries = shape[0] * shape[1]
+        size = max(1, stack_entries(device) // max(1, entries))
+        most = parts if is_small(entries) else 1
+        together = next((n for n in range(most, 1, -1) if stack_bytes(shape, n * size) <= memory), 1)
         while size > 1 and stack_bytes(shape, size) > memory:
             size -= 1
+        size *= together
         found += [tuple(members[i : i + size]) for i in range(0, len(members), size)]
     return tuple(found)
 

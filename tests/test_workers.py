@@ -1,0 +1,143 @@
+"""Small matrices side by side: in order, one thread each, and the same bits however many threads there are."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from train_toys import toy_model
+
+import rlspec
+from rlspec import SpectralBasis, SpectralTracker
+from rlspec.errors import TensorError
+from rlspec.linalg.workers import SMALL_ENTRIES, in_order, threads_for
+from rlspec.restore import restore_matrix
+from rlspec.restore.estimate import pool_bytes, side_by_side, working_bytes
+from rlspec.restore.options import RestoreOptions
+from rlspec.restore.plan import plan_restore
+
+SMALL, LARGE = SMALL_ENTRIES, SMALL_ENTRIES + 1
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_small_jobs_have_one_thread_and_run_together_and_others_have_all() -> None:
+    both_there = threading.Barrier(2, timeout=20)
+
+    def small() -> tuple[bool, int]:
+        both_there.wait()  # never ends where one runs after the other
+        return threading.current_thread() is threading.main_thread(), torch.get_num_threads()
+
+    def large() -> tuple[bool, int]:
+        return threading.current_thread() is threading.main_thread(), torch.get_num_threads()
+
+    jobs = [(SMALL, small), (SMALL, small), (LARGE, large), (SMALL, small), (SMALL, small)]
+    assert list(in_order(jobs, 2)) == [(False, 1), (False, 1), (True, 2), (False, 1), (False, 1)]
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_results_come_in_order_and_few_jobs_are_asked_for_ahead() -> None:
+    asked = []
+
+    def jobs() -> Iterator[tuple[int, Callable[[], int]]]:
+        for i in range(20):
+            asked.append(i)
+            yield SMALL, lambda i=i: i  # type: ignore[misc]
+
+    for place, result in enumerate(in_order(jobs(), 2)):
+        assert result == place
+        assert len(asked) <= place + 3  # two that run, and one that waits
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("entries", [1, SMALL, LARGE])
+def test_what_a_job_raises_comes_in_its_turn_and_threads_are_as_before(entries: int) -> None:
+    def fail() -> int:
+        raise TensorError("the second")
+
+    results = in_order([(entries, lambda: 1), (entries, fail), (entries, lambda: 3)], 2)
+    assert next(results) == 1
+    with pytest.raises(TensorError, match="the second"):
+        next(results)
+    assert torch.get_num_threads() == 2
+    left = in_order([(entries, lambda: 1), (entries, lambda: 2)], 2)
+    next(left)
+    left.close()
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("entries", "threads"), [(SMALL, 1), (LARGE, 2)])
+def test_one_matrix_has_the_threads_that_it_has_among_others(entries: int, threads: int) -> None:
+    with threads_for(entries):
+        assert torch.get_num_threads() == threads
+    assert torch.get_num_threads() == 2
+
+
+def pair(folder: Path) -> tuple[Path, Path]:
+    """A base and a tuned model whose matrices are large enough for BLAS to divide them among threads."""
+    sizes = {"hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
+    base, tuned = toy_model(seed=1, **sizes), toy_model(seed=1, **sizes)
+    with torch.no_grad():
+        draw = torch.Generator().manual_seed(2)
+        for parameter in tuned.parameters():
+            parameter += 1e-3 * torch.randn(parameter.shape, generator=draw)
+    base.save_pretrained(folder / "base")
+    tuned.save_pretrained(folder / "tuned")
+    return folder / "base", folder / "tuned"
+
+
+def restored(base: Path, tuned: Path, out: Path, threads: int) -> dict[str, bytes]:
+    torch.set_num_threads(threads)
+    rlspec.restore_checkpoint(base, tuned, out, cache_dir=out.with_name(f"cache-{threads}"))
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_bits_do_not_depend_on_the_number_of_threads(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    one, two = (restored(base, tuned, tmp_path / f"out-{n}", n) for n in (1, 2))
+    assert one == two
+    rows = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        basis = SpectralBasis.from_checkpoint(base, cache_dir=tmp_path / f"own-{threads}")
+        rows.append(SpectralTracker(basis).measure(tuned, step=0).rows)
+    assert rows[0] == rows[1]
+    draw = torch.Generator().manual_seed(3)
+    weight = torch.randn(256, 256, generator=draw)
+    other = weight + 1e-3 * torch.randn(256, 256, generator=draw)
+    results: list[Tensor] = []
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        results.append(restore_matrix(weight, other, 0.2).weight)
+    assert torch.equal(*results)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_as_many_at_once_as_the_memory_has_room_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = pair(tmp_path)
+    plan = plan_restore(base, tuned, RestoreOptions())
+    work = max(working_bytes(step, plan) for step in plan.chosen("restore"))
+    monkeypatch.setattr("rlspec.restore.estimate._SMALLEST_POOL", 0)
+    seen = set()
+    for share in range(1, 60):
+        memory = work * share // 4 + (1 << 25)
+        most = side_by_side(plan, memory)
+        seen.add(most)
+        assert most == 1 or most * work + pool_bytes(plan, memory) <= memory
+    assert seen == {1, 2}
+    assert side_by_side(plan, sys.maxsize) == torch.get_num_threads()
