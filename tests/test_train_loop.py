@@ -295,6 +295,24 @@ def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_other(tmp_path: Path)
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def test_a_checkpoint_replaces_a_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(toy_model(0), TOKENIZER, folder)
+    save_checkpoint(toy_model(1), TOKENIZER, folder, overwrite=True)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    (folder / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match=r"also holds thesis\.txt"):
+        save_checkpoint(toy_model(0), TOKENIZER, folder, overwrite=True)
+    (folder / "thesis.txt").rename(tmp_path / "thesis.txt")
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    notes = tmp_path / "notes"
+    notes.mkdir()
+    (notes / "thesis.txt").write_text("years of work")
+    with pytest.raises(CheckpointError, match="is not a checkpoint"):
+        save_checkpoint(toy_model(0), TOKENIZER, notes, overwrite=True)
+    assert (notes / "thesis.txt").read_text() == "years of work"
+
+
 def test_learning_rates() -> None:
     rates = [learning_rate_at(step, 100, peak=2.0, warmup_ratio=0.1, floor=0.2) for step in range(1, 101)]
     assert rates[:10] == pytest.approx([0.2 * step for step in range(1, 11)])

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rlspec.io.files import give_usual_modes
+from rlspec.io.replaced import refuse_losses
 from rlspec.io.staging import Staging
 
 
@@ -25,12 +26,15 @@ def save_checkpoint(
     Everything goes to a hidden folder beside it, which gets the name when it is complete.
 
     Args:
-        overwrite: ``folder`` may exist; everything in it is replaced, in one step.
+        overwrite: ``folder`` may exist and hold a checkpoint, which is replaced in one step.
         on_complete: called with the complete folder before that.
 
     Raises:
-        CheckpointError: ``folder`` exists and is not to be overwritten, or cannot be written.
+        CheckpointError: ``folder`` exists and is not to be overwritten, holds more than a checkpoint, or cannot be
+            written.
     """
+    if overwrite and os.path.lexists(folder):
+        refuse_losses(Path(folder))
     staging = Staging(Path(folder), "", resume=False, overwrite=overwrite)
     try:
         model.save_pretrained(staging.checkpoint, safe_serialization=True)
