@@ -275,12 +275,6 @@ def test_two_runs_with_checkpoints_of_one_name_stay_apart(run: Path) -> None:
     assert set(names) == {s.checkpoint for s in first} | {f"other/{s.checkpoint}" for s in first}
 
 
-def distributed_checkpoint(folder: Path, model: Any) -> None:
-    import torch.distributed.checkpoint as dcp
-
-    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
-
-
 def files(*names: str) -> Callable[[Path, Any], None]:
     def written(folder: Path, model: Any) -> None:
         for name in names:
@@ -291,17 +285,19 @@ def files(*names: str) -> Callable[[Path, Any], None]:
 
 
 FOREIGN: dict[str, tuple[Callable[[Path, Any], None], str]] = {
-    "DCP": (
-        distributed_checkpoint,
-        r"\.checkpoint \(pytorch_model_fsdp_0/.*accelerate's merge-weights",
-    ),
     "verl": (files("actor/model_world_size_2_rank_0.pt"), "as verl saves them .*verl's model_merger"),
     "DeepSpeed": (files("global_step9/mp_rank_00_model_states.pt"), "DeepSpeed's parts .*zero_to_fp32.py"),
+    "DeepSpeed's optimizer": (
+        files("global_step9/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        "DeepSpeed's parts .*zero_to_fp32.py",
+    ),
+    "accelerate": (files("pytorch_model_fsdp_0_rank0.bin"), "as accelerate saves them .*SHARDED_STATE_DICT"),
+    "accelerate, in one": (files("pytorch_model_fsdp.bin"), "pickled weights are not read"),
+    "Megatron": (files("mp_rank_00/model_optim_rng.pt"), "Megatron's parts .*Megatron Bridge"),
     "pickles": (files("pytorch_model.bin"), "pickled weights are not read"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_formats_that_are_not_read_are_refused_with_the_way_out(kind: str, run: Path) -> None:
     write, told = FOREIGN[kind]
