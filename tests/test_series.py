@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from distributed_toys import save
 from restore_toys import rewrite, save_model, tune
 from test_extras import run_without
 from transformers import AutoModelForCausalLM
@@ -273,6 +274,55 @@ def test_two_runs_with_checkpoints_of_one_name_stay_apart(run: Path) -> None:
     names = [spectra.checkpoint for spectra in both]
     assert len(both) == 6 and len(set(names)) == 6
     assert set(names) == {s.checkpoint for s in first} | {f"other/{s.checkpoint}" for s in first}
+
+
+@pytest.mark.parametrize("kind", ["accelerate", "torchtune"])
+def test_checkpoints_of_torch_distributed_have_the_rows_of_the_same_weights(kind: str, run: Path) -> None:
+    """In the folders of both, with an optimizer's state beside the model's, and in bfloat16."""
+    base, other = run.parent / "base", run.parent / "other"
+    for folder in run.iterdir():
+        model = loaded(folder).bfloat16()
+        model.save_pretrained(folder)
+        state = model.state_dict()
+        step = folder.name.rpartition("-")[2]
+        moments = {"state": {name: {"exp_avg": tensor} for name, tensor in state.items()}}
+        if kind == "accelerate":
+            save({"model": state}, other / folder.name / "pytorch_model_fsdp_0")
+            save({"optimizer": moments}, other / folder.name / "optimizer_0")
+        else:
+            save(
+                {"model": state, "optimizer": moments},
+                other / f"dist_epoch_{step}",
+                single_file_per_rank=False,
+            )
+    right = rlspec.measure(base, run, modules="all")
+    series = rlspec.measure(base, other, modules="all", out=run.parent / "out")
+    assert [spectra.step for spectra in series] == [20, 300, 1000]
+    for one, measured in zip(series, right, strict=True):
+        assert [{**row, "checkpoint": ""} for row in one.rows] == [
+            {**row, "checkpoint": ""} for row in measured.rows
+        ]
+    again = rlspec.measure(base, other, modules="all", out=run.parent / "out")
+    assert again.rows == series.rows
+
+
+def test_one_checkpoint_of_accelerate_is_one_by_either_of_its_folders(tmp_path: Path) -> None:
+    for step in (9, 10):
+        for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+            save({"model": {"x": torch.ones(1)}}, tmp_path / f"checkpoint-{step}" / part)
+    folders = [tmp_path / "checkpoint-9", tmp_path / "checkpoint-10"]
+    assert [(c.path, c.step) for c in find_checkpoints([tmp_path])] == list(
+        zip(folders, (9, 10), strict=True)
+    )
+    assert [c.path for c in find_checkpoints(folders[:1])] == folders[:1]
+    (inner,) = find_checkpoints([folders[1] / "pytorch_model_fsdp_0"])
+    assert inner.step == 10
+
+
+def test_a_base_may_be_one_of_torch_distributed(run: Path) -> None:
+    base, other = run.parent / "base", run.parent / "other"
+    save({"model": loaded(base).state_dict()}, other)
+    assert rlspec.measure(other, run).rows == rlspec.measure(base, run).rows
 
 
 def files(*names: str) -> Callable[[Path, Any], None]:

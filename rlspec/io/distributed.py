@@ -147,19 +147,19 @@ class _Metadata:
                 self._places.setdefault(self._text(at.get("fqn")), {})[self._sizes(at["offset"])] = place
 
     def _read(self) -> Any:
-        try:
-            with self._file.open("rb") as file:
-                content = file.read(_LARGEST_METADATA + 1)
-        except FileNotFoundError:
+        if not self._file.is_file():
             raise CheckpointError(
                 f"{self._file}: missing; torch.distributed.checkpoint writes it last, so the checkpoint is not whole"
-            ) from None
+            )
+        try:
+            size = self._file.stat().st_size
+            if size > _LARGEST_METADATA:
+                raise CheckpointError(
+                    f"{self._file}: {size} bytes, at most {_LARGEST_METADATA} are read of it"
+                )
+            content = self._file.read_bytes()
         except OSError as error:
             raise read_error(self._file, error) from None
-        if len(content) > _LARGEST_METADATA:
-            raise CheckpointError(
-                f"{self._file}: larger than {_LARGEST_METADATA} bytes, the most that is read of it"
-            )
         return read_pickle(content, allowed=self._allows, where=str(self._file), what=_WANTED)
 
     def _allows(self, name: str) -> bool:

@@ -23,7 +23,7 @@ from rlspec.io.pickled import PERSISTENT, Made, Named, read_pickle
 
 # The table of contents and the pickle of one tensor have a few hundred bytes.
 _MOST = 1 << 20
-_LOCAL_HEADER = 30
+_LOCAL_HEADER, _LOCAL_MAGIC = 30, b"PK\x03\x04"
 _MOST_AXES = 64
 _STORAGES = {
     "torch.BoolStorage": torch.bool,
@@ -204,7 +204,8 @@ class _Archive:
             header = self._window.read(_LOCAL_HEADER)
             name_bytes, extra_bytes = struct.unpack("<HH", header[26:])
             first = member.header_offset + _LOCAL_HEADER + name_bytes + extra_bytes
-            if member.compress_type != zipfile.ZIP_STORED or first + member.file_size > self._window.length:
+            inside = header[:4] == _LOCAL_MAGIC and first + member.file_size <= self._window.length
+            if member.compress_type != zipfile.ZIP_STORED or not inside:
                 raise ValueError
         except (ValueError, EOFError, struct.error):
             raise CheckpointError(
