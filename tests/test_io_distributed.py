@@ -14,6 +14,7 @@ from process_toys import held, together, toy_with_uneven_layers
 from torch.distributed._shard.sharded_tensor import Shard, init_from_local_shards
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
 
+import rlspec
 from rlspec.errors import CheckpointError, TensorError
 from rlspec.io.distributed_weights import DistributedWeights
 from rlspec.io.projections import find_projections
@@ -193,13 +194,30 @@ def test_what_is_not_a_floating_matrix_is_told_with_its_checkpoint(tmp_path: Pat
         list(open_weights(tmp_path / "wrong").stream(basis.projections))
 
 
-def test_accelerates_merge_gives_the_same_weights(tmp_path: Path) -> None:
-    """The way out that those are told of who want to restore one."""
+def test_where_safetensors_are_needed_the_way_to_them_is_told_and_leads_there(tmp_path: Path) -> None:
     from accelerate.utils import merge_fsdp_weights
     from safetensors.torch import load_file
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-    model = toy_with_uneven_layers()
-    save_to = tmp_path / "checkpoint-9" / "pytorch_model_fsdp_0"
-    save({"model": get_model_state_dict(model)}, save_to)
-    merge_fsdp_weights(str(save_to), str(tmp_path / "merged"))
-    assert_same(tensors_in(save_to), load_file(tmp_path / "merged" / "model.safetensors"))
+    model: Any = toy_with_uneven_layers()
+    model.save_pretrained(tmp_path / "base")
+    state = get_model_state_dict(model)
+    alone, beside = tmp_path / "checkpoint-9" / "pytorch_model_fsdp_0", tmp_path / "dist_epoch_9"
+    save({"model": state}, alone)
+    save({"model": state, "optimizer": {"lr": torch.ones(1)}}, beside)
+    for given, told in (
+        (alone, f"{alone}: .*: accelerate merge-weights {alone} OUT"),
+        (alone.parent, f"{alone}: .*: accelerate merge-weights {alone} OUT"),
+        (
+            beside,
+            f"{beside}: .*: python -m torch.distributed.checkpoint.format_utils dcp_to_torch {beside} FILE",
+        ),
+    ):
+        for base, tuned in ((tmp_path / "base", given), (given, tmp_path / "base")):
+            with pytest.raises(CheckpointError, match=told):
+                rlspec.restore_checkpoint(base, tuned, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    merge_fsdp_weights(str(alone), str(tmp_path / "merged"))
+    assert_same(tensors_in(alone), load_file(tmp_path / "merged" / "model.safetensors"))
+    dcp_to_torch_save(beside, tmp_path / "FILE")
+    assert_same(tensors_in(beside), torch.load(tmp_path / "FILE", weights_only=True)["model"])

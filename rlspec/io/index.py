@@ -212,12 +212,25 @@ def distributed_format(folder: Path) -> str | None:
     return None
 
 
+def _only_measured(place: Path) -> str:
+    """What to say of a model that torch.distributed.checkpoint wrote where safetensors are needed."""
+    way = f"accelerate merge-weights {place} OUT"
+    if not place.name.startswith(
+        "pytorch_model_fsdp"
+    ):  # an optimizer may lie in it too, which merge-weights cannot
+        way = (
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} FILE, and save_pretrained of the "
+            "model that has loaded what torch.load finds there"
+        )
+    return (
+        f"{place}: a checkpoint of torch.distributed.checkpoint, which is measured as it is, but not read here; write "
+        f"its weights as safetensors first: {way}"
+    )
+
+
 def _nothing_to_read(folder: Path) -> str:
     if places := distributed_places(folder):
-        return (
-            f"{places[0]}: a checkpoint of torch.distributed.checkpoint, which is measured as it is, but not read here; "
-            f"write its weights as safetensors first: accelerate merge-weights {places[0]} OUT"
-        )
+        return _only_measured(places[0])
     if (distributed := distributed_format(folder)) is not None:
         return distributed
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
