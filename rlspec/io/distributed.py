@@ -29,6 +29,7 @@ from rlspec.io.tiling import fault_of
 # One of 64 processes' parts of a model of 80 layers, with its optimizer, has about 30 MiB.
 _LARGEST_METADATA = 1 << 28
 _MOST_PARTS = 1 << 16  # of one tensor
+_DEEPEST = 64  # dictionaries in one another
 
 _DCP = "torch.distributed.checkpoint"
 _SHARDED = "torch.distributed._shard.sharded_tensor.metadata"  # where torch before 2.3 has two of them
@@ -63,8 +64,8 @@ _CLASSES = {
 
 _WANTED = "what torch.distributed.checkpoint writes"
 
-# What a state of an optimizer lies in: optimizer, optim, optimizers.
-_OPTIMIZER = re.compile(r"optim", re.IGNORECASE)
+# What a state of an optimizer lies in: optimizer, optim, optimizers, optimizer_0, optim_state.
+_OPTIMIZER = re.compile(r"optim(izer)?s?($|_)", re.IGNORECASE)
 _MEGATRON = "export it to Hugging Face's with Megatron Bridge (AutoBridge.export_ckpt)"
 # Names of tensors that are no Hugging Face model's, what they are, and what makes one of them.
 _FOREIGN = (
@@ -176,7 +177,7 @@ class _Metadata:
             if not isinstance(described, Made) or described.kind != _TENSOR or not isinstance(key, str):
                 continue
             path = self._path(key)
-            if not any(_OPTIMIZER.match(part) for part in (key, *path[:-1])):
+            if not any(_OPTIMIZER.match(part) for part in (key.partition(".")[0], *path[:-1])):
                 within = path[-2] if len(path) > 1 else ""
                 owners.setdefault(strip_wrappers(path[-1]), []).append((within, key))
         found: dict[str, str] = {}
@@ -196,7 +197,9 @@ class _Metadata:
     def _path(self, key: str) -> list[str]:
         """Through which dictionaries a tensor was reached when it was saved, and its name in the last of them."""
         path = self._paths.get(key)
-        if not isinstance(path, tuple) or not path or not all(isinstance(part, (str, int)) for part in path):
+        if not isinstance(path, tuple) or not 0 < len(path) <= _DEEPEST:
+            return [key]
+        if not all(isinstance(part, (str, int)) for part in path):
             return [key]
         return [str(part) for part in path]
 
