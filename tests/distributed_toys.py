@@ -23,13 +23,13 @@ def save(state: dict[str, Any], folder: Path, **options: Any) -> None:
         dcp.save(state, storage_writer=writer, no_dist=True)
 
 
-def save_with_accelerate(model: torch.nn.Module, folder: Path, number: int) -> None:
-    """By accelerate's own function for FSDP2, in process ``number``; ``folder`` is what bears the step."""
+def save_with_accelerate(model: torch.nn.Module, folder: Path, number: int, *, version: int) -> None:
+    """By accelerate's own function for FSDP, in process ``number``; ``folder`` is what bears the step."""
     from accelerate import FullyShardedDataParallelPlugin, PartialState
     from accelerate.utils.fsdp_utils import save_fsdp_model
 
     PartialState(cpu=True)  # which its logger asks for
-    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type="SHARDED_STATE_DICT")
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=version, state_dict_type="SHARDED_STATE_DICT")
     save_fsdp_model(plugin, SimpleNamespace(process_index=number), model, folder)
 
 
