@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_toys import assert_same, bits, save, save_with_accelerate, tensors_in
 from process_toys import held, together, toy_with_uneven_layers
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
 from torch.distributed.fsdp import FullyShardedDataParallel
 
@@ -19,6 +22,7 @@ from rlspec.errors import CheckpointError, TensorError
 from rlspec.io.distributed_weights import DistributedWeights
 from rlspec.io.projections import find_projections
 from rlspec.io.weights import find_tensor, open_weights
+from rlspec.jobs.loading import load_model, model_folder
 from rlspec.spectra import SpectralBasis
 
 
@@ -111,6 +115,8 @@ def saves(number: int, out: Path, kind: str, writer: str) -> None:
     ],
 )
 def test_parts_of_many_processes_make_the_model(count: int, kind: str, writer: str, tmp_path: Path) -> None:
+    if writer == "accelerate":
+        pytest.importorskip("accelerate")
     assert together(count, saves, tmp_path, kind, writer) == [0] * count
     folder = tmp_path / "pytorch_model_fsdp_0" if writer == "accelerate" else tmp_path
     assert len(list(folder.glob("*.distcp"))) == count
@@ -182,10 +188,7 @@ def test_what_is_not_a_floating_matrix_is_told_with_its_checkpoint(tmp_path: Pat
 
 
 def test_where_safetensors_are_needed_the_way_to_them_is_told_and_leads_there(tmp_path: Path) -> None:
-    from accelerate.utils import merge_fsdp_weights
-    from safetensors.torch import load_file
-    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-
+    accelerate = pytest.importorskip("accelerate")
     model: Any = toy_with_uneven_layers()
     model.save_pretrained(tmp_path / "base")
     state = get_model_state_dict(model)
@@ -203,8 +206,11 @@ def test_where_safetensors_are_needed_the_way_to_them_is_told_and_leads_there(tm
         for base, tuned in ((tmp_path / "base", given), (given, tmp_path / "base")):
             with pytest.raises(CheckpointError, match=told):
                 rlspec.restore_checkpoint(base, tuned, tmp_path / "out")
+        for opens in (model_folder, partial(load_model, device=torch.device("cpu"))):
+            with pytest.raises(CheckpointError, match=told):
+                opens(given)
     assert not (tmp_path / "out").exists()
-    merge_fsdp_weights(str(alone), str(tmp_path / "merged"))
+    accelerate.utils.merge_fsdp_weights(str(alone), str(tmp_path / "merged"))
     assert_same(tensors_in(alone), load_file(tmp_path / "merged" / "model.safetensors"))
     dcp_to_torch_save(beside, tmp_path / "FILE")
     assert_same(tensors_in(beside), torch.load(tmp_path / "FILE", weights_only=True)["model"])

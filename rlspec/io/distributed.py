@@ -75,7 +75,7 @@ _FOREIGN = (
         "write the adapter with save_pretrained of PEFT",
     ),
     (
-        re.compile(r"(^|\.)layers\.\d+\.attn\.output_proj\.weight$"),
+        re.compile(r"(^|\.)layers\.\d+\.attn\.output_proj\.weight$|\.lora_[ab]\.weight$"),
         "a model in torchtune's layout, whose heads have their rows in another order",
         "write it with torchtune's FullModelHFCheckpointer",
     ),

@@ -212,8 +212,11 @@ def distributed_format(folder: Path) -> str | None:
     return None
 
 
-def _only_measured(place: Path) -> str:
-    """What to say of a model that torch.distributed.checkpoint wrote where safetensors are needed."""
+def only_measured(folder: Path) -> str | None:
+    """What to say of a model that torch.distributed.checkpoint wrote where safetensors are needed; None of all else."""
+    place = next(iter(distributed_places(folder)), None)
+    if place is None:
+        return None
     way = f"accelerate merge-weights {place} OUT"
     if not place.name.startswith(
         "pytorch_model_fsdp"
@@ -229,8 +232,8 @@ def _only_measured(place: Path) -> str:
 
 
 def _nothing_to_read(folder: Path) -> str:
-    if places := distributed_places(folder):
-        return _only_measured(places[0])
+    if (told := only_measured(folder)) is not None:
+        return told
     if (distributed := distributed_format(folder)) is not None:
         return distributed
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
