@@ -174,7 +174,7 @@ _DISTRIBUTED = {
     "*_optim_states.pt": _DEEPSPEED,
     "pytorch_model_fsdp_*rank*.bin": (
         "FSDP's parts of a model, as accelerate saves them without torch.distributed.checkpoint",
-        "load it with accelerate as it was saved, and write it with fsdp_state_dict_type SHARDED_STATE_DICT",
+        "resume from it with accelerate and save with that (fsdp_state_dict_type SHARDED_STATE_DICT, use_dcp on)",
     ),
     "model_optim_rng.pt": (
         "Megatron's parts of a model",
@@ -217,10 +217,9 @@ def only_measured(folder: Path) -> str | None:
     place = next(iter(distributed_places(folder)), None)
     if place is None:
         return None
-    way = f"accelerate merge-weights {place} OUT"
-    if not place.name.startswith(
-        "pytorch_model_fsdp"
-    ):  # an optimizer may lie in it too, which merge-weights cannot
+    if place.name.startswith("pytorch_model_fsdp"):
+        way = f"accelerate merge-weights {place} OUT"
+    else:  # an optimizer may lie in it too, which that command cannot leave out
         way = (
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} FILE, and save_pretrained of the "
             "model that has loaded what torch.load finds there"

@@ -58,7 +58,9 @@ class SavedTensor:
 def dtype_named(name: str) -> torch.dtype | None:
     """The dtype that pickles name as ``torch.bfloat16``; None where torch has none of that name."""
     module, _, word = name.partition(".")
-    found = getattr(torch, word, None) if module == "torch" and "." not in word else None
+    found = (
+        vars(torch).get(word) if module == "torch" else None
+    )  # getattr imports some of what torch is asked for
     return found if isinstance(found, torch.dtype) else None
 
 
