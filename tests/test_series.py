@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from distributed_toys import save
 from restore_toys import rewrite, save_model, tune
 from test_extras import run_without
 from transformers import AutoModelForCausalLM
@@ -275,10 +276,53 @@ def test_two_runs_with_checkpoints_of_one_name_stay_apart(run: Path) -> None:
     assert set(names) == {s.checkpoint for s in first} | {f"other/{s.checkpoint}" for s in first}
 
 
-def distributed_checkpoint(folder: Path, model: Any) -> None:
-    import torch.distributed.checkpoint as dcp
+@pytest.mark.parametrize("kind", ["accelerate", "torchtune"])
+def test_checkpoints_of_torch_distributed_have_the_rows_of_the_same_weights(kind: str, run: Path) -> None:
+    """In the folders of both, with an optimizer's state beside the model's, and in bfloat16."""
+    base, other = run.parent / "base", run.parent / "other"
+    for folder in run.iterdir():
+        model = loaded(folder).bfloat16()
+        model.save_pretrained(folder)
+        state = model.state_dict()
+        step = folder.name.rpartition("-")[2]
+        moments = {"state": {name: {"exp_avg": tensor} for name, tensor in state.items()}}
+        if kind == "accelerate":
+            save({"model": state}, other / folder.name / "pytorch_model_fsdp_0")
+            save({"optimizer": moments}, other / folder.name / "optimizer_0")
+        else:
+            save(
+                {"model": state, "optimizer": moments},
+                other / f"dist_epoch_{step}",
+                single_file_per_rank=False,
+            )
+    right = rlspec.measure(base, run, modules="all")
+    series = rlspec.measure(base, other, modules="all", out=run.parent / "out")
+    assert [spectra.step for spectra in series] == [20, 300, 1000]
+    for one, measured in zip(series, right, strict=True):
+        assert [{**row, "checkpoint": ""} for row in one.rows] == [
+            {**row, "checkpoint": ""} for row in measured.rows
+        ]
+    again = rlspec.measure(base, other, modules="all", out=run.parent / "out")
+    assert again.rows == series.rows
 
-    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "pytorch_model_fsdp_0", no_dist=True)
+
+def test_one_checkpoint_of_accelerate_is_one_by_either_of_its_folders(tmp_path: Path) -> None:
+    for step in (9, 10):
+        for part in ("pytorch_model_fsdp_0", "optimizer_0"):
+            save({"model": {"x": torch.ones(1)}}, tmp_path / f"checkpoint-{step}" / part)
+    folders = [tmp_path / "checkpoint-9", tmp_path / "checkpoint-10"]
+    assert [(c.path, c.step) for c in find_checkpoints([tmp_path])] == list(
+        zip(folders, (9, 10), strict=True)
+    )
+    assert [c.path for c in find_checkpoints(folders[:1])] == folders[:1]
+    (inner,) = find_checkpoints([folders[1] / "pytorch_model_fsdp_0"])
+    assert inner.step == 10
+
+
+def test_a_base_may_be_one_of_torch_distributed(run: Path) -> None:
+    base, other = run.parent / "base", run.parent / "other"
+    save({"model": loaded(base).state_dict()}, other)
+    assert rlspec.measure(other, run).rows == rlspec.measure(base, run).rows
 
 
 def files(*names: str) -> Callable[[Path, Any], None]:
@@ -291,17 +335,19 @@ def files(*names: str) -> Callable[[Path, Any], None]:
 
 
 FOREIGN: dict[str, tuple[Callable[[Path, Any], None], str]] = {
-    "DCP": (
-        distributed_checkpoint,
-        r"\.checkpoint \(pytorch_model_fsdp_0/.*accelerate's merge-weights",
-    ),
     "verl": (files("actor/model_world_size_2_rank_0.pt"), "as verl saves them .*verl's model_merger"),
     "DeepSpeed": (files("global_step9/mp_rank_00_model_states.pt"), "DeepSpeed's parts .*zero_to_fp32.py"),
+    "DeepSpeed's optimizer": (
+        files("global_step9/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"),
+        "DeepSpeed's parts .*zero_to_fp32.py",
+    ),
+    "accelerate": (files("pytorch_model_fsdp_0_rank0.bin"), "as accelerate saves them .*SHARDED_STATE_DICT"),
+    "accelerate, in one": (files("pytorch_model_fsdp.bin"), "pickled weights are not read"),
+    "Megatron": (files("mp_rank_00/model_optim_rng.pt"), "Megatron's parts .*Megatron Bridge"),
     "pickles": (files("pytorch_model.bin"), "pickled weights are not read"),
 }
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is")
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_formats_that_are_not_read_are_refused_with_the_way_out(kind: str, run: Path) -> None:
     write, told = FOREIGN[kind]

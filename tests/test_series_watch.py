@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner
+from distributed_toys import save
 from restore_toys import rewrite, save_model, tune
+from transformers import AutoModelForCausalLM
 
 import rlspec
 from rlspec.cli.main import main
@@ -178,6 +180,20 @@ def test_a_measured_checkpoint_that_is_written_anew_keeps_its_rows(base: Path) -
     added, warnings = looks(base, nothing, nothing, nothing)
     assert added == [] and len(warnings) == 1 and "written anew" in warnings[0]
     assert (base.parent / "out" / "spectra.jsonl").read_bytes() == rows and rows
+
+
+def test_a_checkpoint_of_torch_distributed_is_read_when_its_last_file_is_there(base: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base)
+    place = base.parent / "run" / "checkpoint-1" / "pytorch_model_fsdp_0"
+    save({"model": model.state_dict()}, place)
+    (place / ".metadata").rename(base.parent / "late")
+
+    def arrives() -> None:
+        (base.parent / "late").rename(place / ".metadata")
+
+    assert looks(base, nothing, nothing) == ([], [])
+    added, warnings = looks(base, nothing, arrives, nothing, nothing)
+    assert (added, warnings) == ([["checkpoint-1"]], [])
 
 
 def test_formats_that_are_not_read_are_told_of_once(base: Path) -> None:

@@ -73,7 +73,8 @@ def command(
     alarm: str | None,
     **settings: Any,
 ) -> None:
-    """Measure CHECKPOINTS (safetensors, LoRA adapters, or folders of those) against the base, one matrix at a time.
+    """Measure CHECKPOINTS against the base, one matrix at a time: safetensors, LoRA adapters, FSDP's of
+    torch.distributed.checkpoint, or folders of those.
 
     Leaves a row for each checkpoint and matrix in OUT/spectra.jsonl, and for each score in OUT/scores.jsonl, and prints
     a table of means. What the table holds is not measured again; an interrupted command goes on when it is given again.

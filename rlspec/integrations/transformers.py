@@ -20,9 +20,9 @@ from rlspec.errors import OptionError, RunFolderError, TensorError
 from rlspec.integrations.budget import Pace, parse_budget
 from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
-from rlspec.io.index import CheckpointIndex
 from rlspec.io.jsonl import Row
 from rlspec.io.projections import parse_modules
+from rlspec.io.weights import open_weights
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.report.data import by_event
 from rlspec.run.rows import mean
@@ -104,7 +104,7 @@ class SpectralCallback(TrainerCallback):
         self.every = every
         self.base = None if base is None else Path(base)
         if self.base is not None:
-            CheckpointIndex.open(self.base)  # told before the training, not in it
+            open_weights(self.base)  # told before the training, not in it
         self.modules = parse_modules(modules)
         self.rank = Rank.parse(rank)
         self.out = None if out is None else Path(out)

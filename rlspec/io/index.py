@@ -18,6 +18,8 @@ from rlspec.errors import CheckpointError
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+#: of a checkpoint of torch.distributed.checkpoint, see rlspec.io.distributed
+METADATA_FILE = ".metadata"
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def _read_shards(folder: Path) -> dict[str, TensorEntry]:
     """The tensors of a sharded checkpoint; index and shards must name the same ones."""
     weight_map = _read_weight_map(folder / INDEX_FILE)
     shards = {
-        name: _shard_path(folder, name) for name in dict.fromkeys(weight_map.values())
+        name: file_below(folder, name, folder / INDEX_FILE) for name in dict.fromkeys(weight_map.values())
     }  # a name is refused before any shard is opened
     tensors: dict[str, TensorEntry] = {}
     for file_name, shard in shards.items():
@@ -107,13 +109,13 @@ def _read_weight_map(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _shard_path(folder: Path, name: str) -> Path:
-    """The shard that an index names, refused where that is not a name below the checkpoint's folder."""
+def file_below(folder: Path, name: str, named_by: Path) -> Path:
+    """The file that an index names, refused where that is not a name below the checkpoint's folder."""
     parts = PurePosixPath(name)
     if not name or parts.is_absolute() or PureWindowsPath(name).is_absolute() or ".." in parts.parts:
-        raise CheckpointError(f"{folder / INDEX_FILE}: names {name!r}, which is not a file below its folder")
+        raise CheckpointError(f"{named_by}: names {name!r}, which is not a file below its folder")
     if "\0" in name:
-        raise CheckpointError(f"{folder / INDEX_FILE}: names a file with a NUL byte")
+        raise CheckpointError(f"{named_by}: names a file with a NUL byte")
     return folder / name
 
 
@@ -159,20 +161,44 @@ def _cache_root(folder: Path) -> Path:
 
 # How the files of checkpoints that each process wrote its part of are called, in the folder or one below it; what writes
 # them, and what makes one checkpoint of them.
+_DEEPSPEED = (
+    "DeepSpeed's parts of a model",
+    "merge them first with the zero_to_fp32.py that DeepSpeed puts beside them, its safe_serialization on",
+)
 _DISTRIBUTED = {
-    "*.distcp": (
-        "a checkpoint of torch.distributed.checkpoint",
-        "write its weights as safetensors first, for example with accelerate's merge-weights",
-    ),
     "model_world_size_*_rank_*.pt": (
         "FSDP's parts of a model, as verl saves them",
-        "merge them with verl's model_merger first",
+        "merge them with verl's model_merger first (python -m verl.model_merger merge, backend fsdp, local_dir {place})",
     ),
-    "*_model_states.pt": (
-        "DeepSpeed's parts of a model",
-        "merge them first with the zero_to_fp32.py that DeepSpeed puts beside them, its safe_serialization on",
+    "*_model_states.pt": _DEEPSPEED,
+    "*_optim_states.pt": _DEEPSPEED,
+    "pytorch_model_fsdp_*rank*.bin": (
+        "FSDP's parts of a model, as accelerate saves them without torch.distributed.checkpoint",
+        "resume from it with accelerate and save with that (fsdp_state_dict_type SHARDED_STATE_DICT, use_dcp on)",
+    ),
+    "model_optim_rng.pt": (
+        "Megatron's parts of a model",
+        "export it to Hugging Face's layout first, for example with Megatron Bridge",
     ),
 }
+
+
+def distributed_places(folder: Path) -> list[Path]:
+    """Where a checkpoint's folder holds models that torch.distributed.checkpoint wrote: itself, or folders right below.
+
+    Those below are accelerate's and verl's. Nowhere, where the folder holds safetensors, which are read instead.
+    """
+    if any((folder / name).is_file() for name in (SINGLE_FILE, INDEX_FILE)):
+        return []
+    if is_distributed(folder):
+        return [folder]
+    below = (*sorted(folder.glob("pytorch_model_fsdp_*")), folder / "dist_ckpt")
+    return [place for place in below if is_distributed(place)]
+
+
+def is_distributed(folder: Path) -> bool:
+    """Whether a folder holds, whole or not, what torch.distributed.checkpoint wrote: a model, or an optimizer."""
+    return next(folder.glob("*.distcp"), None) is not None
 
 
 def distributed_format(folder: Path) -> str | None:
@@ -181,11 +207,32 @@ def distributed_format(folder: Path) -> str | None:
         for place in (pattern, f"*/{pattern}"):
             found = min(folder.glob(place), default=None)
             if found is not None:
-                return f"{folder}: holds {what} ({found.relative_to(folder)}), which is not read; {advice}"
+                told = advice.format(place=found.parent)
+                return f"{folder}: holds {what} ({found.relative_to(folder)}), which is not read; {told}"
     return None
 
 
+def only_measured(folder: Path) -> str | None:
+    """What to say of a model that torch.distributed.checkpoint wrote where safetensors are needed; None of all else."""
+    place = next(iter(distributed_places(folder)), None)
+    if place is None:
+        return None
+    if place.name.startswith("pytorch_model_fsdp"):
+        way = f"accelerate merge-weights {place} OUT"
+    else:  # an optimizer may lie in it too, which that command cannot leave out
+        way = (
+            f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} FILE, and save_pretrained of the "
+            "model that has loaded what torch.load finds there"
+        )
+    return (
+        f"{place}: a checkpoint of torch.distributed.checkpoint, which is measured as it is, but not read here; write "
+        f"its weights as safetensors first: {way}"
+    )
+
+
 def _nothing_to_read(folder: Path) -> str:
+    if (told := only_measured(folder)) is not None:
+        return told
     if (distributed := distributed_format(folder)) is not None:
         return distributed
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from rlspec.errors import TensorError, check_type
+from rlspec.errors import CheckpointError, TensorError, check_type
 from rlspec.io.fused import Config
 from rlspec.io.module import ModuleTensors, gathered, module_config, strip_wrappers, with_adapters
 from rlspec.io.projections import Projection, counterparts, read_config
@@ -19,7 +19,7 @@ from rlspec.io.quantised import block_size, companions, dequantised, scales_of
 from rlspec.io.requantised import ScaledCodes
 
 if TYPE_CHECKING:
-    from rlspec.io.index import CheckpointIndex
+    from rlspec.io.index import CheckpointIndex, TensorEntry
 
 # What reading a folder ahead may hold, where its largest tensor does not need more.
 READ_AHEAD_BYTES = 1 << 27
@@ -32,6 +32,7 @@ def open_weights(source: WeightSource) -> Weights:
 
     Raises:
         OptionError: it is none.
+        CheckpointError: a checkpoint cannot be read.
     """
     if isinstance(source, Weights):
         return source
@@ -41,7 +42,19 @@ def open_weights(source: WeightSource) -> Weights:
         return _TensorMapping(source)
     wanted = "a module, a mapping of names to tensors, or the path of a checkpoint"
     check_type("model", source, (str, Path), wanted)
-    return CheckpointWeights(Path(source))
+    return _open_checkpoint(Path(source))
+
+
+def _open_checkpoint(path: Path) -> Weights:
+    from rlspec.io.distributed_weights import DistributedWeights
+    from rlspec.io.index import distributed_places
+
+    places = distributed_places(path)
+    if len(places) > 1:
+        raise CheckpointError(
+            f"{path}: holds {len(places)} models, {places[0].name} and others; give the folder of one"
+        )
+    return DistributedWeights(places[0]) if places else CheckpointWeights(path)
 
 
 def find_tensor(name: str, names: Collection[str], where: str, kind: str = "tensor") -> str:
@@ -196,6 +209,12 @@ class _ModuleWeights(Weights):
         return weight if layer is None else with_adapters(name, layer, weight)
 
 
+def read_ahead_bytes(entries: Iterable[TensorEntry]) -> int:
+    """What reading tensors ahead may hold: one that is in use, one that is read meanwhile, or more small ones."""
+    largest = max((entry.end - entry.start for entry in entries), default=0)
+    return max(READ_AHEAD_BYTES, 2 * largest + _SLACK_BYTES)
+
+
 class CheckpointWeights(Weights):
     """A safetensors checkpoint on disk, its headers read once."""
 
@@ -280,9 +299,7 @@ class CheckpointWeights(Weights):
     def _tensors_of(self, names: Sequence[str]) -> Iterator[Tensor]:
         from rlspec.io.stream import TensorStream
 
-        largest = max((e.end - e.start for e in map(self._index.tensors.__getitem__, names)), default=0)
-        # One that is in use, one that is read meanwhile.
-        memory = max(READ_AHEAD_BYTES, 2 * largest + _SLACK_BYTES)
+        memory = read_ahead_bytes([self._index.tensors[name] for name in names])
         with TensorStream(self._index, names, memory_bytes=memory) as stream:
             for _ in names:
                 yield next(stream).tensor  # which no name here keeps while the next one is asked for

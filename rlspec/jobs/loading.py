@@ -11,7 +11,7 @@ from torch import nn
 
 from rlspec.errors import CheckpointError
 from rlspec.io.files import refuse_lfs_pointers
-from rlspec.io.index import CheckpointIndex
+from rlspec.io.index import CheckpointIndex, only_measured
 from rlspec.io.projections import check_finite, find_projections, read_config
 from rlspec.io.quantised import is_quantised
 from rlspec.run.config import EMBEDDED
@@ -34,10 +34,17 @@ def model_folder(name: str) -> Path:
         raise CheckpointError(
             f"{name}: no such folder; model= wants a local Hugging Face folder, or {EMBEDDED!r}"
         )
+    _refuse_distributed(folder)
     if not (folder / "config.json").is_file():
         raise CheckpointError(f"{name}: no config.json in it, so it is not a Hugging Face checkpoint")
     refuse_lfs_pointers(path for path in sorted(folder.iterdir()) if path.is_file())
     return folder
+
+
+def _refuse_distributed(folder: Path) -> None:
+    """transformers does not load them, and what it says does not tell why."""
+    if (told := only_measured(folder)) is not None:
+        raise CheckpointError(told)
 
 
 def check_checkpoint(folder: Path, modules: Sequence[str] = ()) -> None:
@@ -61,6 +68,7 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
         CheckpointError: transformers cannot load it, weights are missing from it, or it keeps them quantised.
         TensorError: A weight holds NaN or infinity; the message names it.
     """
+    _refuse_distributed(folder)
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -92,7 +92,7 @@ class SpectralBasis:
         device: torch.device | str = "auto",
         progress: Progress | None = None,
     ) -> SpectralBasis:
-        """Decompose the projections of a safetensors checkpoint; one matrix at a time is read.
+        """Decompose the projections of a checkpoint, safetensors or torch.distributed.checkpoint's, a matrix at a time.
 
         Arguments and errors are those of :meth:`from_model`; CheckpointError where the files are at fault.
         """

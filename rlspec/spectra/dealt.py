@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rlspec.errors import RlspecError
 from rlspec.io.projections import Projection, find_projections, parse_modules
-from rlspec.io.weights import CheckpointWeights, Weights, WeightSource, find_tensor, open_weights
+from rlspec.io.weights import Weights, WeightSource, find_tensor, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.spectra.basis import SpectralBasis, reference_matrices
@@ -68,10 +68,10 @@ class DealtTracker:
         self._device = device
         self._cache_dir = cache_dir
         self._stacks: list[_Stack] = []
-        reference: CheckpointWeights | None = None
+        reference: Weights | None = None
         failure, shapes = None, {}
         try:
-            reference = None if base is None else CheckpointWeights(Path(base))
+            reference = None if base is None else open_weights(Path(base))
             shapes = self._find(reference or open_weights(model), model, modules)
         except Exception as error:
             failure = told(error)

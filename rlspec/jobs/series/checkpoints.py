@@ -10,14 +10,26 @@ from pathlib import Path
 from rlspec.errors import CheckpointError
 from rlspec.io.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, is_adapter
 from rlspec.io.files import told_apart
-from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, distributed_format
-from rlspec.io.weights import CheckpointWeights
+from rlspec.io.index import (
+    INDEX_FILE,
+    METADATA_FILE,
+    SINGLE_FILE,
+    CheckpointIndex,
+    distributed_format,
+    distributed_places,
+    is_distributed,
+)
+from rlspec.io.weights import Weights, open_weights
 from rlspec.jobs.series.adapted import AdaptedWeights
 
 # checkpoint-500, sft-300, global_step_300, step500, iter_0000500: a number at the end, after a separator or such a word.
 _NUMBERED = re.compile(r"(?:(.*?)[-_.]|.*(?:step|iter|checkpoint|ckpt|epoch))(\d{1,18})", re.IGNORECASE)
+# What accelerate and verl put below the folder that bears the step, with torch.distributed.checkpoint.
+_PART = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+|dist_ckpt")
 # Where verl puts the weights below the folder that bears the step.
 _INNER = ("actor/huggingface", "actor")
+# Pickled models, which are told of: transformers', and accelerate's of FSDP.
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model_fsdp.bin")
 # The stages that `rlspec track` names its checkpoints after, in their order.
 _STAGES = ("sft", "ppo")
 # Where a run has several branches of PPO, each is named after the SFT step that it starts from.
@@ -45,14 +57,14 @@ class Checkpoint:
             return cls(path, "ppo", int(match[2]), int(branch[1]))
         return cls(path, match[1] if match[1] in _STAGES else "", int(match[2]))
 
-    def open(self, base: Path) -> CheckpointWeights:
+    def open(self, base: Path) -> Weights:
         """Its weights, those of an adapter on top of the base's.
 
         Raises:
             CheckpointError: it is not whole, is malformed or of a format that is not read, or is no adapter of that base.
         """
         if not is_adapter(self.path):
-            return CheckpointWeights(self.path)
+            return open_weights(self.path)
         index = CheckpointIndex.open(base)
         return AdaptedWeights(base, Adapter.open(self.path, index))
 
@@ -64,6 +76,10 @@ class Checkpoint:
         """
         if is_adapter(self.path):
             paths = {self.path / CONFIG_FILE, self.path / WEIGHTS_FILE}
+        elif places := distributed_places(self.path):
+            paths = {place / METADATA_FILE for place in places}.union(
+                *(place.glob("*.distcp") for place in places)
+            )
         else:
             index = CheckpointIndex.open(self.path)
             paths = {entry.shard for entry in index.tensors.values()}
@@ -108,7 +124,8 @@ def checkpoints_below(folder: Path) -> list[Checkpoint]:
     """The checkpoints right below a folder, whole or not, in the order of their steps."""
     if not folder.is_dir():
         return []
-    places = (_weights_in(path) for path in sorted(folder.iterdir()) if path.is_dir())
+    folders = (path for path in sorted(folder.iterdir()) if path.is_dir() and not _is_part(path))
+    places = map(_weights_in, folders)
     return in_order(Checkpoint.at(path) for path in places if path is not None)
 
 
@@ -135,9 +152,13 @@ def labels(checkpoints: Sequence[Checkpoint], known: Iterable[Path] = ()) -> lis
 def _named(path: Path) -> Path:
     """The folder or file that bears the checkpoint's name."""
     named = path.parent if path.name == SINGLE_FILE else path
-    while named.name in ("huggingface", "actor"):
+    while named.name in ("huggingface", "actor") or _is_part(named):
         named = named.parent
     return named
+
+
+def _is_part(folder: Path) -> bool:
+    return _PART.fullmatch(folder.name) is not None and is_distributed(folder)
 
 
 def _weights_in(folder: Path) -> Path | None:
@@ -152,5 +173,5 @@ def _is_checkpoint(folder: Path) -> bool:
 
 
 def _has_weights(folder: Path) -> bool:
-    names = (SINGLE_FILE, INDEX_FILE, CONFIG_FILE, "pytorch_model.bin", "pytorch_model.bin.index.json")
-    return any((folder / name).exists() for name in names)
+    names = (SINGLE_FILE, INDEX_FILE, CONFIG_FILE, *_PICKLES)
+    return any((folder / name).exists() for name in names) or bool(distributed_places(folder))

@@ -19,7 +19,7 @@ import torch
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError, RlspecError, TensorError
 from rlspec.io.projections import Projection, find_projections, parse_modules
-from rlspec.io.weights import CheckpointWeights, find_tensor
+from rlspec.io.weights import Weights, find_tensor, open_weights
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, find_checkpoints
 from rlspec.jobs.series.parts import ALONE, APART, LOOK, Share
 from rlspec.jobs.series.result import Series
@@ -56,7 +56,8 @@ def measure(
     Args:
         base: the reference, a safetensors checkpoint: a folder in the layout of Hugging Face (a snapshot in its cache is
             one), or a file.
-        checkpoints: such folders or files, LoRA adapters of PEFT (measured as W + s B A), and folders of those.
+        checkpoints: such folders or files, folders that torch.distributed.checkpoint wrote (those of accelerate's FSDP
+            below them, too), LoRA adapters of PEFT (measured as W + s B A), and folders of those.
         out: folder for ``spectra.jsonl``. What is in its table already is not measured again; an interrupted series goes
             on. None keeps the rows in memory alone.
         modules, rank, engine, null_draws, device: see ``SpectralBasis.from_checkpoint`` and ``SpectralTracker``.
@@ -106,7 +107,7 @@ class Job:
     """The base, what is measured and how, and the table of what was; see :func:`measure`."""
 
     base: Path
-    weights: CheckpointWeights
+    weights: Weights
     stacks: tuple[tuple[Projection, ...], ...]
     shapes: dict[str, tuple[int, ...]]
     rank: Rank
@@ -145,7 +146,7 @@ class Job:
             raise OptionError(f"out=None: {share.count} processes need a folder that all of them see")
         if out is not None and Path(out).resolve() == place.resolve():
             raise OptionError(f"out={str(out)!r} is the base, which is never written to")
-        weights = CheckpointWeights(place)
+        weights = open_weights(place)
         shapes = weights.shapes()
         projections = find_projections(shapes, wanted, weights.config())
         # Several processes deal stacks to each other, and small ones come out even.
@@ -200,8 +201,8 @@ class Job:
         return labels
 
     def _to_do(
-        self, labels: Sequence[str], opened: Sequence[tuple[Checkpoint, CheckpointWeights]]
-    ) -> Iterator[tuple[tuple[Projection, ...], str, tuple[Checkpoint, CheckpointWeights], SpectralTracker]]:
+        self, labels: Sequence[str], opened: Sequence[tuple[Checkpoint, Weights]]
+    ) -> Iterator[tuple[tuple[Projection, ...], str, tuple[Checkpoint, Weights], SpectralTracker]]:
         """Each stack with each checkpoint that lacks some of it, and the tracker of the stack."""
         for stack in self.stacks:
             if self._owners[stack[0].name] != self.share.number:
@@ -254,7 +255,7 @@ class Job:
         return SpectralBasis(stack, matrices, self.rank, devices=devices)
 
     def _rows(
-        self, tracker: SpectralTracker, checkpoint: Checkpoint, weights: CheckpointWeights
+        self, tracker: SpectralTracker, checkpoint: Checkpoint, weights: Weights
     ) -> list[dict[str, Any]]:
         try:
             record = tracker.measure(weights, step=0, stage=checkpoint.stage, null_draws=self.null_draws)
@@ -262,7 +263,7 @@ class Job:
             raise TensorError(_told(checkpoint.path, error)) from None
         return [{**row, "step": checkpoint.step} for row in record.rows]
 
-    def _checked(self, checkpoint: Checkpoint) -> CheckpointWeights:
+    def _checked(self, checkpoint: Checkpoint) -> Weights:
         """Open a checkpoint and see from its headers that it has every matrix in the base's shape."""
         weights = checkpoint.open(self.base)
         shapes = weights.shapes()

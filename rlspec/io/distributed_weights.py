@@ -1,0 +1,112 @@
+"""Weights of a checkpoint of torch.distributed.checkpoint: parts are read ahead, each tensor is made of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rlspec.errors import CheckpointError, TensorError
+from rlspec.io.distributed import DistributedIndex, DistributedTensor, Part
+from rlspec.io.dtypes import stored_name
+from rlspec.io.fused import Config
+from rlspec.io.index import TensorEntry
+from rlspec.io.projections import Projection, read_config
+from rlspec.io.saved import SavedTensor, find_saved
+from rlspec.io.stream import TensorStream
+from rlspec.io.weights import Weights, read_ahead_bytes
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """A part, and where its values lie."""
+
+    part: Part
+    saved: SavedTensor
+    entry: TensorEntry  #: the storage
+
+
+class DistributedWeights(Weights):
+    """The weights of one model, ``.metadata`` read once.
+
+    Args:
+        folder: the one with ``.metadata``.
+
+    Raises:
+        CheckpointError: see `DistributedIndex.open`; in iteration: an archive in a file is malformed, or its tensor has
+            another shape or dtype than ``.metadata`` says.
+    """
+
+    _copies_parts = True
+
+    def __init__(self, folder: Path) -> None:
+        self._index = DistributedIndex.open(folder)
+        self.where = f"the checkpoint {folder}"
+
+    def config(self) -> Config | None:
+        """That of the folder, or of the one above it, where trainers put it."""
+        here = read_config(self._index.path)
+        return read_config(self._index.path.parent) if here is None else here
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: tensor.shape for name, tensor in self._index.tensors.items()}
+
+    def in_file_order(self, projections: Iterable[Projection]) -> list[Projection]:
+        firsts = {name: tensor.parts[0] for name, tensor in self._index.tensors.items() if tensor.parts}
+        places = {name: (str(part.file), part.start) for name, part in firsts.items()}
+        return sorted(projections, key=lambda projection: places.get(projection.tensor, ("", -1)))
+
+    def _parts(
+        self, name: str, stored: Tensor, projections: Sequence[Projection], places: Sequence[int]
+    ) -> dict[int, Tensor]:
+        try:
+            return super()._parts(name, stored, projections, places)
+        except TensorError as error:
+            raise TensorError(f"{self._index.path}: {error}") from None
+
+    def _names(self) -> Collection[str]:
+        return self._index.tensors.keys()
+
+    def _load(self, name: str) -> Tensor:
+        (tensor,) = self._tensors_of([name])
+        return tensor
+
+    def _tensors_of(self, names: Sequence[str]) -> Iterator[Tensor]:
+        tensors = [self._index.tensors[name] for name in names]
+        placed = [
+            [_placed(name, t, part) for part in t.parts] for name, t in zip(names, tensors, strict=True)
+        ]
+        entries = [one.entry for parts in placed for one in parts]
+        with TensorStream.of_entries(entries, memory_bytes=read_ahead_bytes(entries)) as stream:
+            for tensor, parts in zip(tensors, placed, strict=True):
+                yield _assembled(tensor, parts, stream)
+
+
+def _placed(name: str, tensor: DistributedTensor, part: Part) -> _Placed:
+    saved = find_saved(part.file, part.start, part.length)
+    if (saved.dtype, saved.shape) != (tensor.dtype, part.shape):
+        raise CheckpointError(
+            f"{part.file}: {name!r}, its part at {list(part.offsets)}: {saved.dtype} {list(saved.shape)} in the file, "
+            f"{tensor.dtype} {list(part.shape)} wanted"
+        )
+    count = (saved.end - saved.start) // saved.dtype.itemsize
+    entry = TensorEntry(name, part.file, stored_name(saved.dtype), (count,), saved.start, saved.end)
+    return _Placed(part, saved, entry)
+
+
+def _assembled(tensor: DistributedTensor, parts: Sequence[_Placed], stream: TensorStream) -> Tensor:
+    """A tensor of the next parts of a stream; what is one part is not copied."""
+    if len(parts) == 1:
+        return _next(stream, parts[0])
+    whole = torch.empty(tensor.shape, dtype=tensor.dtype, device="cpu")
+    for placed in parts:  # no name keeps one while the next is asked for
+        ranges = zip(placed.part.offsets, placed.part.shape, strict=True)
+        whole[tuple(slice(first, first + size) for first, size in ranges)] = _next(stream, placed)
+    return whole
+
+
+def _next(stream: TensorStream, placed: _Placed) -> Tensor:
+    return next(stream).tensor.as_strided(placed.saved.shape, placed.saved.strides)
