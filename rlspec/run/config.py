@@ -12,6 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from rlspec.errors import OptionError
+from rlspec.run.budget import parse_budget
 from rlspec.run.segments import Segment, method_of
 from rlspec.run.trainers import further_settings, names, trainer_config
 from rlspec.run.values import converted
@@ -115,6 +116,13 @@ class TrackConfig:
         "delta", "How spectra are computed: delta (fast) or exact (full decompositions).", heading=_MEASURED
     )
     ppo_every: int = setting(5, "Measure each N PPO updates.", heading=_MEASURED)
+    track_budget: str | None = setting(
+        None,
+        "Share of the run's time that tracking may take, as in 1%; where an event's spectra would exceed it, they are "
+        "left out, but for the first and the last of a stage and those that PPO starts from.",
+        default_told="no limit",
+        heading=_MEASURED,
+    )
     checkpoint_every: int | None = setting(
         None,
         "Keep a checkpoint each N steps or updates only.",
@@ -177,6 +185,7 @@ class TrackConfig:
         object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
         self._check_choice("engine")
         self._check_choice("dtype")
+        parse_budget(self.track_budget, "track_budget")
         if self.ppo_from:
             self._check_ppo_from(self.ppo_from)
         object.__setattr__(self, "ppo_from", self._branch_points())
@@ -319,9 +328,11 @@ class TrackConfig:
         return {each.name: getattr(self, each.name) for each in OWN} | dict(self.further)
 
     def to_settings(self) -> dict[str, Any]:
-        """The settings as config.yaml holds them: tuples become lists."""
+        """The settings as config.yaml holds them: tuples become lists, and a limit that there is not is not told."""
         return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in self.values().items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in self.values().items()
+            if (key, value) != ("track_budget", None)
         }
 
     @classmethod
