@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from safetensors.torch import load_file, save_file
 
 import rlspec
 from rlspec.errors import CheckpointError, OptionError, ProjectionError, TensorError
+from rlspec.io.writer import _Shard
 from rlspec.restore import RestoreOptions, checkpoint, tensors
 from rlspec.restore.checkpoint import run_plan
 from rlspec.restore.plan import Step, plan_restore
@@ -513,7 +515,10 @@ def test_only_what_is_a_checkpoint_for_certain_is_overwritten(tmp_path: Path) ->
         assert bytes_of(folder) == before
 
 
-def test_what_appears_in_the_old_output_meanwhile_is_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("disk", ["quick", "slow"])
+def test_what_appears_in_the_old_output_meanwhile_is_kept(
+    disk: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     base, tuned = pair(tmp_path)
     out = tmp_path / "out"
     rlspec.restore_checkpoint(base, tuned, out)
@@ -523,8 +528,18 @@ def test_what_appears_in_the_old_output_meanwhile_is_kept(tmp_path: Path) -> Non
     def come(step: Step) -> None:
         (out / "thesis.txt").write_text("years of work")
 
+    computed = threading.Event()
+    if disk == "slow":
+        copy = _Shard.copy
+
+        def late(shard: _Shard) -> None:
+            computed.wait(60)
+            shard._stop.wait(0.2)  # no copy begins once it is told to stop
+            copy(shard)
+
+        monkeypatch.setattr(_Shard, "copy", late)
     with pytest.raises(CheckpointError, match=r"also holds thesis\.txt"):
-        run_plan(plan, target, on_step=come)
+        run_plan(plan, target, on_step=come, on_commit=computed.set)
     assert (out / "thesis.txt").read_text() == "years of work"
     (out / "thesis.txt").rename(tmp_path / "thesis.txt")
     report = run_plan(plan, Target(out, base, tuned, overwrite=True, resume=True))

@@ -150,11 +150,8 @@ class CheckpointWriter:
             if future.done():
                 future.result()
 
-    def commit(self) -> Path:
-        """Finish all shards, add the other files and the index, and give the folder its name.
-
-        Returns:
-            The folder.
+    def finish(self) -> None:
+        """Wait until all shards are complete and on the disk, so that a resumed run has nothing of them to do.
 
         Raises:
             CheckpointError: the disk fails. What is complete stays for a resumed run.
@@ -166,6 +163,17 @@ class CheckpointWriter:
         for future in list(self._copied):
             future.result()
         self._thread.shutdown()
+
+    def commit(self) -> Path:
+        """Finish all shards, add the other files and the index, and give the folder its name.
+
+        Returns:
+            The folder.
+
+        Raises:
+            CheckpointError, ValueError: as `finish`.
+        """
+        self.finish()
         for place, path in self._companions.items():
             target = self._staging.checkpoint / place
             if place in self._contents:
