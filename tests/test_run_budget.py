@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +27,14 @@ from rlspec.spectra import SpectralTracker
 
 pytestmark = pytest.mark.usefixtures("cache")
 
-# With one second a step, one a measurement, and a share of an eighth: after the one at step 0 the second needs 16
-# seconds with its own, the third 24, the fourth 32.
-MEASURED = [("sft", 0), ("sft", 15), ("sft", 22), ("ppo", 0), ("ppo", 6)]
+# With one second a step, one a measurement, and a share of 14 %: after the one at step 0 the second needs 14.3 seconds
+# with its own, the third 21.4, the fourth 28.6, which is the last of SFT's and is made at 26, the fifth 35.7.
+MEASURED = [("sft", 0), ("sft", 15), ("sft", 20), ("sft", 22), ("ppo", 0), ("ppo", 6)]
 
 
-@pytest.fixture
-def timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step takes a second, a measurement another, and everything else no time."""
+@contextmanager
+def timed() -> Iterator[None]:
+    """Within, a step takes a second, a measurement another, and everything else no time."""
     seconds = Seconds()
 
     def slow(right: Callable[..., Any]) -> Callable[..., Any]:
@@ -43,22 +44,31 @@ def timed(monkeypatch: pytest.MonkeyPatch) -> None:
 
         return taken
 
-    monkeypatch.setattr("rlspec.jobs.track.Clock", lambda: Clock(now=seconds))
-    monkeypatch.setattr(SpectralTracker, "measure", slow(SpectralTracker.measure))
-    monkeypatch.setattr(EventRecorder, "on_step", slow(EventRecorder.on_step))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rlspec.jobs.track.Clock", lambda: Clock(now=seconds))
+        patch.setattr(SpectralTracker, "measure", slow(SpectralTracker.measure))
+        patch.setattr(EventRecorder, "on_step", slow(EventRecorder.on_step))
+        yield
+
+
+@pytest.fixture(scope="module")
+def limited(model: Path, tmp_path_factory: pytest.TempPathFactory, cache: None) -> tuple[RunFolder, Result]:
+    """A run with a budget, to be read only, and what the command printed."""
+    folder = RunFolder(tmp_path_factory.mktemp("runs") / "limited")
+    with timed():
+        result = invoke(*arguments(model, folder.path, track_budget="14%"))
+    assert result.exit_code == 0, result.output
+    return folder, result
 
 
 def without_run(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name != "run"} for row in without_seconds(rows)]
 
 
-@pytest.mark.usefixtures("timed")
 def test_spectra_beyond_the_budget_are_left_out_and_nothing_else(
-    finished: tuple[RunFolder, Result], model: Path, tmp_path: Path
+    finished: tuple[RunFolder, Result], limited: tuple[RunFolder, Result]
 ) -> None:
-    whole, folder = finished[0], RunFolder(tmp_path / "run")
-    result = invoke(*arguments(model, folder.path, track_budget="12.5%"))
-    assert result.exit_code == 0, result.output
+    (whole, _), (folder, result) = finished, limited
     assert list(dict.fromkeys(map(event_of, folder.spectra()))) == MEASURED
     files = {f"{segment}-{step}.safetensors" for segment, step in MEASURED}
     assert {path.name for path in (folder.path / "spectra").iterdir()} == files
@@ -72,29 +82,31 @@ def test_spectra_beyond_the_budget_are_left_out_and_nothing_else(
     assert kept[0] == kept[1]
     told = [line for line in result.stderr.splitlines() if "left out" in line]
     assert told == [
-        "tracking took 1 of 6 s so far: the spectra of sft 5 are left out (track_budget='12.5%'), later ones may be too"
+        "tracking took 1 of 6 s so far: the spectra of sft 5 are left out (track_budget='14%'), later ones may be too"
     ]
     assert folder.report_path.exists()
 
 
-@pytest.mark.usefixtures("timed")
-def test_a_resumed_run_goes_on_with_what_was_spent(model: Path, tmp_path: Path) -> None:
-    whole, folder = RunFolder(tmp_path / "whole"), RunFolder(tmp_path / "run")
-    assert invoke(*arguments(model, whole.path, track_budget="12.5%")).exit_code == 0
-    stop_at(arguments(model, folder.path, track_budget="12.5%"), "sft", 15)
+def test_a_resumed_run_goes_on_with_what_was_spent(
+    limited: tuple[RunFolder, Result], model: Path, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path / "run")
+    with timed():
+        stop_at(arguments(model, folder.path, track_budget="14%"), "sft", 5)
     before = folder.spectra_path.read_bytes()
-    assert list(dict.fromkeys(map(event_of, folder.spectra()))) == MEASURED[:2]
-    # At step 20 there is time for another, were what was spent forgotten, or how long one takes.
-    assert invoke("track", "--resume", "--out", str(folder.path)).exit_code == 0
-    assert_same_run(folder, whole)
+    assert list(dict.fromkeys(map(event_of, folder.spectra()))) == MEASURED[:1]
+    # Were what was spent forgotten, or how long one takes, there was time at step 10; were the time, none at step 15.
+    with timed():
+        assert invoke("track", "--resume", "--out", str(folder.path)).exit_code == 0
+    assert_same_run(folder, limited[0])
     assert folder.spectra_path.read_bytes().startswith(before)
 
 
-@pytest.mark.usefixtures("timed")
 def test_steps_that_a_branch_starts_from_are_measured(model: Path, tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     changes = {"ppo_from": "5,10", "ppo_updates": 1, "sft_steps": 15, "track_budget": "0.0001"}
-    assert invoke(*arguments(model, folder.path, **changes)).exit_code == 0
+    with timed():
+        assert invoke(*arguments(model, folder.path, **changes)).exit_code == 0
     assert list(dict.fromkeys(map(event_of, folder.spectra()))) == [
         *(("sft", step) for step in (0, 5, 10, 15)),
         *((f"ppo-from-{point}", step) for point in (5, 10) for step in (0, 1)),
