@@ -46,6 +46,22 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_toy_model(tmp_path_factory.mktemp("models") / "tiny")
 
 
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Base and tuned checkpoint, to be read only: two shards, float32."""
+    from restore_toys import pair
+
+    return pair(tmp_path_factory.mktemp("llama"), shard="150KB")
+
+
+@pytest.fixture(scope="session")
+def llama_bf16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The same in one shard, bfloat16."""
+    from restore_toys import pair
+
+    return pair(tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
+
+
 @pytest.fixture(scope="module")
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Decompositions of references are kept in a folder of the test file's own."""

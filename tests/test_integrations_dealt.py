@@ -16,8 +16,8 @@ from process_toys import changed, held, together, toy_with_uneven_layers
 from transformers import TrainerCallback
 
 from rlspec import SpectralBasis, SpectralTracker
-from rlspec.integrations.budget import Pace
 from rlspec.integrations.transformers import SpectralCallback
+from rlspec.run.budget import Pace
 
 LAST = 4
 

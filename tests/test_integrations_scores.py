@@ -16,8 +16,8 @@ from train_toys import toy_tokenizer
 from transformers import TrainerCallback
 
 from rlspec.errors import OptionError
-from rlspec.integrations.budget import Pace
 from rlspec.integrations.transformers import SpectralCallback
+from rlspec.run.budget import Pace
 from rlspec.train.texts import text_losses
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -20,9 +20,9 @@ from transformers import TrainerCallback
 
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.errors import CheckpointError, OptionError
-from rlspec.integrations.budget import Pace, parse_budget
 from rlspec.integrations.store import TrackingFolder
 from rlspec.integrations.transformers import LOGGED, SpectralCallback
+from rlspec.run.budget import Pace, parse_budget
 from rlspec.spectra.table import COLUMNS
 
 NAMES = [f"model.layers.{i}.self_attn.{p}_proj.weight" for i in range(2) for p in "qkv"]
@@ -299,7 +299,8 @@ def test_measurements_wait_for_the_budget_and_the_log_says_so_once(
 
 
 @pytest.mark.parametrize(
-    ("budget", "share"), [("1%", 0.01), (" 2.5 % ", 0.025), (0.01, 0.01), (1, 1.0), (None, None)]
+    ("budget", "share"),
+    [("1%", 0.01), (" 2.5 % ", 0.025), (0.01, 0.01), ("0.01", 0.01), (1, 1.0), (None, None)],
 )
 def test_budgets_that_are_shares(budget: Any, share: float | None) -> None:
     assert parse_budget(budget) == (None if share is None else pytest.approx(share))

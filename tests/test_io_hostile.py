@@ -17,7 +17,7 @@ from restore_toys import pair
 from safetensors.torch import save_file
 
 from rlspec import _C
-from rlspec.errors import CheckpointError
+from rlspec.errors import CheckpointError, RunFolderError
 from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex, read_header
 from rlspec.io.stream import read_tensor, stream_rows
@@ -167,6 +167,12 @@ def test_text_about_git_lfs_is_no_pointer(tmp_path: Path) -> None:
     path.write_text(POINTER.replace("https", "http"))
     with pytest.raises(CheckpointError, match="not valid JSON"):
         read_json_object(path)
+    for broken in ("{", "[]", POINTER):
+        path.write_text(broken)
+        with pytest.raises(RunFolderError, match=f"^{path}: "):  # the kind that the caller asked for
+            read_json_object(path, RunFolderError)
+    with pytest.raises(RunFolderError, match="cannot be read"):
+        read_json_object(tmp_path / "none.json", RunFolderError)
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors", metadata={"about": POINTER})
     assert list(CheckpointIndex.open(tmp_path).tensors) == ["a"]
     path.write_text("{}")

@@ -19,15 +19,10 @@ from restore_toys import (
     tensors_of,
 )
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 import rlspec
 from rlspec.errors import CheckpointError, OptionError, ProjectionError, TensorError
-from rlspec.restore import RestoreOptions, checkpoint, tensors
-from rlspec.restore.checkpoint import run_plan
-from rlspec.restore.plan import Step, plan_restore
-from rlspec.restore.target import Target
-from rlspec.restore.tensors import aligned
 
 MODES: dict[str, tuple[dict[str, Any], Any]] = {
     "directions": ({}, svd_formula(0, 0.2)),
@@ -42,17 +37,6 @@ MODES: dict[str, tuple[dict[str, Any], Any]] = {
     "half": ({"strength": 0.5}, lambda b, t: 0.5 * (t + svd_formula(0, 0.2)(b, t))),
     "copy": ({"mode": "copy"}, lambda b, t: b),
 }
-
-
-@pytest.fixture(scope="module")
-def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two shards, float32."""
-    return pair(tmp_path_factory.mktemp("llama"), shard="150KB")
-
-
-@pytest.fixture(scope="module")
-def llama_bf16(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return pair(tmp_path_factory.mktemp("llama"), dtype=torch.bfloat16)
 
 
 def check(
@@ -223,74 +207,6 @@ def test_single_files(tmp_path: Path) -> None:
     assert found == there
 
 
-def test_float32_holds_what_bfloat16_loses(llama_bf16: tuple[Path, Path], tmp_path: Path) -> None:
-    narrow = rlspec.restore_checkpoint(*llama_bf16, tmp_path / "narrow")
-    wide = rlspec.restore_checkpoint(*llama_bf16, tmp_path / "wide", dtype="float32")
-    for row in wide.matrices:
-        assert (row.dtype, tensors_of(tmp_path / "wide")[row.tensor].dtype) == ("float32", torch.float32)
-        assert row.rounding_share < 1e-4
-    assert all(row.rounding_share > 0.02 for row in narrow.matrices)
-    kept = [name for name in wide.kept if name.endswith("o_proj.weight")]
-    assert kept and all(tensors_of(tmp_path / "wide")[name].dtype == torch.bfloat16 for name in kept)
-
-
-@pytest.mark.parametrize("mode", ["directions", "interpolate"])
-def test_stochastic_rounding_depends_on_seed_and_name_alone(
-    mode: str, llama_bf16: tuple[Path, Path], tmp_path: Path
-) -> None:
-    def run(out: str, **options: Any) -> dict[str, torch.Tensor]:
-        options = {"rounding": "stochastic", "mode": mode, "strength": 0.5, **options}
-        rlspec.restore_checkpoint(*llama_bf16, tmp_path / out, **options)
-        return tensors_of(tmp_path / out)
-
-    first, again, other, some = run("1"), run("2", memory_gib=3.0), run("3", seed=1), run("4", modules="k")
-    q, k = (f"model.layers.1.self_attn.{module}_proj.weight" for module in "qk")
-    assert all(torch.equal(first[name], again[name]) for name in first)
-    assert not torch.equal(first[q], other[q])
-    assert torch.equal(first[k], some[k])
-
-
-@pytest.mark.parametrize("options", [{"mode": "copy"}, {"mode": "interpolate", "strength": 0.3}])
-def test_row_blocks_of_any_size_give_the_same(
-    options: dict[str, Any],
-    llama: tuple[Path, Path],
-    llama_bf16: tuple[Path, Path],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """Base and tuned tensors of different widths, cut at different rows."""
-    pairs = llama[0], llama_bf16[1]
-    options = {**options, "modules": ".", "rounding": "stochastic"}
-    rlspec.restore_checkpoint(*pairs, tmp_path / "whole", **options)
-    cuts = []
-
-    def recorded(base: Any, tuned: Any) -> Any:
-        for first, there, here in aligned(base, tuned):
-            cuts.append((first, len(there)))
-            yield first, there, here
-
-    monkeypatch.setattr(checkpoint, "aligned", recorded)
-    monkeypatch.setattr(checkpoint, "pool_bytes", lambda plan, memory: 1 << 17)
-    monkeypatch.setattr(tensors, "BLOCK_ENTRIES", 500)
-    rlspec.restore_checkpoint(*pairs, tmp_path / "cut", **options)
-    assert len({count for _, count in cuts}) > 3 and max(first for first, _ in cuts) > 0
-    assert bytes_of(tmp_path / "cut") == bytes_of(tmp_path / "whole")
-
-
-def test_draws_do_not_hang_on_where_blocks_begin() -> None:
-    """Rows that tuning left alone are passed over block by block, and draw all the same."""
-    base = torch.randn(20, 30).bfloat16()
-    tuned = torch.cat([base[:11], base[11:] + 0.1])
-    options = RestoreOptions(mode="interpolate", strength=0.37, rounding="stochastic")
-
-    def run(rows: int) -> torch.Tensor:
-        blocks = [(i, base[i : i + rows], tuned[i : i + rows]) for i in range(0, 20, rows)]
-        found = tensors.restore_rows("w", blocks, torch.bfloat16, options, tensors.Changes(20))
-        return torch.cat([block for _, block in found])
-
-    assert all(torch.equal(run(20), run(rows)) for rows in (1, 3, 7, 11))
-
-
 def test_layers_and_regular_expressions_choose(llama: tuple[Path, Path], tmp_path: Path) -> None:
     def chosen(out: str, **options: Any) -> list[str]:
         report = rlspec.restore_checkpoint(*llama, tmp_path / out, **options)
@@ -359,37 +275,6 @@ def test_a_base_in_another_float_dtype(
     assert (found[Q0] - truth[Q0]).norm() < 0.004 * truth[Q0].norm()
 
 
-@pytest.mark.parametrize("mode", ["directions", "copy"])
-def test_values_that_cannot_be_restored_leave_nothing_behind(mode: str, tmp_path: Path) -> None:
-    """Also with a shard finished: the same inputs would fail again, and a resumed run takes no others."""
-    base, tuned = pair(tmp_path, shard="60KB")
-    last = max(p for p in tuned.glob("*.safetensors") if any("k_proj" in n for n in load_file(p)))
-    found = load_file(last)
-    next(t for n, t in found.items() if "k_proj" in n)[0, 0] = torch.nan
-    save_file(found, last, metadata={"format": "pt"})
-    for resume in (False, True):
-        with pytest.raises(TensorError, match=r"k_proj.*1 of \d+ values are NaN"):
-            rlspec.restore_checkpoint(base, tuned, tmp_path / "out", mode=mode, resume=resume)
-        assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned"}
-
-
-def test_an_output_never_takes_the_place_of_weights_that_are_linked(tmp_path: Path) -> None:
-    base, tuned = pair(tmp_path)
-    store = tmp_path / "store"
-    tuned.rename(store)
-    tuned.mkdir()
-    (tuned / "model.safetensors").symlink_to(store / "model.safetensors")
-    before = bytes_of(store)
-    with pytest.raises(CheckpointError, match=r"store holds .*to which .*tuned/model.safetensors links"):
-        rlspec.restore_checkpoint(base, tuned, store, overwrite=True)
-    assert bytes_of(store) == before
-    rlspec.restore_checkpoint(base, tuned, tmp_path / "out")
-    rlspec.restore_checkpoint(base, store, tmp_path / "plain")
-    assert (
-        bytes_of(tmp_path / "out")["model.safetensors"] == bytes_of(tmp_path / "plain")["model.safetensors"]
-    )
-
-
 @pytest.mark.parametrize("which", ["base", "tuned"])
 def test_what_cannot_be_restored_is_named(which: str, tmp_path: Path) -> None:
     base, tuned = pair(tmp_path)
@@ -446,86 +331,3 @@ def test_memory_too_small_says_what_is_needed(llama: tuple[Path, Path], tmp_path
         OptionError, match=r"q_proj.*takes about 0.1 GiB, memory_gib=0.0 is too little: give memory_gib=0.1"
     ):
         rlspec.restore_checkpoint(*llama, tmp_path / "out", memory_gib=0.01)
-
-
-def test_outputs_that_would_harm_are_refused(tmp_path: Path) -> None:
-    base, tuned = pair(tmp_path)
-    (tmp_path / "link").symlink_to(tuned)
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "notes" / "thesis.txt").write_text("years of work")
-    for out, named in (
-        (base, "holds or lies in the base"),
-        (tuned / "inside", "lies in the tuned"),
-        (tmp_path, "holds or lies in the base"),
-        (tmp_path / "link", "holds or lies in the tuned"),
-        (tmp_path / "notes", "is not a checkpoint"),
-    ):
-        with pytest.raises(CheckpointError, match=named):
-            rlspec.restore_checkpoint(base, tuned, out, overwrite=True)
-    with pytest.raises(CheckpointError, match="notes exists already; give overwrite=True"):
-        rlspec.restore_checkpoint(base, tuned, tmp_path / "notes")
-    out = tmp_path / "out"
-    rlspec.restore_checkpoint(base, tuned, out, modules="k")
-    first = bytes_of(out)
-    with pytest.raises(CheckpointError, match="it is complete, nothing is left to resume"):
-        rlspec.restore_checkpoint(base, tuned, out, resume=True)
-    rlspec.restore_checkpoint(base, tuned, out, modules="v", overwrite=True)
-    assert bytes_of(out).keys() == first.keys() and bytes_of(out) != first
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["base", "link", "notes", "out", "tuned"]
-
-
-@pytest.mark.parametrize(
-    "mine", ["photos/beach.json", "thesis.pdf", ".git/HEAD", "notes.txt", "results.json", "other.safetensors"]
-)
-def test_overwriting_a_checkpoint_deletes_nothing_that_is_no_part_of_one(tmp_path: Path, mine: str) -> None:
-    base, tuned = pair(tmp_path)
-    out = tmp_path / "out"
-    rlspec.restore_checkpoint(base, tuned, out)
-    work = out / mine
-    work.parent.mkdir(exist_ok=True)
-    work.write_text("years of work")
-    before = bytes_of(out)
-    with pytest.raises(CheckpointError, match=f"also holds {mine}, which is no part"):
-        rlspec.restore_checkpoint(base, tuned, out, modules="v", overwrite=True)
-    assert bytes_of(out) == before and work.read_text() == "years of work"
-    # What an input holds too, the output has again.
-    held = tuned / mine
-    held.parent.mkdir(exist_ok=True)
-    held.write_text("part of the model")
-    with pytest.raises(CheckpointError, match=f"also holds {mine}, which is no part"):
-        rlspec.restore_checkpoint(base, tuned, out, modules="v", overwrite=True)
-    held.write_text("years of work")
-    rlspec.restore_checkpoint(base, tuned, out, modules="v", overwrite=True)
-
-
-def test_only_what_is_a_checkpoint_for_certain_is_overwritten(tmp_path: Path) -> None:
-    base, tuned = pair(tmp_path)
-    weights = tmp_path / "weights"
-    weights.mkdir()
-    save_file({"mine": torch.ones(2)}, weights / "mine.safetensors")
-    broken = tmp_path / "broken"
-    broken.mkdir()
-    (broken / "model.safetensors").write_bytes(b"not read by anyone")
-    for folder in (weights, broken):
-        before = bytes_of(folder)
-        with pytest.raises(CheckpointError, match=f"{folder.name} is not a checkpoint; .*replaces checkp"):
-            rlspec.restore_checkpoint(base, tuned, folder, overwrite=True)
-        assert bytes_of(folder) == before
-
-
-def test_what_appears_in_the_old_output_meanwhile_is_kept(tmp_path: Path) -> None:
-    base, tuned = pair(tmp_path)
-    out = tmp_path / "out"
-    rlspec.restore_checkpoint(base, tuned, out)
-    plan = plan_restore(base, tuned, RestoreOptions(modules="v"))
-    target = Target(out, base, tuned, overwrite=True)
-
-    def come(step: Step) -> None:
-        (out / "thesis.txt").write_text("years of work")
-
-    with pytest.raises(CheckpointError, match=r"also holds thesis\.txt"):
-        run_plan(plan, target, on_step=come)
-    assert (out / "thesis.txt").read_text() == "years of work"
-    (out / "thesis.txt").rename(tmp_path / "thesis.txt")
-    report = run_plan(plan, Target(out, base, tuned, overwrite=True, resume=True))
-    assert report.resumed == 2

@@ -8,10 +8,11 @@ import pytest
 import yaml
 
 from rlspec.errors import OptionError, RunFolderError
-from rlspec.run.config import EMBEDDED_LEARNING_RATES, PAPER_LEARNING_RATES, TrackConfig, read_config_file
+from rlspec.run.config import EMBEDDED_LEARNING_RATES, PAPER_LEARNING_RATES, TrackConfig
 from rlspec.run.folder import RunFolder
 from rlspec.run.segments import Segment
 from rlspec.run.settings import resolve_settings, stored_settings
+from rlspec.run.values import read_config_file
 
 
 def test_settings_survive_yaml() -> None:

@@ -12,6 +12,7 @@ import pytest
 from rlspec.errors import RunFolderError
 from rlspec.io.jsonl import append_rows, keep_rows, read_rows, repair
 from rlspec.run.folder import RunFolder
+from rlspec.run.progress import eta_text
 from rlspec.run.segments import event_of
 from rlspec.run.tensorboard import TensorBoardLog
 
@@ -281,3 +282,8 @@ def test_summary_is_json(tmp_path: Path) -> None:
     folder = RunFolder.create(tmp_path / "run", {})
     folder.write_summary({"tracking_share": 0.01})
     assert json.loads(folder.summary_path.read_text()) == folder.summary() == {"tracking_share": 0.01}
+
+
+@pytest.mark.parametrize(("seconds", "told"), [(0.9, "0:00"), (61.9, "1:01"), (3600.0, "60:00")])
+def test_the_time_that_is_left_is_told_in_minutes_and_seconds(seconds: float, told: str) -> None:
+    assert eta_text(seconds) == f"ETA {told}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from rlspec.cli.flags import flag
+from rlspec.io.csv_text import csv_text
 from rlspec.study.repair.candidates import Candidate
 from rlspec.study.repair.choice import Trial, difference_interval, front, share_won_back
 from rlspec.study.repair.scores import Costs
@@ -59,26 +59,26 @@ def lines(found: Found, base: Path, tuned: Path) -> Iterator[str]:
 def as_csv(found: Found) -> str:
     """Every model scored: its settings and scores; ``on_curve`` and ``recommended`` are 0 or 1."""
     names = ("mode", "rank", "part", "strength", "modules", "layers")
+    scores, marks = ("general", "task", "share_won_back"), ("control", "on_curve", "recommended")
     curve = front(found.trials)
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(
-        ["model", *names, "general", "task", "share_won_back", "control", "on_curve", "recommended"]
-    )
-    for label, score in (("base", found.base), ("tuned", found.tuned)):
+
+    def scored(model: str, score: Costs) -> dict[str, Any]:
         share = share_won_back(score, found.base, found.tuned)
-        writer.writerow([label, *[""] * len(names), score.general, score.task, share, "", "", ""])
+        return {"model": model, **dict(zip(scores, (score.general, score.task, share)))}
+
+    rows = [scored("base", found.base), scored("tuned", found.tuned)]
     for trial in found.trials:
-        share = share_won_back(trial.score, found.base, found.tuned)
-        settings = [trial.candidate.settings.get(name, "") for name in names]
-        marks = [int(trial.candidate.is_control), int(trial in curve), int(trial == found.recommended)]
-        writer.writerow(["restored", *settings, trial.score.general, trial.score.task, share, *marks])
-    if found.random is not None:
-        share = share_won_back(found.random, found.base, found.tuned)
-        writer.writerow(
-            ["random", *[""] * len(names), found.random.general, found.random.task, share, 1, "", ""]
+        marked = trial.candidate.is_control, trial in curve, trial == found.recommended
+        rows.append(
+            {
+                **scored("restored", trial.score),
+                **trial.candidate.settings,
+                **dict(zip(marks, map(int, marked))),
+            }
         )
-    return text.getvalue()
+    if found.random is not None:
+        rows.append({**scored("random", found.random), "control": 1})
+    return csv_text(["model", *names, *scores, *marks], rows)
 
 
 def _named(trial: Trial) -> str:

@@ -10,7 +10,8 @@ import click
 
 from rlspec.cli.exits import stopped
 from rlspec.cli.settings import HeadedCommand, options_for
-from rlspec.run.config import FURTHER, OWN, read_config_file
+from rlspec.run.config import FURTHER, OWN
+from rlspec.run.values import read_config_file
 
 _EXAMPLE = """\b
 A file for --config holds any of these settings, by name:

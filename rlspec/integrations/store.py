@@ -79,11 +79,11 @@ class TrackingFolder:
             The rows that stay.
 
         Raises:
-            RunFolderError: the folder tracks something else.
+            RunFolderError: the folder tracks something else, or what it says of that cannot be read.
         """
         if not self._settings_file.exists():
             self.start()
-        found = read_json_object(self._settings_file)
+        found = read_json_object(self._settings_file, RunFolderError)
         for name, wanted in self.settings.items():
             if found.get(name) != wanted:
                 raise RunFolderError(

@@ -17,7 +17,6 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from rlspec.errors import OptionError, RunFolderError, TensorError
-from rlspec.integrations.budget import Pace, parse_budget
 from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
 from rlspec.io.jsonl import Row
@@ -25,6 +24,7 @@ from rlspec.io.projections import parse_modules
 from rlspec.io.weights import open_weights
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.report.data import by_event
+from rlspec.run.budget import Pace, parse_budget
 from rlspec.run.rows import mean
 from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.dealt import DealtTracker

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rlspec.errors import CheckpointError
+from rlspec.errors import CheckpointError, RlspecError
 
 # How the names of the files end, beside the weights, that loaders of a model read.
 _LOADED = (".json", ".jinja", ".model", ".txt")
@@ -108,19 +108,19 @@ def told_apart(paths: Iterable[Path], known: Iterable[Path] = ()) -> list[str]:
     return found
 
 
-def read_error(path: str | Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be read: {error.strerror or error}")
+def read_error(path: str | Path, error: OSError, kind: type[RlspecError] = CheckpointError) -> RlspecError:
+    return kind(f"{path}: cannot be read: {error.strerror or error}")
 
 
 def write_error(path: str | Path, error: OSError) -> CheckpointError:
     return CheckpointError(f"{path}: cannot be written: {error.strerror or error}")
 
 
-def refuse_lfs_pointers(files: Iterable[Path]) -> None:
+def refuse_lfs_pointers(files: Iterable[Path], kind: type[RlspecError] = CheckpointError) -> None:
     """Refuse files in whose place a clone without Git LFS has a pointer; those that no loader reads may be pointers.
 
     Raises:
-        CheckpointError: one is a pointer, or cannot be read.
+        RlspecError: of that ``kind``: one is a pointer, or cannot be read.
     """
     # Imported here: commands that need no compiled extension write files too, and say so where it is missing.
     from rlspec import _C
@@ -132,24 +132,24 @@ def refuse_lfs_pointers(files: Iterable[Path]) -> None:
             with path.open("rb") as file:
                 _C.refuse_lfs_pointer(file.read(64))
         except OSError as error:
-            raise read_error(path, error) from None
+            raise read_error(path, error, kind) from None
         except _C.FileError as error:
-            raise CheckpointError(f"{path}: {error}") from None
+            raise kind(f"{path}: {error}") from None
 
 
-def read_json_object(path: Path) -> dict[str, Any]:
+def read_json_object(path: Path, kind: type[RlspecError] = CheckpointError) -> dict[str, Any]:
     """The JSON object that a file holds.
 
     Raises:
-        CheckpointError: it cannot be read, is a pointer of Git LFS, or holds something else.
+        RlspecError: of that ``kind``: it cannot be read, is a pointer of Git LFS, or holds something else.
     """
-    refuse_lfs_pointers([path])
+    refuse_lfs_pointers([path], kind)
     try:
         content = json.loads(path.read_bytes())
     except OSError as error:
-        raise read_error(path, error) from None
+        raise read_error(path, error, kind) from None
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON: {error}") from None
+        raise kind(f"{path}: not valid JSON: {error}") from None
     if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
+        raise kind(f"{path}: expected a JSON object")
     return content

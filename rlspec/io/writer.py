@@ -150,11 +150,11 @@ class CheckpointWriter:
             if future.done():
                 future.result()
 
-    def finish_shards(self) -> None:
-        """Wait until all shards are on the disk, where they stay for a resumed run if this one gets no further.
+    def finish(self) -> None:
+        """Wait until all shards are complete and on the disk, so that a resumed run has nothing of them to do.
 
         Raises:
-            CheckpointError: the disk fails. What is complete stays.
+            CheckpointError: the disk fails. What is complete stays for a resumed run.
             ValueError: a changed tensor was not put.
         """
         missing = [name for name in self.pending if not self._by_name[name].has(name)]
@@ -162,6 +162,7 @@ class CheckpointWriter:
             raise ValueError(f"{len(missing)} tensors were not put, the first is {missing[0]!r}")
         for future in list(self._copied):
             future.result()
+        self._thread.shutdown()
 
     def commit(self) -> Path:
         """Finish all shards, add the other files and the index, and give the folder its name.
@@ -170,10 +171,9 @@ class CheckpointWriter:
             The folder.
 
         Raises:
-            CheckpointError, ValueError: as `finish_shards`.
+            CheckpointError, ValueError: as `finish`.
         """
-        self.finish_shards()
-        self._thread.shutdown()
+        self.finish()
         for place, path in self._companions.items():
             target = self._staging.checkpoint / place
             if place in self._contents:

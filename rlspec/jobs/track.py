@@ -28,6 +28,7 @@ from rlspec.jobs.loading import (
 from rlspec.report.data import read_run
 from rlspec.report.html import write_report
 from rlspec.report.verdict import verdict
+from rlspec.run.budget import Pace, parse_budget
 from rlspec.run.config import TrackConfig
 from rlspec.run.folder import RunFolder
 from rlspec.run.progress import Progress
@@ -227,8 +228,12 @@ def _run_segments(
 ) -> None:
     """Run ``segments``, of which the first may have been begun."""
     ppo = config.ppo
+    pace = Pace(parse_budget(config.track_budget, "track_budget"), clock.wall)
+    metrics = folder.metrics()
+    last = metrics[-1].get("seconds_last_measurement") if metrics else None
+    pace.begin(elapsed=clock.wall(), spent=clock.seconds["tracking"], last=last or 0.0)
     # The reference of every measurement is the model that the run started from, in a continued run as well.
-    with clock.timed("tracking"):
+    with clock.timed("tracking"), pace.spending(once=True):
         basis = _basis(config, inputs, progress)
         tracker = SpectralTracker(basis, engine=config.engine)
     if basis.note:
@@ -237,7 +242,7 @@ def _run_segments(
         probe = KLProbe(inputs.model, inputs.tokenizer, inputs.task, seed=config.seed)
     if not installed():
         progress.say(MISSING)
-    tensorboard = TensorBoardLog(folder.tensorboard_dir, folder.metrics(), folder.spectra(), folder.manifest)
+    tensorboard = TensorBoardLog(folder.tensorboard_dir, metrics, folder.spectra(), folder.manifest)
     recorder = EventRecorder(
         config,
         folder,
@@ -245,6 +250,7 @@ def _run_segments(
         tracker,
         probe,
         clock,
+        pace,
         tensorboard,
         progress,
         ppo.epochs * math.ceil(ppo.turns_per_update / ppo.mini_batch_size),

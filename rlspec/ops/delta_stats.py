@@ -84,9 +84,8 @@ def _whole(weight: Tensor, reference: Tensor, eta: float, out: Tensor | None) ->
     w, ref = weight.to(dtype), reference.to(dtype)
     delta = torch.sub(w, ref, out=out)
     unchanged = delta.abs() <= eta * torch.maximum(w.abs(), ref.abs())
-    delta_sq, weight_sq, reference_sq = (
-        torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1) for x in (delta, w, ref)
-    )
+    norms = torch.stack([torch.linalg.vector_norm(x, dim=-1) for x in (delta, w, ref)])
+    delta_sq, weight_sq, reference_sq = norms.double().square().sum(-1)
     return DeltaStats(delta_sq, weight_sq, reference_sq, torch.count_nonzero(unchanged, dim=(-2, -1)))
 
 

@@ -37,9 +37,12 @@ class Side:
     outside: Tensor | None
 
     def __matmul__(self, right: Tensor) -> Side:
-        narrow = right.to(self.tail.dtype)
+        return self.times(right.double(), right.to(self.tail.dtype))
+
+    def times(self, right: Tensor, narrow: Tensor) -> Side:
+        """The columns times ``right``, given in float64 and in the dtype of the factors."""
         outside = None if self.outside is None else self.outside @ narrow
-        return Side(self.lead @ right.double(), self.tail @ narrow, outside)
+        return Side(self.lead @ right, self.tail @ narrow, outside)
 
     def __sub__(self, other: Side) -> Side:
         outside = None if self.outside is None or other.outside is None else self.outside - other.outside
@@ -50,11 +53,12 @@ class Side:
         return self.lead.mT @ other.lead + self.rest_dot(other)
 
     def rest_dot(self, other: Side) -> Tensor:
-        """Inner products of the parts beyond the leading coordinates, (L, c, c'), float64."""
-        products = (self.tail.mT @ other.tail).double()
-        if self.outside is not None and other.outside is not None:
-            products = products + (self.outside.mT @ other.outside).double()
-        return products
+        """Inner products of the parts beyond the leading coordinates, (L, c, c'), to be added to float64 ones: their sum
+        is float64, a single product stays in the dtype of the factors."""
+        products = self.tail.mT @ other.tail
+        if self.outside is None or other.outside is None:
+            return products
+        return products.double() + self.outside.mT @ other.outside
 
     def columns(self, start: int, stop: int) -> Side:
         """Columns [start, stop), as views."""
@@ -76,10 +80,12 @@ class Side:
     def rows(self, start: int = 0, columns: int | None = None) -> Tensor:
         """Coordinates from row ``start`` < w on, of the first ``columns``, stacked into one tensor, (L, .,
         c)."""
+        return torch.cat(self.parts(start, columns), dim=-2)
+
+    def parts(self, start: int = 0, columns: int | None = None) -> list[Tensor]:
+        """The same unstacked."""
         parts = [self.lead[..., start:, :columns].to(self.tail.dtype), self.tail[..., :columns]]
-        if self.outside is not None:
-            parts.append(self.outside[..., :columns])
-        return torch.cat(parts, dim=-2)
+        return parts if self.outside is None else [*parts, self.outside[..., :columns]]
 
 
 @dataclass(frozen=True)
@@ -152,9 +158,8 @@ def apply(reference: Reference, delta: Delta, side: Side, *, transpose: bool = F
     moved = delta.rmatmul(x) if transpose else delta.matmul(x)
     inside = transposed_product(u, moved)
     outside = moved - u @ inside if u.shape[-2] > r else None
-    s = reference.S.unsqueeze(-1)
-    lead = s[..., :w, :] * side.lead + inside[..., :w, :].double()
-    tail = s[..., w:, :].to(v.dtype) * side.tail + inside[..., w:, :]
+    lead = reference.S[..., :w, None] * side.lead + inside[..., :w, :]
+    tail = reference.narrow[..., w:, None] * side.tail + inside[..., w:, :]
     return Side(lead, tail, outside)
 
 

@@ -276,7 +276,17 @@ def _stats(sums: DeltaStats, like: Tensor) -> UpdateStats:
 
 def frobenius(a: Tensor) -> Tensor:
     """Frobenius norm of (..., m, n), as float64. Row sums are float32 at worst, the total is float64."""
-    return torch.linalg.vector_norm(a, dim=-1).double().square().sum(-1).sqrt()
+    return norm_of_rows(row_norms(a))
+
+
+def row_norms(a: Tensor) -> Tensor:
+    """(..., m) the part of :func:`frobenius` that reads the matrix."""
+    return torch.linalg.vector_norm(a, dim=-1)
+
+
+def norm_of_rows(norms: Tensor) -> Tensor:
+    """The rest of :func:`frobenius`, which may be left to the host."""
+    return norms.double().square().sum(-1).sqrt()
 
 
 def _shape(stack: Tensor) -> tuple[int, int, int]:

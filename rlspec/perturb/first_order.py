@@ -48,25 +48,27 @@ def first_order(
         block: U1ᵀ E V1 (L, w, w) float64.
     """
     u, v, w = reference.U, reference.Vh.mT, reference.width
-    s1, s2 = reference.S[..., :w], reference.S[..., w:]
+    s1, narrow1, narrow2 = reference.S[..., :w], reference.narrow[..., :w], reference.narrow[..., w:]
     m, n = reference.shape
     r = reference.S.shape[-1]
     a, b = delta.matmul(v[..., :w]), delta.rmatmul(u[..., :w])
     f, g21 = u.mT @ a, v[..., w:].mT @ b
     f11, f21 = f[..., :w, :], f[..., w:, :]
-    p, q = sylvester_rotation(s2, s1, f21, g21)
-    scale = s1.to(a.dtype).unsqueeze(-2)
+    p, q = sylvester_rotation(narrow2, narrow1, f21, g21)
+    scale = narrow1.unsqueeze(-2)
     left_out = (a - u @ f) / scale if m > r else None
     right_out = (b - v @ torch.cat([f11.mT, g21], dim=-2)) / scale if n > r else None
-    gram_left, gram_right = (q.mT @ q).double(), (p.mT @ p).double()
-    core = torch.diag_embed(s1) + f11.double()
-    core = core + (q.mT @ (s2.to(p.dtype).unsqueeze(-1) * p + f21) + g21.mT @ p).double()
+    # Sums with float64 terms are float64, whatever the dtype of the products that come in.
+    block = f11.double()
+    gram_left, gram_right = q.mT @ q, p.mT @ p
+    core = torch.diag_embed(s1) + block
+    core = core + (q.mT @ (narrow2.unsqueeze(-1) * p + f21) + g21.mT @ p)
     if left_out is not None:
-        outer = (left_out.mT @ left_out).double()
-        gram_left, core = gram_left + outer, core + outer * s1.unsqueeze(-2)
+        outer = left_out.mT @ left_out
+        gram_left, core = gram_left.double() + outer, core + outer * s1.unsqueeze(-2)
     if right_out is not None:
-        outer = (right_out.mT @ right_out).double()
-        gram_right, core = gram_right + outer, core + s1.unsqueeze(-1) * outer
+        outer = right_out.mT @ right_out
+        gram_right, core = gram_right.double() + outer, core + s1.unsqueeze(-1) * outer
     eye = torch.eye(w, dtype=torch.float64, device=p.device).expand(p.shape[0], w, w)
     left, right = Side(eye, q, left_out), Side(eye, p, right_out)
-    return left, right, core, (eye + gram_left, eye + gram_right), f11.double()
+    return left, right, core, (eye + gram_left, eye + gram_right), block

@@ -101,6 +101,11 @@ class Reference:
         return self.S.cpu()
 
     @cached_property
+    def narrow(self) -> Tensor:
+        """S in the dtype of the factors, (L, r)."""
+        return self.S.to(self.U.dtype)
+
+    @cached_property
     def sample(self) -> Sample:
         """Which combinations of a pair's columns are looked at."""
         return Sample(self.k)

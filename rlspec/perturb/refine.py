@@ -28,11 +28,10 @@ def refine(reference: Reference, delta: Delta, pair: Pair) -> Pair:
     )
     w = pair.sigma.shape[-1]
     turn_right, turn_left = sylvester_rotation(
-        reference.S[..., w:], pair.sigma, residual_left.tail, residual_right.tail
+        reference.narrow[..., w:], pair.sigma, residual_left.tail, residual_right.tail
     )
-    inverse = (1.0 / pair.sigma).to(turn_left.dtype).unsqueeze(-2)
-    left = _corrected(pair.left, turn_left, residual_left.outside, inverse)
-    right = _corrected(pair.right, turn_right, residual_right.outside, inverse)
+    left = _corrected(pair.left, turn_left, residual_left.outside, pair.sigma)
+    right = _corrected(pair.right, turn_right, residual_right.outside, pair.sigma)
     return diagonalise(left, right, _core(reference, pair, (left, right), (image, adjoint)))
 
 
@@ -48,13 +47,13 @@ def _core(
     left, right = corrected[0] - pair.left, corrected[1] - pair.right
     image, adjoint = images
     core = pair.left.dot(image) + adjoint.rest_dot(right) + left.rest_dot(image)
-    tail = (left.tail.mT * reference.S[..., None, w:].to(left.tail.dtype)) @ right.tail
-    return core + tail.double()
+    return core + (left.tail.mT * reference.narrow[..., None, w:]) @ right.tail
 
 
-def _corrected(side: Side, turn: Tensor, residual_outside: Tensor | None, inverse: Tensor) -> Side:
+def _corrected(side: Side, turn: Tensor, residual_outside: Tensor | None, sigma: Tensor) -> Side:
     """Add the correction in the tail coordinates and outside; the leading coordinates follow by
     orthonormality."""
     if side.outside is None or residual_outside is None:
         return Side(side.lead, side.tail + turn, side.outside)
-    return Side(side.lead, side.tail + turn, side.outside + residual_outside * inverse.to(turn.dtype))
+    inverse = sigma.reciprocal().to(turn.dtype).unsqueeze(-2)
+    return Side(side.lead, side.tail + turn, side.outside + residual_outside * inverse)

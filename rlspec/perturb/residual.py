@@ -24,7 +24,7 @@ from torch import Tensor
 from rlspec.linalg.transfer import to_host
 from rlspec.perturb.batch import put
 from rlspec.perturb.coordinates import Pair, Side, apply
-from rlspec.perturb.delta import Delta, frobenius
+from rlspec.perturb.delta import Delta, frobenius, norm_of_rows, row_norms
 from rlspec.perturb.first_order import sylvester_rotation
 from rlspec.perturb.reference import Reference
 
@@ -74,17 +74,21 @@ def residual(reference: Reference, delta: Delta, pair: Pair) -> Residual:
     c = combinations.shape[-1]
     # ω and σ ω in one product.
     mix = torch.cat([combinations, pair.sigma.unsqueeze(-1) * combinations], dim=-1)
-    left, right = pair.left @ mix, pair.right @ mix
+    narrow = mix.to(pair.left.tail.dtype)
+    left, right = pair.left.times(mix, narrow), pair.right.times(mix, narrow)
     over_left = apply(reference, delta, right.columns(0, c)) - left.columns(c, 2 * c)
     over_right = apply(reference, delta, left.columns(0, c), transpose=True) - right.columns(c, 2 * c)
     core_left, core_right = pair.left.dot(over_left), pair.right.dot(over_right)
     outside = [over_left - pair.left @ core_left, over_right - pair.right @ core_right]
-    rows = torch.cat([outside[0].rows(), outside[1].rows()], dim=-2).double()
+    rows = torch.cat([*outside[0].parts(), *outside[1].parts()], dim=-2).double()
     few = sample.estimated
     some_left, some_right = over_left.columns(few.start, few.stop), over_right.columns(few.start, few.stop)
     sigma = (pair.sigma.unsqueeze(-2) @ combinations[..., few]).squeeze(-2)
-    turn_right, turn_left = sylvester_rotation(reference.S[..., w:], sigma, some_left.tail, some_right.tail)
-    second = ((some_left.tail * turn_left).sum(-2) + (some_right.tail * turn_right).sum(-2)).double()
+    tails = some_left.tail, some_right.tail
+    turn_right, turn_left = sylvester_rotation(reference.narrow[..., w:], sigma, *tails)
+    turns = torch.stack([turn_left, turn_right])
+    square_left, square_right = turns.double().square().sum(-2)
+    second_left, second_right = (torch.stack(tails) * turns).sum(-2)
     k, s = reference.k, sample.spread
     spread = [side.columns(sample.top, sample.top + s).rows(k, s).double() for side in (left, right)]
     found = to_host(
@@ -93,15 +97,15 @@ def residual(reference: Reference, delta: Delta, pair: Pair) -> Residual:
             core_left,
             core_right,
             rows.mT @ rows,
-            _squares(turn_left, some_left, sigma),
-            _squares(turn_right, some_right, sigma),
-            second,
+            _with_outside(square_left, some_left, sigma),
+            _with_outside(square_right, some_right, sigma),
+            (second_left + second_right).double(),
             *(t.mT @ t for t in spread),
-            rotated(pair.left, k),
-            rotated(pair.right, k),
+            *(row_norms(side.rows(k, k)) for side in (pair.left, pair.right)),
         ]
     )
-    return Residual(*found)
+    rounding = torch.finfo(pair.left.tail.dtype).eps
+    return Residual(*found[:-2], *(norm_of_rows(norms).clamp_min(rounding) for norms in found[-2:]))
 
 
 def rotated(side: Side, k: int) -> Tensor:
@@ -109,9 +113,9 @@ def rotated(side: Side, k: int) -> Tensor:
     return frobenius(side.rows(k, k)).clamp_min(torch.finfo(side.tail.dtype).eps)
 
 
-def _squares(turn: Tensor, over: Side, sigma: Tensor) -> Tensor:
-    """(L, e) squared norms of the corrections of columns: their turns, and what they have outside the factors' range."""
-    square = turn.double().square().sum(-2)
+def _with_outside(square: Tensor, over: Side, sigma: Tensor) -> Tensor:
+    """(L, e) squared norms of the corrections of columns: of their turns, ``square``, and of what they have outside the
+    factors' range."""
     if over.outside is None:
         return square
     return square + (over.outside.double() / sigma.unsqueeze(-2)).square().sum(-2)

@@ -181,7 +181,7 @@ def _fill(
         writer.close(keep=False)
         raise
     on_commit()
-    writer.finish_shards()
+    writer.finish()  # what is refused now has all its work kept for a resumed run, on a slow disk as well
     target.refuse_losses()  # once more: hours may have passed
     writer.commit()
     return done, len(earlier)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import difflib
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-
 from rlspec.errors import OptionError
+from rlspec.run.budget import parse_budget
 from rlspec.run.segments import Segment, method_of
 from rlspec.run.trainers import further_settings, names, trainer_config
-from rlspec.run.values import converted
+from rlspec.run.values import checked, closest
 from rlspec.settings import Setting, setting, setting_of
 from rlspec.train.config import PPOConfig, SFTConfig
 
@@ -115,6 +112,13 @@ class TrackConfig:
         "delta", "How spectra are computed: delta (fast) or exact (full decompositions).", heading=_MEASURED
     )
     ppo_every: int = setting(5, "Measure each N PPO updates.", heading=_MEASURED)
+    track_budget: str | None = setting(
+        None,
+        "Share of the run's time that tracking may take, as in 1%; where an event's spectra would exceed it, they are "
+        "left out, but for the first and the last of a stage and those that PPO starts from.",
+        default_told="no limit",
+        heading=_MEASURED,
+    )
     checkpoint_every: int | None = setting(
         None,
         "Keep a checkpoint each N steps or updates only.",
@@ -177,6 +181,7 @@ class TrackConfig:
         object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
         self._check_choice("engine")
         self._check_choice("dtype")
+        parse_budget(self.track_budget, "track_budget")
         if self.ppo_from:
             self._check_ppo_from(self.ppo_from)
         object.__setattr__(self, "ppo_from", self._branch_points())
@@ -209,7 +214,7 @@ class TrackConfig:
         known = {each.name: each for each in FURTHER}
         for name in self.further:
             if name not in known:
-                raise OptionError(f"unknown setting {name!r}; the closest is {_closest(name, known)!r}")
+                raise OptionError(f"unknown setting {name!r}; the closest is {closest(name, known)!r}")
         complete: dict[str, Any] = {}
         for stage in STAGES:
             found = self._trainer(stage)
@@ -319,9 +324,11 @@ class TrackConfig:
         return {each.name: getattr(self, each.name) for each in OWN} | dict(self.further)
 
     def to_settings(self) -> dict[str, Any]:
-        """The settings as config.yaml holds them: tuples become lists."""
+        """The settings as config.yaml holds them: tuples become lists, and a limit that there is not is not told."""
         return {
-            key: list(value) if isinstance(value, tuple) else value for key, value in self.values().items()
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in self.values().items()
+            if (key, value) != ("track_budget", None)
         }
 
     @classmethod
@@ -364,45 +371,7 @@ def _split(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     )
 
 
-def _closest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
-
-
 def checked_types(settings: Mapping[str, Any], *, source: str) -> dict[str, Any]:
-    """Settings read from YAML or the command line under the names and with the types of :class:`TrackConfig`.
-
-    Whether the values go together is not looked at: further settings may come from elsewhere.
-
-    Raises:
-        OptionError: An unknown key (the closest valid one is named), one given twice, a value of the wrong type.
-    """
-    values: dict[str, Any] = {}
-    for key, value in settings.items():
-        name = str(key).replace("-", "_")
-        if name not in _BY_NAME:
-            raise OptionError(
-                f"{source}: unknown setting {key!r}; the closest is {_closest(name, _BY_NAME)!r}"
-            )
-        if name in values:
-            raise OptionError(f"{source}: {name} is given twice, with - and with _")
-        values[name] = converted(name, value, _BY_NAME[name].hint, source)
-    return values
-
-
-def read_config_file(path: Path | str) -> dict[str, Any]:
-    """The settings of a YAML file.
-
-    Raises:
-        OptionError: The file is missing, is not YAML, or is not a mapping.
-    """
-    try:
-        settings = yaml.safe_load(Path(path).read_text())
-    except OSError as error:
-        raise OptionError(f"{path}: {error.strerror}") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise OptionError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise OptionError(f"{path}: must be a mapping of settings to values")
-    return settings
+    """Settings read from YAML or the command line under the names and with the types of :class:`TrackConfig`, see
+    :func:`rlspec.run.values.checked`."""
+    return checked(settings, {name: each.hint for name, each in _BY_NAME.items()}, source)

@@ -44,7 +44,7 @@ class Progress:
         if done <= 0 or step >= self._total:
             return ""
         seconds = (time.perf_counter() - self._began) * (self._total - step) / done
-        return f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}"
+        return eta_text(seconds)
 
     def say(self, line: str) -> None:
         """Print a line above the bar."""
@@ -58,3 +58,8 @@ class Progress:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+def eta_text(seconds: float) -> str:
+    """The time that is left, as ``ETA m:ss``."""
+    return f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}"

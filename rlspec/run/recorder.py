@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from rlspec.io.files import replacing
 from rlspec.io.jsonl import Row
+from rlspec.run.budget import Pace
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import eval_row, metrics_columns
 from rlspec.run.folder import RunFolder
@@ -21,7 +22,7 @@ from rlspec.run.progress import Progress
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import Event, Segment, event_of, segment_of, weights_digest
 from rlspec.run.tensorboard import TensorBoardLog
-from rlspec.spectra import SpectralTracker
+from rlspec.spectra import SpectralRecord, SpectralTracker
 from rlspec.tasks import Task
 from rlspec.train import Callback, StepState, evaluate, save_checkpoint
 from rlspec.train.kl import KLProbe
@@ -32,22 +33,28 @@ NULL_DRAWS = 8
 
 @dataclass
 class Clock:
-    """Cumulative seconds by kind of work, and wall time, over all attempts of a run (see :meth:`restore`)."""
+    """Cumulative seconds by kind of work, and wall time, over all attempts of a run (see :meth:`restore`).
 
+    ``now`` tells seconds from any moment on.
+    """
+
+    now: Callable[[], float] = time.perf_counter
     seconds: dict[str, float] = field(
         default_factory=lambda: {"tracking": 0.0, "evaluating": 0.0, "kl": 0.0, "saving": 0.0}
     )
     wall_before: float = 0.0
-    began: float = field(default_factory=time.perf_counter)
+
+    def __post_init__(self) -> None:
+        self.began = self.now()
 
     @contextmanager
     def timed(self, kind: str) -> Iterator[None]:
-        began = time.perf_counter()
+        began = self.now()
         yield
-        self.seconds[kind] += time.perf_counter() - began
+        self.seconds[kind] += self.now() - began
 
     def wall(self) -> float:
-        return self.wall_before + time.perf_counter() - self.began
+        return self.wall_before + self.now() - self.began
 
     def columns(self) -> Row:
         """The `seconds_*` columns of a metrics row, training excepted."""
@@ -70,6 +77,10 @@ class EventRecorder(Callback):
     Events that the folder already holds are skipped, so a continued run writes none twice. `global_step`, the axis that
     all segments share, counts the optimizer steps from the run's first weights to the event's, on the path through
     the tree; a PPO update counts as `ppo_steps_per_update` of them.
+
+    Where `pace` leaves no time for an event's spectra, they are missing: the event has its other rows, but no spectra
+    and no array file. Those of a segment's first and last step are always there, and so those of the steps that a
+    branch starts from.
     """
 
     config: TrackConfig
@@ -78,11 +89,13 @@ class EventRecorder(Callback):
     tracker: SpectralTracker
     probe: KLProbe
     clock: Clock
+    pace: Pace
     tensorboard: TensorBoardLog
     progress: Progress
     ppo_steps_per_update: int
 
     def __post_init__(self) -> None:
+        self._told = False
         self._done = {event_of(row) for row in self.folder.metrics()}
         self._run_id = self.folder.run_id
         self._segment: Segment
@@ -119,10 +132,7 @@ class EventRecorder(Callback):
 
     def _record(self, state: StepState) -> None:
         config, clock = self.config, self.clock
-        with clock.timed("tracking"):
-            # What a rotation means is told where it counts, at the end of a stage.
-            draws = NULL_DRAWS if state.step == config.steps(state.stage) else 0
-            record = self.tracker.measure(state.model, stage=state.stage, step=state.step, null_draws=draws)
+        record = self._measured(state)
         place = self._place(state)
         evals: list[Row] = []
         with clock.timed("evaluating"):
@@ -142,16 +152,38 @@ class EventRecorder(Callback):
             kl = self.probe.measure(state.model)
         weights: Row = {}
         with clock.timed("saving"):
-            with self._writing_arrays(state) as temporary:
-                save_file(record.arrays, temporary)
+            if record is not None:
+                with self._writing_arrays(state) as temporary:
+                    save_file(record.arrays, temporary)
             if config.keeps_checkpoint(state.stage, state.step):
                 checkpoint = self.folder.checkpoint_dir(self._segment.id, state.step)
                 record_it = partial(self.folder.manifest.record, checkpoint)
                 save_checkpoint(state.model, state.tokenizer, checkpoint, on_complete=record_it)
                 if config.is_branch_point(state.stage, state.step):
                     weights = {"weights": weights_digest(checkpoint)}
-        spectra = [{**self._belongs(), **row} for row in record.rows]
+        spectra = [] if record is None else [{**self._belongs(), **row} for row in record.rows]
         self._commit(state, {**self._figures(state, evals, kl), **weights}, spectra, evals)
+
+    def _measured(self, state: StepState) -> SpectralRecord | None:
+        """The event's spectra; None where there is no time for them."""
+        last = state.step == self.config.steps(state.stage)
+        needed = state.step == 0 or last or self.config.is_branch_point(state.stage, state.step)
+        if not (needed or self.pace.allows()):
+            self._tell_left_out(state)
+            return None
+        # What a rotation means is told where it counts, at the end of a stage. No other measurement takes as long.
+        with self.clock.timed("tracking"), self.pace.spending(once=last):
+            draws = NULL_DRAWS if last else 0
+            return self.tracker.measure(state.model, stage=state.stage, step=state.step, null_draws=draws)
+
+    def _tell_left_out(self, state: StepState) -> None:
+        if not self._told:
+            self._told = True
+            self.progress.say(
+                f"tracking took {self.pace.spent:.3g} of {self.pace.elapsed:.3g} s so far: the spectra of "
+                f"{self._segment.id} {state.step} are left out (track_budget={self.config.track_budget!r}), later ones "
+                "may be too"
+            )
 
     def _repeat(self, state: StepState, parent: Event) -> None:
         """Commit the segment's step 0 with the figures of the event whose weights it starts from."""
@@ -197,6 +229,8 @@ class EventRecorder(Callback):
     def _commit(self, state: StepState, figures: Row, spectra: list[Row], evals: list[Row]) -> None:
         training = self._seconds_before + state.seconds_training
         metrics = {**figures, "seconds_training": training, **self.clock.columns()}
+        if self.pace.share is not None:
+            metrics["seconds_last_measurement"] = self.pace.last  # a resumed run goes by it
         self.folder.commit(metrics, spectra=spectra, evals=evals)
         self._done.add(event_of(metrics))
         self.tensorboard.add(metrics, spectra)

@@ -2,11 +2,59 @@
 
 from __future__ import annotations
 
+import difflib
 import typing
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
+import yaml
+
 from rlspec.errors import OptionError
+
+
+def read_config_file(path: Path | str) -> dict[str, Any]:
+    """The settings of a YAML file.
+
+    Raises:
+        OptionError: The file is missing, is not YAML, or is not a mapping.
+    """
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except OSError as error:
+        raise OptionError(f"{path}: {error.strerror}") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise OptionError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise OptionError(f"{path}: must be a mapping of settings to values")
+    return settings
+
+
+def checked(settings: Mapping[str, Any], hints: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """``settings``, whose names may have - for _, as the types that ``hints`` have for their names.
+
+    Whether the values go together is not looked at: further settings may come from elsewhere.
+
+    Raises:
+        OptionError: An unknown key (the closest valid one is named), one given twice, a value of the wrong type; the
+            message begins with ``source``.
+    """
+    values: dict[str, Any] = {}
+    for key, value in settings.items():
+        name = str(key).replace("-", "_")
+        if name not in hints:
+            raise OptionError(f"{source}: unknown setting {key!r}; the closest is {closest(name, hints)!r}")
+        if name in values:
+            raise OptionError(f"{source}: {name} is given twice, with - and with _")
+        values[name] = converted(name, value, hints[name], source)
+    return values
+
+
+def closest(name: str, known: Iterable[str]) -> str:
+    """The name among those known that ``name`` is most like."""
+    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
 
 
 def split_names(value: str | Iterable[Any]) -> tuple[str, ...]:

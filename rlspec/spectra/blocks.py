@@ -31,11 +31,9 @@ def near_degenerate(sigma: Tensor, coupling: Tensor) -> Tensor:
     mixed = gap <= (coupling + coupling.mT).abs()
     index = torch.arange(w, device=sigma.device)
     # The farthest vector that i, or one before it, is mixed with.
-    reach = torch.where(mixed & (index > index.unsqueeze(-1)), index, index.unsqueeze(-1)).amax(-1)
+    reach = torch.where(mixed.triu(1), index, index.unsqueeze(-1)).amax(-1)
     reach = reach.cummax(-1).values
-    starts = torch.ones_like(reach)
-    starts[..., 1:] = (reach[..., :-1] < index[1:]).long()
-    return starts.cumsum(-1) - 1
+    return torch.nn.functional.pad((reach[..., :-1] < index[1:]).cumsum(-1), (1, 0))
 
 
 def block_sizes(labels: Tensor) -> Tensor:

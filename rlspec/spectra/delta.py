@@ -86,7 +86,7 @@ def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list
     left_over = solution.left_over.select(kept)
     found = to_host(
         [
-            _best_cosine(pair.left, labels, k),
+            _longest_projection(pair.left, labels, k),
             block[..., :k, :k],
             labels,
             *krylov_moments(delta),
@@ -114,7 +114,7 @@ def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list
         core=core,
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
-        best_cosine=torch.where(column, torch.ones_like(best), best),
+        best_cosine=best.clamp_max(1.0).masked_fill(column, 1.0),
         delta_spectral=spectral_norm(space, image),
         effective_rank=effective_rank(spectrum),
         # Scaled and true trailing values both lie within ||E|| of the reference's.
@@ -127,12 +127,13 @@ def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list
     )
 
 
-def _best_cosine(side: Side, labels: Tensor, k: int) -> Tensor:
-    """(L, k) float64: each of the first k columns' longest projection onto a reference vector, or a leading block."""
+def _longest_projection(side: Side, labels: Tensor, k: int) -> Tensor:
+    """(L, k) float64: each of the first k columns' longest projection onto a reference vector, or a leading block; its
+    cosine but for rounding."""
     best = block_cosines(side.lead[..., :k], labels).amax(-2)
     if side.tail.shape[-2] > 0:
-        best = torch.maximum(best, side.tail[..., :k].abs().amax(-2).double())
-    return best.clamp_max(1.0)
+        best = torch.maximum(best, side.tail[..., :k].abs().amax(-2))
+    return best
 
 
 def _whole_spectrum(reference: Reference, change: UpdateStats, sigma: Tensor) -> Tensor:
@@ -162,16 +163,14 @@ def krylov_moments(delta: Delta, *, columns: int = 8, passes: int = 6) -> tuple[
     matrices, m, n = delta.shape
     columns = min(columns, m, n)
     start = torch.randn(n, columns, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    block = start.to(dtype=delta.dtype, device=delta.device).expand(matrices, -1, -1)
-    blocks: list[Tensor] = []
-    images: list[Tensor] = []
+    start = start.to(delta.dtype)
+    blocks = [(start / start.norm(dim=-2)).to(delta.device).expand(matrices, -1, -1)]
+    images = [delta.matmul(blocks[0])]
     tiny = torch.finfo(delta.dtype).tiny
-    for step in range(passes):
-        if step > 0:
-            block = delta.rmatmul(images[-1])
-        block = block / block.norm(dim=-2, keepdim=True).clamp_min(tiny)
-        blocks.append(block)
-        images.append(delta.matmul(block))
+    for _ in range(passes - 1):
+        block = delta.rmatmul(images[-1])
+        blocks.append(block / block.norm(dim=-2, keepdim=True).clamp_min(tiny))
+        images.append(delta.matmul(blocks[-1]))
     space, image = torch.cat(blocks, dim=-1).double(), torch.cat(images, dim=-1).double()
     return space.mT @ space, image.mT @ image
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlspec.errors import RunFolderError
-from rlspec.io.files import write_atomically
+from rlspec.io.files import read_json_object, write_atomically
 from rlspec.study.cells import Cell, Study
 
 FORMAT = 1
@@ -35,12 +35,12 @@ class StudyFolder:
         Raises:
             RunFolderError: it cannot be read.
         """
-        return _read(self.cell(digest) / "result.json")
+        return read_json_object(self.cell(digest) / "result.json", RunFolderError)
 
     def seconds(self, digest: str) -> float | None:
         """What a cell took; None where that is not known."""
         path = self.cell(digest) / "seconds.json"
-        return float(_read(path)["seconds"]) if path.is_file() else None
+        return float(read_json_object(path, RunFolderError)["seconds"]) if path.is_file() else None
 
     def finish(self, digest: str, result: Row, seconds: float) -> None:
         """Write a cell's files, the one that makes it finished last."""
@@ -84,7 +84,7 @@ class StudyFolder:
             RunFolderError: it is missing, damaged or of another format.
         """
         path = self.path / "study.json"
-        content = _read(path)
+        content = read_json_object(path, RunFolderError)
         if content.get("format") != FORMAT:
             raise RunFolderError(
                 f"{path}: format {content.get('format')!r}; this version reads format {FORMAT}"
@@ -102,15 +102,3 @@ def _digests(study: Study) -> set[str]:
 
 def _json(content: Row) -> bytes:
     return (json.dumps(content, indent=1, ensure_ascii=False) + "\n").encode()
-
-
-def _read(path: Path) -> Row:
-    try:
-        content = json.loads(path.read_bytes())
-    except OSError as error:
-        raise RunFolderError(f"{path}: cannot be read: {error.strerror or error}") from None
-    except ValueError as error:
-        raise RunFolderError(f"{path}: not JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise RunFolderError(f"{path}: expected a JSON object")
-    return content

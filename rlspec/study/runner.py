@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlspec.run.lock import take_lock
-from rlspec.run.progress import Progress
+from rlspec.run.progress import Progress, eta_text
 from rlspec.study.cells import Cell, Study
 from rlspec.study.folder import StudyFolder
 from rlspec.study.work import run_cell
@@ -148,7 +148,7 @@ class _Pace:
         means = {work: sum(times) / len(times) for work, times in taken.items()}
         unknown = max(means.values())
         seconds = sum(means.get(cell.work, unknown) for cell in cells) / slots
-        return f"ETA {int(seconds) // 60}:{int(seconds) % 60:02d}"
+        return eta_text(seconds)
 
 
 def describe(folder: StudyFolder, cell: Cell) -> str:

@@ -63,7 +63,11 @@ def auc(scores: Sequence[float], positive: Sequence[bool]) -> float | None:
 
 
 def spearman_interval(x: Sequence[float], y: Sequence[float]) -> Interval | None:
-    """Percentile interval of Spearman's correlation over resampled pairs; None where that is not defined."""
+    """Percentile interval of Spearman's correlation over resampled pairs; None where that is not defined.
+
+    Right for dozens of pairs or more, ties and all: it takes nothing for granted about their distribution. Of few pairs
+    resamples are too much alike; there, or where only ρ is known, take ``tasks.stats.spearman_fisher_interval``.
+    """
     pairs = list(zip(x, y))
     found = bootstrap(pairs, lambda drawn: spearman([a for a, _ in drawn], [b for _, b in drawn]))
     return interval(found) if found and spearman(x, y) is not None else None

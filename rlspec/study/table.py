@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from pathlib import Path
 from typing import Any
 
+from rlspec.io.csv_text import csv_text
 from rlspec.io.files import replacing, write_atomically
 from rlspec.study.cells import Study
 from rlspec.study.folder import StudyFolder
@@ -27,25 +26,17 @@ def write_tables(study: Study, folder: StudyFolder) -> None:
     """``table.csv``, ``table.parquet`` where pyarrow is installed, and ``timing.csv``."""
     rows = rows_of(study, folder)
     columns = [name for name in dict.fromkeys(name for row in rows for name in row) if _is_column(name)]
-    write_atomically(folder.path / "table.csv", _csv(columns, rows))
+    write_atomically(folder.path / "table.csv", csv_text(columns, rows).encode())
     timing = [
         {"cell": cell.digest, "work": cell.work, "seconds": folder.seconds(cell.digest)}
         for cell in study.cells
     ]
-    write_atomically(folder.path / "timing.csv", _csv(["cell", "work", "seconds"], timing))
+    write_atomically(folder.path / "timing.csv", csv_text(["cell", "work", "seconds"], timing).encode())
     _write_parquet(folder.path / "table.parquet", columns, rows)
 
 
 def _is_column(name: str) -> bool:
     return not name.endswith("_outcomes")
-
-
-def _csv(columns: list[str], rows: list[Row]) -> bytes:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows([["" if row.get(name) is None else row[name] for name in columns] for row in rows])
-    return text.getvalue().encode()
 
 
 def _write_parquet(path: Path, columns: list[str], rows: list[Row]) -> None:

@@ -93,6 +93,9 @@ def spearman_fisher_interval(rho: float, n: int, z: float = 1.959963984540054) -
     """Interval of Spearman's correlation of n pairs by Fisher's z, with the variance (1 + ρ²/2) / (n - 3) of Bonett and
     Wright (2000); 95 % by default, for independent pairs. None for fewer than 5 pairs, or where |ρ| is 1, whose z has
     no end.
+
+    Right for few pairs without many ties, such as the events of one run, and where ρ is all that is known. For dozens of
+    pairs with ties, such as those of a study, resampling them assumes less.
     """
     if n < 5 or abs(rho) >= 1 - 1e-12:
         return None

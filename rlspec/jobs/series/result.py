@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
 from rlspec.errors import MissingPackageError
+from rlspec.io.csv_text import csv_text
 from rlspec.io.files import write_atomically, write_error
 from rlspec.io.jsonl import Row
 from rlspec.spectra.table import COLUMNS
@@ -58,12 +57,9 @@ class Series(Sequence[CheckpointSpectra]):
         Raises:
             CheckpointError: it cannot be written.
         """
-        text = io.StringIO(newline="")
-        table = csv.DictWriter(text, ["checkpoint", *COLUMNS], lineterminator="\n")
-        table.writeheader()
-        table.writerows(self.rows)
+        text = csv_text(["checkpoint", *COLUMNS], self.rows)
         try:
-            write_atomically(Path(path), text.getvalue().encode())
+            write_atomically(Path(path), text.encode())
         except OSError as error:
             raise write_error(path, error) from None
 

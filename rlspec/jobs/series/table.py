@@ -92,7 +92,7 @@ class SpectraTable:
             if self._path.exists() or parts(folder):
                 raise RunFolderError(f"{self._path}: rows of something else; choose another folder for out=")
             return
-        found = read_json_object(self._about)
+        found = read_json_object(self._about, RunFolderError)
         if found.get("version") != _VERSION:
             raise RunFolderError(
                 f"{self._about}: of another version of rlspec; choose another folder for out="

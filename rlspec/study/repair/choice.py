@@ -5,12 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-
 from rlspec.study.repair.candidates import Candidate
 from rlspec.study.repair.scores import Costs, Sums
-
-_DRAWS = 2000
+from rlspec.study.statistics import bootstrap, interval
 
 
 @dataclass(frozen=True)
@@ -54,10 +51,9 @@ def difference_interval(a: Sums, b: Sums, *, seed: int = 0) -> tuple[float, floa
 
     Both are of the same texts, which are drawn in pairs (B. Efron, R. Tibshirani, 1993, chapter 13).
     """
-    first, second = (torch.tensor([total for total, _ in sums], dtype=torch.float64) for sums in (a, b))
-    counts = torch.tensor([count for _, count in a], dtype=torch.float64)
-    draw = torch.Generator().manual_seed(seed)
-    rows = torch.randint(len(a), (_DRAWS, len(a)), generator=draw)
-    found = (first - second)[rows].sum(dim=1) / counts[rows].sum(dim=1)
-    low, high = torch.quantile(found, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
-    return low, high
+    changes = [(first - second, count) for (first, count), (second, _) in zip(a, b, strict=True)]
+
+    def mean_change(drawn: list[tuple[float, int]]) -> float:
+        return sum(change for change, _ in drawn) / sum(count for _, count in drawn)
+
+    return interval(bootstrap(changes, mean_change, seed=seed))

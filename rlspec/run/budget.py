@@ -1,4 +1,4 @@
-"""How much of a training's time its tracking may take."""
+"""How much of the time of a training or a run its tracking may take."""
 
 from __future__ import annotations
 
@@ -10,25 +10,36 @@ from contextlib import contextmanager
 from rlspec.errors import OptionError
 
 _PERCENTAGE = re.compile(r"(\d+(?:\.\d+)?|\.\d+)\s*%")
+_FRACTION = re.compile(r"0?\.\d+")  # a text "1" could mean either
 
 
-def parse_budget(budget: str | float | None) -> float | None:
-    """A share of the time in (0, 1], from ``"1%"`` or ``0.01``; None is no limit.
+def parse_budget(budget: str | float | None, name: str = "budget") -> float | None:
+    """A share of the time in (0, 1], from ``"1%"``, ``0.01`` or ``"0.01"``; None is no limit.
+
+    Args:
+        name: the argument's, for the error.
 
     Raises:
         OptionError: anything else.
     """
     if budget is None:
         return None
-    match = _PERCENTAGE.fullmatch(budget.strip()) if isinstance(budget, str) else None
-    share = float(match[1]) / 100 if match else budget
+    share: object = budget
+    if isinstance(budget, str):
+        text = budget.strip()
+        if match := _PERCENTAGE.fullmatch(text):
+            share = float(match[1]) / 100
+        elif _FRACTION.fullmatch(text):
+            share = float(text)
     if isinstance(share, bool) or not isinstance(share, (int, float)) or not 0 < share <= 1:
-        raise OptionError(f"budget={budget!r} is not valid: give a share of the time such as '1%' or 0.01")
+        raise OptionError(f"{name}={budget!r} is not valid: give a share of the time such as '1%' or 0.01")
     return float(share)
 
 
 class Pace:
     """Times what tracking takes, and tells whether there is time for another measurement.
+
+    ``spent`` are the seconds that it took in all, ``last`` those of the last measurement.
 
     Args:
         share: of the time since :meth:`begin` that tracking may take; None is no limit.
@@ -40,11 +51,11 @@ class Pace:
         self._clock = clock
         self.begin()
 
-    def begin(self) -> None:
-        """The training begins: nothing is spent yet."""
-        self._began = self._clock()
-        self._last = 0.0
-        self.spent = 0.0
+    def begin(self, *, elapsed: float = 0.0, spent: float = 0.0, last: float = 0.0) -> None:
+        """The training begins, or goes on: seconds ``elapsed`` before, ``spent`` of them, ``last`` the measurement."""
+        self._began = self._clock() - elapsed
+        self.last = last
+        self.spent = spent
 
     @property
     def elapsed(self) -> float:
@@ -61,8 +72,8 @@ class Pace:
             seconds = self._clock() - began
             self.spent += seconds
             if not once:
-                self._last = seconds
+                self.last = seconds
 
     def allows(self) -> bool:
         """Whether the share would still be kept after a measurement that takes as long as the last one did."""
-        return self.share is None or self.spent + self._last <= self.share * (self.elapsed + self._last)
+        return self.share is None or self.spent + self.last <= self.share * (self.elapsed + self.last)
