@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import gpu_iteration
 import pytest
 import torch
 from click.testing import CliRunner
@@ -13,6 +14,8 @@ from gpu_clock import Clock
 from gpu_report import REHEARSAL, main, measured
 from roofline import CARDS, Stage
 from roofline import main as roofline
+
+from rlspec.ops.table import TABLE
 
 BEST = {"copy": 1e10, "float32": 1e11}
 
@@ -27,6 +30,20 @@ def test_the_report_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(report["sections"]) >= {"Operations", "Tracking", "Restoration", "Truncated decompositions"}
     rows = [row for rows in report["sections"].values() for row in rows]
     assert all(0 <= row["error_over_bar"] <= 1 and row["seconds"] for row in rows)
+    for operation in TABLE:  # each has a case with its bytes and flops
+        mine = [row for row in rows if row["title"].startswith(f"{operation}, ")]
+        assert mine and all(row["bytes"]["per_second"] > 0 for row in mine), operation
+
+
+@pytest.mark.parametrize("operation", ["gram", "chebyshev_step", "residual_norms"])
+def test_an_operation_that_is_a_little_wrong_is_seen(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(gpu_iteration, operation)
+    # Residuals of planted triplets are rounding by themselves: a hundredth of an entry is what is wrong there.
+    share, added = (1.0, 1e-2) if operation == "residual_norms" else (1.0 + 1e-2, 0.0)
+    monkeypatch.setattr(gpu_iteration, operation, lambda *given: share * right(*given) + added)
+    cases = gpu_iteration.iteration_cases(96, 2, torch.device("cpu"))
+    wrong = {case.title.split(",")[0]: case.error() > 1.0 for case in cases}
+    assert wrong == {name: name == operation for name in ("gram", "chebyshev_step", "residual_norms")}
 
 
 def test_what_is_wrong_is_told_and_not_timed() -> None:
