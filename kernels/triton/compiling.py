@@ -41,6 +41,7 @@ TARGETS: dict[Family, GPUTarget] = {
 _TENSOR = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma_\w+)")
 _LOAD = re.compile(r"\bLDG(?:STS)?\.E\S*?(?:\.(64|128))?(?=[ ;])|\b(?:global|buffer)_load_(\w+)")
 _ATOMIC = re.compile(r"^\s*(@\S+\s+)?(atom|red)\.|_atomic_", re.MULTILINE)
+_LOADS_LITTLE = ("delta_stats._sum_tiles_kernel", "signs._signs_kernel")
 _AMD_BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "ushort": 2, "short_d16": 2}
 
 
@@ -70,6 +71,7 @@ def keys() -> Iterator[Key]:
             yield from _product_keys(target, precision)
         yield from _rounding_keys(target)
         yield _gram_key(target)
+        yield _signs_key(target)
         yield from _recurrence_keys(target)
         yield from _residual_keys(target)
 
@@ -150,17 +152,35 @@ def _gram_key(target: Family) -> Key:
     return Key("gram._gram_kernel", target, variant, signature, values, config.warps, config.stages)
 
 
+def _signs_key(target: Family) -> Key:
+    signature = {"key": "*i64", "out": "*i32", "counters": "i32"}
+    block = import_module("rlspec.kernels.signs")._BLOCK
+    return Key("signs._signs_kernel", target, f"{block} counters", signature, {"B": block})
+
+
 def _recurrence_keys(target: Family) -> Iterator[Key]:
     tensors = ["matrix", "block", "current", "previous", "residual"]
     numbers = ["R", "K", "C", *(f"{name}_{stride}" for name in tensors for stride in ("matrix", "row"))]
     signature = dict.fromkeys((*tensors, "factors", "out"), "*fp32") | dict.fromkeys(numbers, "i32")
     config = RECURRENCE[target]
-    for residual in (False, True):
-        values = {"RESIDUAL": residual, "PRECISION": NEAREST[target]}
+    # The block, the current and the previous one and of the residual.
+    for what, kinds in {
+        "first step": "stored stored absent absent",
+        "plain": "stored stored stored absent",
+        "with a residual": "stored stored stored stored",
+        "first step of a sketch": "bits bits absent absent",
+        "product with a sketch": "bits absent absent absent",
+        "sketch added": "stored bits absent absent",
+        "second step of a sketch": "stored stored bits absent",
+    }.items():
+        values = dict(zip(("BLOCK", "CURRENT", "PREVIOUS", "RESIDUAL"), kinds.split(), strict=True))
+        # Where a sketch meets A and not C, Aᵀ is what is at hand.
+        values |= {"TRANSPOSED": what == "product with a sketch", "PRECISION": NEAREST[target]}
         values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
-        variant = f"{NEAREST[target]} products{', with a residual' if residual else ''}"
+        variant = f"{NEAREST[target]} products, {what}"
         kernel = "chebyshev_step._chebyshev_step_kernel"
-        yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
+        bits = {name: "*i32" for name in tensors if values.get(name.upper()) == "bits"}
+        yield Key(kernel, target, variant, signature | bits, values, config.warps, config.stages)
 
 
 def _residual_keys(target: Family) -> Iterator[Key]:
@@ -209,7 +229,7 @@ class Compiled:
         multiplies = "PRECISION" in key.constants and key.constants.get("FACTORS", True)
         if multiplies and not self.tensor:
             found.append("no instruction of tensor cores")
-        if "16" not in self.loads and key.kernel != "delta_stats._sum_tiles_kernel":
+        if "16" not in self.loads and key.kernel not in _LOADS_LITTLE:
             found.append("no load of 16 bytes: the alignment of the pointers is lost")
         if self.atomics:
             found.append("atomics: sums would hang on the order of programs")
