@@ -23,6 +23,7 @@ from rlspec.kernels.configs import (
     NEAREST,
     PRODUCT,
     RECURRENCE,
+    ROTATION,
     SHARED_LIMIT,
     Family,
     Precision,
@@ -74,6 +75,7 @@ def keys() -> Iterator[Key]:
         yield _signs_key(target)
         yield from _recurrence_keys(target)
         yield from _residual_keys(target)
+        yield from _rotation_keys(target)
 
 
 def _stats_keys(target: Family) -> Iterator[Key]:
@@ -204,6 +206,21 @@ def _residual_keys(target: Family) -> Iterator[Key]:
         yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
 
 
+def _rotation_keys(target: Family) -> Iterator[Key]:
+    blocks = ["left", "right", "u", "a", "vh", "b"]
+    numbers = ["R", "C", "M", "N", "tail_matrix", "leading_matrix"]
+    numbers += [f"{name}_{stride}" for name in blocks for stride in ("matrix", "row")]
+    signature = dict.fromkeys((*blocks, "to_right", "to_left"), "*fp32") | {"floor": "fp32"}
+    signature |= dict.fromkeys(("tail", "leading"), "*fp64") | dict.fromkeys(numbers, "i32")
+    config = ROTATION[target]
+    for products in (False, True):
+        values = {"PRODUCTS": products, "PRECISION": NEAREST[target]}
+        values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
+        variant = f"after two {NEAREST[target]} products" if products else "of stored couplings"
+        kernel = "sylvester_rotation._sylvester_rotation_kernel"
+        yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made of a key.
@@ -226,7 +243,9 @@ class Compiled:
             found.append(f"{self.spilled_bytes} bytes spilled")
         if self.shared_bytes > SHARED_LIMIT[key.target]:  # no compiler checks this
             found.append(f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[key.target]}")
-        multiplies = "PRECISION" in key.constants and key.constants.get("FACTORS", True)
+        multiplies = "PRECISION" in key.constants and key.constants.get(
+            "FACTORS", key.constants.get("PRODUCTS", True)
+        )
         if multiplies and not self.tensor:
             found.append("no instruction of tensor cores")
         if "16" not in self.loads and key.kernel not in _LOADS_LITTLE:

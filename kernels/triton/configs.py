@@ -88,6 +88,15 @@ RECURRENCE: dict[Family, Config] = {
     "interpreter": Config(64, 64, 64, 4, 1),
 }
 
+#: Of `sylvester_rotation`: two tiles of sums are held at once.
+ROTATION: dict[Family, Config] = {
+    "sm_80": Config(64, 64, 16, 4, 2),
+    "sm_90": Config(128, 64, 32, 8, 2),
+    "sm_100": Config(128, 64, 32, 8, 2),
+    "gfx942": Config(64, 64, 32, 4, 2),
+    "interpreter": Config(64, 64, 64, 4, 1),
+}
+
 
 def rounding_config(family: Family, *, factors: bool) -> Config:
     """Sizes for `add_rounded` with factors (`Sizes.many`) or a stored change."""

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.transfer import to_host
+from rlspec.ops.sylvester_rotation import sylvester_rotation
 from rlspec.perturb.batch import put
 from rlspec.perturb.coordinates import Pair, Side, apply
 from rlspec.perturb.delta import Delta, frobenius
-from rlspec.perturb.first_order import sylvester_rotation
-from rlspec.perturb.reference import Reference
+from rlspec.perturb.reference import FLOOR, Reference
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ def residual(reference: Reference, delta: Delta, pair: Pair) -> Residual:
     few = sample.estimated
     some_left, some_right = over_left.columns(few.start, few.stop), over_right.columns(few.start, few.stop)
     sigma = (pair.sigma.unsqueeze(-2) @ combinations[..., few]).squeeze(-2)
-    turn_right, turn_left = sylvester_rotation(reference.S[..., w:], sigma, some_left.tail, some_right.tail)
+    turn_right, turn_left = sylvester_rotation(
+        reference.S[..., w:], sigma, some_left.tail, some_right.tail, floor=FLOOR
+    )
     second = ((some_left.tail * turn_left).sum(-2) + (some_right.tail * turn_right).sum(-2)).double()
     k, s = reference.k, sample.spread
     spread = [side.columns(sample.top, sample.top + s).rows(k, s).double() for side in (left, right)]
