@@ -25,6 +25,7 @@ from rlspec.kernels.configs import (
     RECURRENCE,
     ROTATION,
     SHARED_LIMIT,
+    SOME,
     Family,
     Precision,
     rounding_config,
@@ -111,7 +112,9 @@ def _product_keys(target: Family, precision: Precision) -> Iterator[Key]:
     ]
     sizes = PRODUCT[target, precision]
     for weights in ("bf16", "fp32") if precision == NEAREST[target] else ("bf16",):
-        for width, config in (("many", sizes.many), (f"up to {FEW}", sizes.few)):
+        widths = {"many": sizes.many, f"up to {FEW}": sizes.few, f"up to {SOME}": sizes.some}
+        for width, config in widths.items():
+            assert config is not None
             for transposed in (False, True):
                 signature = {"tuned": f"*{weights}", "base": f"*{weights}", "block": "*fp32", "out": "*fp32"}
                 signature |= dict.fromkeys(numbers, "i32")
