@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rlspec.linalg.products import transposed_product
 from rlspec.linalg.randomized import sketch_width
-from rlspec.ops.chebyshev_step import Correction, Moments, chebyshev_step
+from rlspec.ops.chebyshev_step import Correction, Moments, chebyshev_step, sketch
+from rlspec.ops.draws import Signs
 from rlspec.ops.gram import gram, product_eps
 from rlspec.ops.reference import chebyshev_step_ref, gram_ref, residual_norms_ref
 from rlspec.ops.residual_norms import residual_norms
@@ -31,7 +32,9 @@ def iteration_cases(size: int, layers: int, device: torch.device) -> Iterator[Ca
     yield _gram_case(matrices)
     yield _gram_case(block)
     moments = matrices.mT @ matrices
-    yield _step_case(Moments(moments, True, lambda z: moments @ z), moments[:1], block)
+    formed = Moments(moments, True, lambda z: moments @ z)
+    yield _step_case(formed, moments[:1], block)
+    yield _sketch_case(formed, moments[:1], width)
     turned = matrices.mT.contiguous()
     apply = Moments(turned, False, lambda z: transposed_product(matrices, matrices @ z))
     few = block[..., : sketch_width(small, size)].contiguous()
@@ -94,6 +97,33 @@ def _step_case(apply: Moments, moments: Tensor, block: Tensor) -> Case:
         error,
         bytes=4.0 * matrices * (products * n * n + (3 + products) * n * c),
         flops=2.0 * products * matrices * n * n * c,
+        notes=notes,
+    )
+
+
+def _sketch_case(apply: Moments, moments: Tensor, c: int) -> Case:
+    """The first step of a filter, the sketch drawn for it: as bits on the device, or as numbers on the host."""
+    matrices, n, _ = apply.matrix.shape
+    edge = 4.0 * apply.matrix.new_ones(matrices, 1, 1)
+    notes: list[str] = []
+    title = f"chebyshev_step, first of a sketch, {matrices} x {n} x {n} float32, {c} columns"
+    signs = Signs((5, -7), (matrices, n, c))
+
+    def run() -> Tensor:
+        return chebyshev_step(apply, sketch(apply, signs, edge), None, edge)
+
+    def error() -> float:
+        drawn = signs.dense(moments.double())[:1]
+        exact = 2 / edge[:1].double() * (moments.double() @ drawn) - drawn
+        sizes = 2 / edge[:1].double() * (moments.double().abs() @ drawn.abs()) + 1.0
+        return _told(title, notes, run()[:1], exact, sizes, n)
+
+    return Case(
+        title,
+        by_backend(apply.matrix.device, run),
+        error,
+        bytes=4.0 * matrices * (n * n + n * c * (1 + 2 / 32)),
+        flops=2.0 * matrices * n * n * c,
         notes=notes,
     )
 
