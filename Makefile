@@ -45,8 +45,11 @@ docs: $(VENV)/installed-dev ## build the documentation into build/site
 
 # What cards with torch 2.11 have; other releases allot registers otherwise.
 TRITON := 3.6.0
-kernels-earlier: $(VENV)/installed-dev ## compile every kernel by the Triton of an earlier torch
+build/triton-$(TRITON)/installed: | $(VENV)/installed-dev
 	$(BIN)/pip install --quiet --no-deps --upgrade --target build/triton-$(TRITON) triton==$(TRITON)
+	touch $@
+
+kernels-earlier: $(VENV)/installed-dev build/triton-$(TRITON)/installed ## compile every kernel by the Triton of an earlier torch
 	TRITON_CACHE_DIR=build/triton-cache PYTHONPATH=build/triton-$(TRITON) $(BIN)/python -m rlspec.kernels.report --check > build/triton-$(TRITON).log || { cat build/triton-$(TRITON).log; exit 1; }
 
 # Everything but the bindings, which need Python.

@@ -20,7 +20,10 @@ from rlspec.ops.add_rounded import add_rounded
 from rlspec.ops.delta_matmul import delta_matmul, delta_rmatmul
 from rlspec.ops.delta_stats import delta_stats
 from rlspec.ops.draws import Draws
+from rlspec.ops.reference import sylvester_rotation_ref
+from rlspec.ops.sylvester_rotation import rotation_of_images, sylvester_rotation
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
+from rlspec.perturb.reference import FLOOR
 
 SHARE = 0.2
 ETA = 1e-3
@@ -174,6 +177,52 @@ def op_cases(m: int, n: int, layers: int, device: torch.device) -> Iterator[Case
         bytes=4.0 * m * n,
         flops=2.0 * m * n * 2 * k,
     )
+    yield from rotation_cases(m, n, layers, device)
+
+
+def rotation_cases(m: int, n: int, layers: int, device: torch.device) -> Iterator[Case]:
+    """How the leading vectors turn: after the two products that it follows from, and alone."""
+    (u, s, vh), *_ = planted(Shape("", "q", m, n, 1), 1, device)
+    r, w = len(s), max(1, round(1.25 * SHARE * len(s)))
+    p = r - w
+    us, values, vhs = (t.expand(layers, *t.shape).contiguous() for t in (u, s.to(device), vh))
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(layers, size, w, generator=generator).to(device) for size in (m, n))
+
+    def turned(run: Callable[[], tuple[Tensor, ...]]) -> float:
+        couplings, others, *turns = run()
+        bars = (m + 2, us[0].mT, a[0], couplings[0]), (n + 2, vhs[0, w:], b[0], others[0])
+        shares = [
+            worst(found, x.double() @ y.double(), terms * 2.0**-20 * (x.abs().double() @ y.abs().double()))
+            for terms, x, y, found in bars
+        ]
+        given = values[:1, w:], values[:1, :w], couplings[:1, w:], others[:1]
+        sizes = sylvester_rotation_ref(*given[:2], given[2].abs(), given[3].abs(), floor=FLOOR)
+        truth = sylvester_rotation_ref(*given, floor=FLOOR)
+        # Values in float32 lose their rounding over their gap, at least FLOOR / 2 of them.
+        bar = 2.0**-23 * (6 + 4 / FLOOR)
+        return max(*shares, *(worst(t[:1], x, bar * size) for t, x, size in zip(turns, truth, sizes)))
+
+    def images() -> tuple[Tensor, ...]:
+        return rotation_of_images(us, vhs, values, a, b, floor=FLOOR)
+
+    couplings, others, *_ = images()
+
+    def alone() -> tuple[Tensor, ...]:
+        turns = sylvester_rotation(values[:, w:], values[:, :w], couplings[:, w:], others, floor=FLOOR)
+        return couplings, others, *turns
+
+    for title, run, moved, flops in (
+        ("after Uᵀ A and V2ᵀ B", images, m * r + n * p + (m + n) * w + (4 * p + w) * w, m * r + n * p),
+        ("alone", alone, 4 * p * w, 0),
+    ):
+        yield Case(
+            f"sylvester_rotation, {title}, {layers} x {m} x {n} float32, {w} columns",
+            by_backend(device, run),
+            lambda run=run: turned(run),
+            bytes=4.0 * layers * moved,
+            flops=2.0 * layers * flops * w,
+        )
 
 
 def tracking_case(shapes: list[Shape], layers: int, device: torch.device) -> Case:

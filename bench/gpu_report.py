@@ -22,6 +22,7 @@ import click
 import torch
 from gpu_cases import Case, op_cases, restoration_case, solve_cases, svd_case, tracking_case
 from gpu_clock import Clock, yardsticks
+from gpu_iteration import iteration_cases
 from harness import machine
 from shapes import SHAPES, Shape
 
@@ -40,6 +41,7 @@ def sections(device: torch.device, quick: bool) -> dict[str, Callable[[], Iterab
         size, layers, batch, solves = 3584, shapes[0].layers, (32, 4096), (64, 256, 768)
     return {
         "Operations": lambda: op_cases(size, size, min(layers, 4), device),
+        "Operations of a truncated decomposition": lambda: iteration_cases(size, min(layers, 4), device),
         "Tracking": lambda: [tracking_case(shapes, layers, device)],
         "Restoration": lambda: [restoration_case(shapes[0], device)],
         "Truncated decompositions": lambda: [svd_case(*batch, device)],

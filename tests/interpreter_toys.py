@@ -7,6 +7,7 @@ import contextlib
 import importlib.util
 import math
 import mmap
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -19,12 +20,15 @@ from torch import Tensor
 from triton.runtime.interpreter import interpreter_builder
 
 HALO = 1 << 13
+_SENTINEL = 0x5A5A5A5A
 _NO_RESERVE = 0x4000  # of Linux; mmap.MAP_NORESERVE from Python 3.13 on
 
 
 def in_halo(tensor: Tensor) -> Tensor:
-    """The same values inside a buffer of NaN: a read past their ends poisons what it goes into."""
-    buffer = torch.full((tensor.numel() + 2 * HALO,), math.nan, dtype=tensor.dtype)
+    """The same values inside a buffer of NaN, or of whole numbers of no meaning: a read past their ends poisons what it
+    goes into."""
+    halo = math.nan if tensor.is_floating_point() else _SENTINEL
+    buffer = torch.full((tensor.numel() + 2 * HALO,), halo, dtype=tensor.dtype)
     view = buffer[HALO : HALO + tensor.numel()].view(tensor.shape)
     return view.copy_(tensor)
 
@@ -41,7 +45,8 @@ def results_in_halo() -> Iterator[list[Tensor]]:
     empty = torch.empty
 
     def halo_empty(*shape: int, **options: Any) -> Tensor:
-        made.append(in_halo(empty(*shape, **options).fill_(torch.nan)))
+        whole = empty(*shape, **options)
+        made.append(in_halo(whole.fill_(torch.nan if whole.is_floating_point() else 0)))
         return made[-1]
 
     with mock.patch.object(torch, "empty", halo_empty):
@@ -75,12 +80,24 @@ def shuffle_programs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx, raising=False)
 
 
-def with_fault(kernel: ModuleType, right: str, wrong: str, folder: Path) -> ModuleType:
-    """The kernel's module with one piece of its text, which must be there once, replaced."""
-    source = Path(kernel.__file__ or "").read_text()
-    assert source.count(right) == 1, right
-    path = folder / "faulty.py"
-    path.write_text(source.replace(right, wrong))
+def with_fault(kernel: ModuleType, right: str, wrong: str, folder: Path, *imported: ModuleType) -> ModuleType:
+    """The kernel's module with one piece of its text, or of that of a module it imports from, replaced: it must be there
+    once."""
+    texts = {module: Path(module.__file__ or "").read_text() for module in (kernel, *imported)}
+    assert sum(text.count(right) for text in texts.values()) == 1, right
+    faulty = {
+        module.__name__: _loaded(text.replace(right, wrong), folder / f"{module.__name__}.py")
+        for module, text in texts.items()
+        if right in text
+    }
+    if kernel.__name__ in faulty:
+        return faulty[kernel.__name__]
+    with mock.patch.dict(sys.modules, faulty):
+        return _loaded(texts[kernel], folder / "faulty.py")
+
+
+def _loaded(text: str, path: Path) -> ModuleType:
+    path.write_text(text)
     spec = importlib.util.spec_from_file_location("faulty", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)

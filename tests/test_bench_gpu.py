@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import gpu_cases
+import gpu_iteration
 import pytest
 import torch
 from click.testing import CliRunner
@@ -13,6 +17,9 @@ from gpu_clock import Clock
 from gpu_report import REHEARSAL, main, measured
 from roofline import CARDS, Stage
 from roofline import main as roofline
+from torch import Tensor
+
+from rlspec.ops.table import TABLE
 
 BEST = {"copy": 1e10, "float32": 1e11}
 
@@ -27,6 +34,39 @@ def test_the_report_from_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert set(report["sections"]) >= {"Operations", "Tracking", "Restoration", "Truncated decompositions"}
     rows = [row for rows in report["sections"].values() for row in rows]
     assert all(0 <= row["error_over_bar"] <= 1 and row["seconds"] for row in rows)
+    for operation in TABLE:  # each has a case with its bytes and flops
+        mine = [row for row in rows if row["title"].startswith(f"{operation}, ")]
+        assert mine and all(row["bytes"]["per_second"] > 0 for row in mine), operation
+
+
+@pytest.mark.parametrize("operation", ["gram", "chebyshev_step", "residual_norms"])
+def test_an_operation_that_is_a_little_wrong_is_seen(operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = getattr(gpu_iteration, operation)
+    # Residuals of planted triplets are rounding by themselves: a hundredth of an entry is what is wrong there.
+    share, added = (1.0, 1e-2) if operation == "residual_norms" else (1.0 + 1e-2, 0.0)
+    monkeypatch.setattr(gpu_iteration, operation, lambda *given: share * right(*given) + added)
+    cases = gpu_iteration.iteration_cases(96, 2, torch.device("cpu"))
+    wrong = {case.title.split(",")[0]: case.error() > 1.0 for case in cases}
+    assert wrong == {name: name == operation for name in ("gram", "chebyshev_step", "residual_norms")}
+
+
+def test_a_rotation_that_is_a_little_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    cases = list(gpu_cases.rotation_cases(96, 80, 2, torch.device("cpu")))
+    assert all(case.error() <= 1.0 for case in cases)
+    for name, part in (("rotation_of_images", 1), ("rotation_of_images", 2), ("sylvester_rotation", 1)):
+        right = getattr(gpu_cases, name)
+
+        def wrong(
+            *given: Any, right: Callable[..., Any] = right, part: int = part, **options: Any
+        ) -> list[Tensor]:
+            return [t * (1.0 + 1e-3 * (i == part)) for i, t in enumerate(right(*given, **options))]
+
+        with monkeypatch.context() as patched:
+            patched.setattr(gpu_cases, name, wrong)
+            assert [case.error() > 1.0 for case in cases] == [
+                name == "rotation_of_images",
+                name != "rotation_of_images",
+            ]
 
 
 def test_what_is_wrong_is_told_and_not_timed() -> None:

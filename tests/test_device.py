@@ -23,10 +23,10 @@ from rlspec.spectra.table import COLUMNS
 # Waits of the host and launches of one event over one stack: (shape, matrices, size of the update) -> both. A change that
 # moves them says so here. The host waits for the sums, the cores, what decides, and the results; a sweep adds two.
 COUNTS = {
-    "first order": ((192, 192), 6, 1e-3, 4, 213),
-    "one sweep": ((192, 192), 6, 1e-2, 6, 377),
-    "wide": ((96, 192), 4, 1e-3, 4, 238),
-    "tall": ((192, 96), 4, 1e-3, 4, 237),
+    "first order": ((192, 192), 6, 1e-3, 4, 216),
+    "one sweep": ((192, 192), 6, 1e-2, 6, 382),
+    "wide": ((96, 192), 4, 1e-3, 4, 241),
+    "tall": ((192, 96), 4, 1e-3, 4, 240),
 }
 
 
@@ -183,10 +183,10 @@ def test_a_decomposition_is_that_of_the_cpu(method: str, shape: tuple[int, int],
 def test_what_does_not_converge_on_a_device_is_decomposed_exactly_and_the_rest_stays():
     a, start = batch(3, (180, 150))
     u, _, vh = torch.linalg.svd(a[1], full_matrices=False)
-    a[1] = (
-        u * (1.5 - torch.linspace(0, 0.5, 150))
-    ) @ vh  # a filter gentle enough for it is too weak for the others
-    here, there, report = decomposed(a, start, "randomized", 1)
+    s = torch.linspace(1.5, 1.2, 150)
+    s[24:] /= 10
+    a[1] = (u * s) @ vh  # a filter gentle enough for it is too weak for the others, whatever is drawn
+    here, there, report = decomposed(a, start, "randomized", 1, tol=1e-4)
     assert "2 of 3 did not reach tol" in there.notes[-1] and there.notes == here.notes
     for field in FIELDS:
         torch.testing.assert_close(getattr(there, field), getattr(here, field), rtol=1e-5, atol=1e-9)

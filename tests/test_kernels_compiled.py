@@ -15,8 +15,9 @@ if importlib.util.find_spec("triton") is None:
 import triton
 
 from rlspec.kernels.compiling import _ATOMIC, Key, compiled, keys
-from rlspec.kernels.configs import PRODUCT, SHARED_LIMIT
+from rlspec.kernels.configs import PRODUCT, SHARED_LIMIT, product_config
 from rlspec.kernels.report import committed
+from rlspec.perturb.sample import Sample
 
 KEYS = {key.name: key for key in keys()}
 KERNELS = Path(__file__).parent.parent / "kernels" / "triton"
@@ -51,6 +52,17 @@ def test_every_kernel_and_every_configuration_is_compiled() -> None:
     for (family, _), sizes in PRODUCT.items():
         for config in sizes:
             assert family == "interpreter" or (family, *config[:3]) in chosen
+
+
+def test_samples_of_a_result_are_multiplied_in_tiles_of_their_width() -> None:
+    """And not in tiles of 128 columns, most of which would be padding."""
+    for k in (1, 4, 9, 20, 64, 717):
+        columns = Sample(k).combinations(k).shape[-1]
+        for (family, precision), sizes in PRODUCT.items():
+            if family != "interpreter":
+                tile = product_config(family, precision, columns)
+                assert tile.columns < 2 * columns <= 2 * tile.columns
+                assert tile in (sizes.few, sizes.some)
 
 
 def product(target: str, *words: str) -> Key:

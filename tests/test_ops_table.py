@@ -41,6 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cpu_computes_with_the_last_of_each_row() -> None:
     plain = {"gram": "halves", "chebyshev_step": "in place", "residual_norms": "stored"}
+    plain["sylvester_rotation"] = "elementwise"
     for op in TABLE:
         assert choose(op, CPU, (B16, B16, F32), SHAPE) == plain.get(op, "row blocks") == TABLE[op][-1].name
 
@@ -61,8 +62,8 @@ def test_a_gpu_takes_kernels_where_they_fit() -> None:
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_gpu_decomposes_float32_by_kernels() -> None:
-    for op in ("gram", "chebyshev_step", "residual_norms"):
+def test_a_gpu_decomposes_and_turns_float32_by_kernels() -> None:
+    for op in ("gram", "chebyshev_step", "residual_norms", "sylvester_rotation"):
         for dtype, shape, why in (
             (F32, SHAPE, None),
             (F64, SHAPE, "the kernel takes float32, not float64"),

@@ -20,41 +20,14 @@ import triton
 import triton.language as tl
 from rlspec.kernels.common import DTYPES, interpreted, to_bfloat16, to_float64
 from rlspec.kernels.configs import NEAREST, Config, Precision, family_of, rounding_config
-
-
-@triton.jit
-def _philox(c0, c1, k0, k1):
-    """Philox-4x64-10 of counters (c0, c1, 0, 0): four numbers of 64 bits each, as :mod:`rlspec.ops.draws` has them."""
-    c2 = c0 * 0
-    c3 = c0 * 0
-    first = c2 + tl.full((), 0xD2E7470EE14C6C93, tl.uint64)
-    second = c2 + tl.full((), 0xCA5A826395121157, tl.uint64)
-    for _ in tl.static_range(10):
-        high0, low0 = tl.umulhi(first, c0), first * c0
-        high2, low2 = tl.umulhi(second, c2), second * c2
-        c0, c1, c2, c3 = high2 ^ c1 ^ k0, low2, high0 ^ c3 ^ k1, low0
-        k0 += tl.full((), 0x9E3779B97F4A7C15, tl.uint64)
-        k1 += tl.full((), 0xBB67AE8584CAA73B, tl.uint64)
-    return c0, c1, c2, c3
-
-
-@triton.jit
-def _halves(a, b):
-    """The low, then the high halves of two tensors of 64 bits: (..., 2) each, float64."""
-    low = tl.join((a & 0xFFFFFFFF).to(tl.uint32), (b & 0xFFFFFFFF).to(tl.uint32))
-    high = tl.join((a >> 32).to(tl.uint32), (b >> 32).to(tl.uint32))
-    return low, high
+from rlspec.kernels.philox import eight, key_of
 
 
 @triton.jit
 def _uniform(row, counter, counters, k0, k1, BR: tl.constexpr, BC: tl.constexpr):
     """(BR, BC) float64 in (0, 1), of rows and of eight columns a counter."""
     place = (row[:, None] * counters + counter[None, :]).to(tl.uint64)
-    x0, x1, x2, x3 = _philox(place, place * 0, k0, k1)
-    # Of eight numbers the last bit of the place is the half, those before it the word: join adds the last one.
-    low02, high02 = _halves(x0, x2)
-    low13, high13 = _halves(x1, x3)
-    numbers = tl.reshape(tl.join(tl.join(low02, low13), tl.join(high02, high13)), (BR, BC))
+    numbers = tl.reshape(eight(place, place * 0, k0, k1), (BR, BC))
     return (numbers.to(tl.float64) + 0.5) * 2.3283064365386963e-10  # 2^-32
 
 
@@ -141,8 +114,7 @@ def _add_rounded_kernel(
     nearest = _to(exact, TO, INTERP)
     found = to_float64(nearest, INTERP)
     if DRAWS:
-        k0 = tl.load(keys + matrix * 2).to(tl.uint64, bitcast=True)
-        k1 = tl.load(keys + matrix * 2 + 1).to(tl.uint64, bitcast=True)
+        k0, k1 = key_of(keys + matrix * 2)
         counter = column_tile * (BC // 8) + tl.arange(0, BC // 8)
         draw = _uniform(row + first, counter, tl.cdiv(N, 8), k0, k1, BR, BC)
         above = found > exact

@@ -23,7 +23,9 @@ from rlspec.kernels.configs import (
     NEAREST,
     PRODUCT,
     RECURRENCE,
+    ROTATION,
     SHARED_LIMIT,
+    SOME,
     Family,
     Precision,
     rounding_config,
@@ -41,6 +43,7 @@ TARGETS: dict[Family, GPUTarget] = {
 _TENSOR = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|v_mfma_\w+)")
 _LOAD = re.compile(r"\bLDG(?:STS)?\.E\S*?(?:\.(64|128))?(?=[ ;])|\b(?:global|buffer)_load_(\w+)")
 _ATOMIC = re.compile(r"^\s*(@\S+\s+)?(atom|red)\.|_atomic_", re.MULTILINE)
+_LOADS_LITTLE = ("delta_stats._sum_tiles_kernel", "signs._signs_kernel")
 _AMD_BYTES = {"dword": 4, "dwordx2": 8, "dwordx3": 12, "dwordx4": 16, "ushort": 2, "short_d16": 2}
 
 
@@ -70,8 +73,10 @@ def keys() -> Iterator[Key]:
             yield from _product_keys(target, precision)
         yield from _rounding_keys(target)
         yield _gram_key(target)
+        yield _signs_key(target)
         yield from _recurrence_keys(target)
         yield from _residual_keys(target)
+        yield from _rotation_keys(target)
 
 
 def _stats_keys(target: Family) -> Iterator[Key]:
@@ -107,7 +112,9 @@ def _product_keys(target: Family, precision: Precision) -> Iterator[Key]:
     ]
     sizes = PRODUCT[target, precision]
     for weights in ("bf16", "fp32") if precision == NEAREST[target] else ("bf16",):
-        for width, config in (("many", sizes.many), (f"up to {FEW}", sizes.few)):
+        widths = {"many": sizes.many, f"up to {FEW}": sizes.few, f"up to {SOME}": sizes.some}
+        for width, config in widths.items():
+            assert config is not None
             for transposed in (False, True):
                 signature = {"tuned": f"*{weights}", "base": f"*{weights}", "block": "*fp32", "out": "*fp32"}
                 signature |= dict.fromkeys(numbers, "i32")
@@ -150,17 +157,35 @@ def _gram_key(target: Family) -> Key:
     return Key("gram._gram_kernel", target, variant, signature, values, config.warps, config.stages)
 
 
+def _signs_key(target: Family) -> Key:
+    signature = {"key": "*i64", "out": "*i32", "counters": "i32"}
+    block = import_module("rlspec.kernels.signs")._BLOCK
+    return Key("signs._signs_kernel", target, f"{block} counters", signature, {"B": block})
+
+
 def _recurrence_keys(target: Family) -> Iterator[Key]:
     tensors = ["matrix", "block", "current", "previous", "residual"]
     numbers = ["R", "K", "C", *(f"{name}_{stride}" for name in tensors for stride in ("matrix", "row"))]
     signature = dict.fromkeys((*tensors, "factors", "out"), "*fp32") | dict.fromkeys(numbers, "i32")
     config = RECURRENCE[target]
-    for residual in (False, True):
-        values = {"RESIDUAL": residual, "PRECISION": NEAREST[target]}
+    # The block, the current and the previous one and of the residual.
+    for what, kinds in {
+        "first step": "stored stored absent absent",
+        "plain": "stored stored stored absent",
+        "with a residual": "stored stored stored stored",
+        "first step of a sketch": "bits bits absent absent",
+        "product with a sketch": "bits absent absent absent",
+        "sketch added": "stored bits absent absent",
+        "second step of a sketch": "stored stored bits absent",
+    }.items():
+        values = dict(zip(("BLOCK", "CURRENT", "PREVIOUS", "RESIDUAL"), kinds.split(), strict=True))
+        # Where a sketch meets A and not C, Aᵀ is what is at hand.
+        values |= {"TRANSPOSED": what == "product with a sketch", "PRECISION": NEAREST[target]}
         values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
-        variant = f"{NEAREST[target]} products{', with a residual' if residual else ''}"
+        variant = f"{NEAREST[target]} products, {what}"
         kernel = "chebyshev_step._chebyshev_step_kernel"
-        yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
+        bits = {name: "*i32" for name in tensors if values.get(name.upper()) == "bits"}
+        yield Key(kernel, target, variant, signature | bits, values, config.warps, config.stages)
 
 
 def _residual_keys(target: Family) -> Iterator[Key]:
@@ -181,6 +206,21 @@ def _residual_keys(target: Family) -> Iterator[Key]:
         values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
         variant = f"{'transposed' if transposed else 'plain'}, {NEAREST[target]} products"
         kernel = "residual_norms._residual_norms_kernel"
+        yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
+
+
+def _rotation_keys(target: Family) -> Iterator[Key]:
+    blocks = ["left", "right", "u", "a", "vh", "b"]
+    numbers = ["R", "C", "M", "N", "tail_matrix", "leading_matrix"]
+    numbers += [f"{name}_{stride}" for name in blocks for stride in ("matrix", "row")]
+    signature = dict.fromkeys((*blocks, "to_right", "to_left"), "*fp32") | {"floor": "fp32"}
+    signature |= dict.fromkeys(("tail", "leading"), "*fp64") | dict.fromkeys(numbers, "i32")
+    config = ROTATION[target]
+    for products in (False, True):
+        values = {"PRODUCTS": products, "PRECISION": NEAREST[target]}
+        values |= {"BR": config.rows, "BC": config.columns, "BK": config.inner}
+        variant = f"after two {NEAREST[target]} products" if products else "of stored couplings"
+        kernel = "sylvester_rotation._sylvester_rotation_kernel"
         yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
 
 
@@ -206,10 +246,12 @@ class Compiled:
             found.append(f"{self.spilled_bytes} bytes spilled")
         if self.shared_bytes > SHARED_LIMIT[key.target]:  # no compiler checks this
             found.append(f"{self.shared_bytes} bytes of shared memory, of {SHARED_LIMIT[key.target]}")
-        multiplies = "PRECISION" in key.constants and key.constants.get("FACTORS", True)
+        multiplies = "PRECISION" in key.constants and key.constants.get(
+            "FACTORS", key.constants.get("PRODUCTS", True)
+        )
         if multiplies and not self.tensor:
             found.append("no instruction of tensor cores")
-        if "16" not in self.loads and key.kernel != "delta_stats._sum_tiles_kernel":
+        if "16" not in self.loads and key.kernel not in _LOADS_LITTLE:
             found.append("no load of 16 bytes: the alignment of the pointers is lost")
         if self.atomics:
             found.append("atomics: sums would hang on the order of programs")

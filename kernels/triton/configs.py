@@ -22,13 +22,17 @@ class Config(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """For blocks of many columns, and of few (up to `FEW`), where reading the weights is all the work."""
+    """For blocks of many columns, and of few (up to `FEW`), where reading the weights is all the work.
+
+    Of `PRODUCT` also for some (up to `SOME`), as many as the sample has that tells what a result leaves over.
+    """
 
     many: Config
     few: Config
+    some: Config | None = None
 
 
-FEW = 32
+FEW, SOME = 32, 64
 #: Shared memory of one program, bytes. Other devices that a family stands for (compute capability 8.6, 8.9, 12) have
 #: 99 KiB, so the first family is held to that.
 SHARED_LIMIT: dict[Family, int] = {
@@ -38,14 +42,18 @@ SHARED_LIMIT: dict[Family, int] = {
     "gfx942": 64 << 10,
 }
 PRODUCT: dict[tuple[Family, Precision], Sizes] = {
-    ("sm_80", "tf32x3"): Sizes(Config(64, 128, 32, 8, 2), Config(64, 32, 32, 4, 3)),
-    ("sm_80", "bf16"): Sizes(Config(128, 128, 32, 8, 3), Config(64, 32, 32, 4, 3)),
-    ("sm_90", "tf32x3"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 32, 4, 3)),
-    ("sm_90", "bf16"): Sizes(Config(128, 128, 64, 8, 3), Config(64, 32, 64, 4, 3)),
-    ("sm_100", "tf32x3"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 64, 8, 3)),
-    ("sm_100", "bf16"): Sizes(Config(128, 128, 32, 8, 3), Config(64, 32, 64, 4, 3)),
-    ("gfx942", "ieee"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 64, 4, 2)),
-    ("gfx942", "bf16"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 64, 4, 2)),
+    ("sm_80", "tf32x3"): Sizes(Config(64, 128, 32, 8, 2), Config(64, 32, 32, 4, 3), Config(64, 64, 32, 4, 2)),
+    ("sm_80", "bf16"): Sizes(Config(128, 128, 32, 8, 3), Config(64, 32, 32, 4, 3), Config(64, 64, 32, 4, 3)),
+    ("sm_90", "tf32x3"): Sizes(
+        Config(128, 128, 32, 8, 2), Config(64, 32, 32, 4, 3), Config(64, 64, 32, 4, 3)
+    ),
+    ("sm_90", "bf16"): Sizes(Config(128, 128, 64, 8, 3), Config(64, 32, 64, 4, 3), Config(64, 64, 32, 4, 3)),
+    ("sm_100", "tf32x3"): Sizes(
+        Config(128, 128, 32, 8, 2), Config(64, 32, 64, 8, 3), Config(64, 64, 32, 4, 2)
+    ),
+    ("sm_100", "bf16"): Sizes(Config(128, 128, 32, 8, 3), Config(64, 32, 64, 4, 3), Config(64, 64, 32, 4, 2)),
+    ("gfx942", "ieee"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 64, 4, 2), Config(64, 64, 32, 4, 2)),
+    ("gfx942", "bf16"): Sizes(Config(128, 128, 32, 8, 2), Config(64, 32, 64, 4, 2), Config(64, 64, 32, 4, 2)),
     ("interpreter", "ieee"): Sizes(Config(64, 64, 64, 4, 1), Config(64, 32, 64, 4, 1)),
     ("interpreter", "bf16"): Sizes(Config(64, 64, 64, 4, 1), Config(64, 32, 64, 4, 1)),
 }
@@ -88,6 +96,15 @@ RECURRENCE: dict[Family, Config] = {
     "interpreter": Config(64, 64, 64, 4, 1),
 }
 
+#: Of `sylvester_rotation`: two tiles of sums are held at once.
+ROTATION: dict[Family, Config] = {
+    "sm_80": Config(64, 64, 16, 4, 2),
+    "sm_90": Config(128, 64, 32, 8, 2),
+    "sm_100": Config(128, 64, 32, 8, 2),
+    "gfx942": Config(64, 64, 32, 4, 2),
+    "interpreter": Config(64, 64, 64, 4, 1),
+}
+
 
 def rounding_config(family: Family, *, factors: bool) -> Config:
     """Sizes for `add_rounded` with factors (`Sizes.many`) or a stored change."""
@@ -114,4 +131,6 @@ def product_config(family: Family, precision: Precision, columns: int) -> Config
     if sizes is None:
         known = ", ".join(p for f, p in PRODUCT if f == family)
         raise ValueError(f"precision={precision}: not on {family}; valid: {known}")
-    return sizes.few if columns <= FEW else sizes.many
+    if columns <= FEW:
+        return sizes.few
+    return sizes.some if sizes.some is not None and columns <= SOME else sizes.many

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.products import aligned
-from rlspec.ops.chebyshev_step import Correction, chebyshev_step
+from rlspec.ops.chebyshev_step import Correction, chebyshev_step, sketch
+from rlspec.ops.draws import Signs
 
 Operator = Callable[[Tensor], Tensor]
 
@@ -35,19 +36,19 @@ def degree_for(suppression: Tensor, x: Tensor, limit: int) -> int:
     return int(need.max().ceil().clamp(1, limit))
 
 
-def filter_sketch(apply: Operator, y: Tensor, edge: Tensor, degree: int) -> Tensor:
+def filter_sketch(apply: Operator, y: Tensor | Signs, edge: Tensor, degree: int) -> Tensor:
     """``T_degree(2C/edge - I) y`` with columns scaled to length one.
 
     Args:
         apply: ``C``, (b, n, l) to (b, n, l).
-        y: (b, n, l).
-        edge: upper end of the part to suppress, (b, 1, 1), positive, on the host.
+        y: (b, n, l), random signs or vectors of the dtype of ``edge``.
+        edge: upper end of the part to suppress, (b, 1, 1), positive, where C is.
     """
-    edge = edge.to(y.device)
-    previous, current = y, chebyshev_step(apply, y, None, edge)
+    previous = sketch(apply, y, edge) if isinstance(y, Signs) else y
+    current = chebyshev_step(apply, previous, None, edge)
     for _ in range(degree - 1):
         previous, current = current, chebyshev_step(apply, current, previous, edge)
-    return current / current.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(y.dtype).tiny)
+    return current / current.norm(dim=-2, keepdim=True).clamp_min(torch.finfo(current.dtype).tiny)
 
 
 def filter_correction(

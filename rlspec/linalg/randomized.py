@@ -28,6 +28,7 @@ from rlspec.linalg.orth import orthonormal, well_conditioned
 from rlspec.linalg.products import ALIGNED, transposed_product
 from rlspec.linalg.transfer import to_host
 from rlspec.ops.chebyshev_step import Moments, in_kernel
+from rlspec.ops.draws import Signs
 from rlspec.ops.gram import gram, product_eps
 
 _MAX_SKETCH_DEGREE = 6
@@ -94,11 +95,12 @@ def leading_svd(
     edge = torch.where(edge > 0, edge, torch.ones_like(edge))  # a zero matrix has no edge
     edge = edge.to(a.dtype)[:, None, None]  # on the host, like all that decisions are made from
 
-    signs = torch.randint(0, 2, (b, n, width), generator=generator).to(a).mul_(2).sub_(1)
     given = 0 if start is None else start.shape[-1]
-    y = filter_sketch(apply, signs[..., given:], edge, _sketch_degree(quantiles[:, 0], top, edge, eps))
+    signs = Signs.of(generator, (b, n, width - given))
+    degree, there = _sketch_degree(quantiles[:, 0], top, edge, eps), edge.to(a.device)
+    y = filter_sketch(apply, signs, there, degree)
     if start is not None:
-        y = torch.cat([filter_sketch(apply, start.to(a), edge, _START_DEGREE), y], dim=-1)
+        y = torch.cat([filter_sketch(apply, start.to(a), there, _START_DEGREE), y], dim=-1)
     y = well_conditioned(y)
     y, image, theta, q = _rayleigh_ritz(y, apply, lambda y, image: y.mT @ image, a.dtype)
     z = y @ q

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
 
+from rlspec.ops.draws import Signs
 from rlspec.ops.table import choose
 
 
@@ -41,10 +43,27 @@ class Correction:
     following: Tensor
 
 
+@dataclass(frozen=True)
+class Bits:
+    """A sketch of ±1 as a kernel reads it, ``words`` (L, ceil(n / 32), 8 ceil(c / 8)) int32; ``shape`` is (L, n, c)."""
+
+    words: Tensor
+    shape: tuple[int, int, int]
+
+
+def sketch(apply: Callable[[Tensor], Tensor], signs: Signs, like: Tensor) -> Tensor | Bits:
+    """A sketch as steps with ``apply`` take it: bits where a kernel multiplies it, else numbers like ``like``."""
+    if not _runs_in_kernel(apply, signs.shape[-1]):
+        return signs.dense(like)
+    from rlspec.kernels.signs import signs_triton
+
+    return Bits(signs_triton(signs.key, signs.shape, like.device), signs.shape)
+
+
 def chebyshev_step(
     apply: Callable[[Tensor], Tensor],
-    current: Tensor,
-    previous: Tensor | None,
+    current: Tensor | Bits,
+    previous: Tensor | Bits | None,
     edge: Tensor,
     correction: Correction | None = None,
 ) -> Tensor:
@@ -55,11 +74,13 @@ def chebyshev_step(
 
     Args:
         apply: ``C``, a :class:`Moments` or any function (L, n, c) to (L, n, c).
-        current, previous: (L, n, c), float32 or float64; a correction needs a previous block.
-        edge: (L, 1, 1), positive, where the blocks are.
+        current, previous: (L, n, c), float32 or float64, or what :func:`sketch` made for ``apply``; a correction needs a
+            previous block.
+        edge: (L, 1, 1), positive, of the blocks' dtype and where they are.
     """
-    if isinstance(apply, Moments) and in_kernel(apply.matrix, current.shape[-1]):
+    if _runs_in_kernel(apply, current.shape[-1]):
         return _in_kernel(apply, current, previous, edge, correction)
+    assert not isinstance(current, Bits) and not isinstance(previous, Bits)
     step = apply(current)
     if previous is None:
         return step * (2 / edge) - current
@@ -76,26 +97,36 @@ def in_kernel(matrix: Tensor, columns: int) -> bool:
     return choose("chebyshev_step", matrix.device, (matrix.dtype,), (*matrix.shape, columns)) == "triton"
 
 
+def _runs_in_kernel(apply: Callable[[Tensor], Tensor], columns: int) -> TypeGuard[Moments]:
+    return isinstance(apply, Moments) and in_kernel(apply.matrix, columns)
+
+
 def _in_kernel(
-    moments: Moments, current: Tensor, previous: Tensor | None, edge: Tensor, correction: Correction | None
+    moments: Moments,
+    current: Tensor | Bits,
+    previous: Tensor | Bits | None,
+    edge: Tensor,
+    correction: Correction | None,
 ) -> Tensor:
     from rlspec.kernels.chebyshev_step import chebyshev_step_triton
 
-    one = torch.ones_like(current[:, :1])
+    one = edge.new_ones(*edge.shape[:2], current.shape[-1])
     if previous is None:
-        factors = [2 / edge * one, -one, 0 * one, 0 * one]
+        factors = [2 / edge * one, -one, one, one]
     elif correction is None:
-        factors = [4 / edge * one, -2 * one, -one, 0 * one]
+        factors = [4 / edge * one, -2 * one, -one, one]
     else:
         following = correction.following
         product = 4 / edge * following
         factors = [product, -2 * following, -correction.ratio * following, product]
-    image = current if moments.formed else moments.matrix.mT @ current
-    return chebyshev_step_triton(
-        moments.matrix,
-        image,
-        current,
-        current if previous is None else previous,
-        None if correction is None else correction.residual,
-        torch.cat(factors, dim=1),
-    )
+    now, before = (block.words if isinstance(block, Bits) else block for block in (current, previous))
+    assert now is not None
+    image = now
+    if not moments.formed:
+        turned = moments.matrix.mT
+        if isinstance(current, Bits):
+            image = chebyshev_step_triton(turned, now, None, None, None, one.expand(-1, 4, -1))
+        else:
+            image = turned @ now
+    residual = None if correction is None else correction.residual
+    return chebyshev_step_triton(moments.matrix, image, now, before, residual, torch.cat(factors, dim=1))

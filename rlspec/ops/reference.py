@@ -1,6 +1,6 @@
 """Each operation once more in plain float64, without cleverness: what the fast ones are tested against.
 
-Only tests import this.
+Only tests and bench import this.
 """
 
 from __future__ import annotations
@@ -79,3 +79,12 @@ def residual_norms_ref(a: Tensor, u: Tensor, s: Tensor, v: Tensor) -> Tensor:
     a, u, s, v = (t.double() for t in (a, u, s, v))
     right, left = a @ v - u @ torch.diag_embed(s), a.mT @ u - v @ torch.diag_embed(s)
     return torch.maximum(right.square().sum(-2), left.square().sum(-2)).sqrt()
+
+
+def sylvester_rotation_ref(
+    tail: Tensor, leading: Tensor, left: Tensor, right: Tensor, *, floor: float
+) -> tuple[Tensor, Tensor]:
+    """See :func:`rlspec.ops.sylvester_rotation.sylvester_rotation`."""
+    s2, s1, left, right = (t.double() for t in (tail.unsqueeze(-1), leading.unsqueeze(-2), left, right))
+    between = torch.maximum(s1.square() - s2.square(), floor * s1.square())
+    return (s2 * left + s1 * right) / between, (s1 * left + s2 * right) / between

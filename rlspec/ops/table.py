@@ -112,6 +112,10 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("triton", "triton", _float32_misfit),
         Implementation("stored", "torch"),
     ),
+    "sylvester_rotation": (
+        Implementation("triton", "triton", _float32_misfit),
+        Implementation("elementwise", "torch"),
+    ),
 }
 # Tensors that each takes: W and W_ref, and a block; a weight, a change, and the result;
 # a matrix as it is decomposed.
@@ -123,6 +127,7 @@ _ARGUMENTS: dict[str, Callable[[torch.dtype, torch.dtype], Dtypes]] = {
     "gram": lambda weights, wide: (wide,),
     "chebyshev_step": lambda weights, wide: (wide,),
     "residual_norms": lambda weights, wide: (wide,) * 4,
+    "sylvester_rotation": lambda weights, wide: (wide,),
 }
 
 

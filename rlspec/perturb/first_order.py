@@ -12,25 +12,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlspec.ops.sylvester_rotation import rotation_of_images
 from rlspec.perturb.coordinates import Side
 from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import FLOOR, Reference
-
-
-def sylvester_rotation(tail: Tensor, leading: Tensor, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Solve ``s2 P - Q s1 = -left`` and ``s2 Q - P s1 = -right`` elementwise.
-
-    Args:
-        tail: s2, (L, p). leading: s1, (L, w), every entry above every entry of ``tail`` up to the damping.
-        left, right: (L, p, w) couplings: U2ᵀ E V1 and V2ᵀ Eᵀ U1, or residuals in those coordinates.
-
-    Returns:
-        P (right coordinates) and Q (left coordinates), each (L, p, w).
-    """
-    s2 = tail.to(left.dtype).unsqueeze(-1)
-    s1 = leading.to(left.dtype).unsqueeze(-2)
-    denominator = torch.maximum((s1 - s2) * (s1 + s2), FLOOR * s1.square())
-    return (s2 * left + s1 * right) / denominator, (s1 * left + s2 * right) / denominator
 
 
 def first_order(
@@ -52,9 +37,8 @@ def first_order(
     m, n = reference.shape
     r = reference.S.shape[-1]
     a, b = delta.matmul(v[..., :w]), delta.rmatmul(u[..., :w])
-    f, g21 = u.mT @ a, v[..., w:].mT @ b
+    f, g21, p, q = rotation_of_images(u, reference.Vh, reference.S, a, b, floor=FLOOR)
     f11, f21 = f[..., :w, :], f[..., w:, :]
-    p, q = sylvester_rotation(narrow2, narrow1, f21, g21)
     scale = narrow1.unsqueeze(-2)
     left_out = (a - u @ f) / scale if m > r else None
     right_out = (b - v @ torch.cat([f11.mT, g21], dim=-2)) / scale if n > r else None

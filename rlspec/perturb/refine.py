@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from rlspec.ops.sylvester_rotation import sylvester_rotation
 from rlspec.perturb.coordinates import Pair, Side, apply, diagonalise, scale
 from rlspec.perturb.delta import Delta
-from rlspec.perturb.first_order import sylvester_rotation
-from rlspec.perturb.reference import Reference
+from rlspec.perturb.reference import FLOOR, Reference
 
 
 def refine(reference: Reference, delta: Delta, pair: Pair) -> Pair:
@@ -28,7 +28,7 @@ def refine(reference: Reference, delta: Delta, pair: Pair) -> Pair:
     )
     w = pair.sigma.shape[-1]
     turn_right, turn_left = sylvester_rotation(
-        reference.narrow[..., w:], pair.sigma, residual_left.tail, residual_right.tail
+        reference.S[..., w:], pair.sigma, residual_left.tail, residual_right.tail, floor=FLOOR
     )
     left = _corrected(pair.left, turn_left, residual_left.outside, pair.sigma)
     right = _corrected(pair.right, turn_right, residual_right.outside, pair.sigma)

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.transfer import to_host
+from rlspec.ops.sylvester_rotation import sylvester_rotation
 from rlspec.perturb.batch import put
 from rlspec.perturb.coordinates import Pair, Side, apply
 from rlspec.perturb.delta import Delta, frobenius, norm_of_rows, row_norms
-from rlspec.perturb.first_order import sylvester_rotation
-from rlspec.perturb.reference import Reference
+from rlspec.perturb.reference import FLOOR, Reference
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def residual(reference: Reference, delta: Delta, pair: Pair) -> Residual:
     some_left, some_right = over_left.columns(few.start, few.stop), over_right.columns(few.start, few.stop)
     sigma = (pair.sigma.unsqueeze(-2) @ combinations[..., few]).squeeze(-2)
     tails = some_left.tail, some_right.tail
-    turn_right, turn_left = sylvester_rotation(reference.narrow[..., w:], sigma, *tails)
+    turn_right, turn_left = sylvester_rotation(reference.S[..., w:], sigma, *tails, floor=FLOOR)
     turns = torch.stack([turn_left, turn_right])
     square_left, square_right = turns.double().square().sum(-2)
     second_left, second_right = (torch.stack(tails) * turns).sum(-2)

@@ -29,6 +29,7 @@ from triton.runtime.interpreter import GridExecutor
 import rlspec
 from rlspec.kernels import add_low_rank as low_rank_kernel
 from rlspec.kernels import add_rounded as kernel
+from rlspec.kernels import philox
 from rlspec.kernels.configs import Config
 from rlspec.ops.add_low_rank import LowRank, add_low_rank
 from rlspec.ops.add_rounded import add_rounded
@@ -198,7 +199,7 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_fault_is_caught(fault: str, tmp_path: Path) -> None:
-    module = with_fault(kernel, *FAULTS[fault], tmp_path)
+    module = with_fault(kernel, *FAULTS[fault], tmp_path, philox)
     with pytest.raises(AssertionError):  # a wrong number, not an exception of another kind
         for gate in GATES:
             gate(module)

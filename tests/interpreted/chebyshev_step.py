@@ -27,18 +27,29 @@ from triton.runtime.interpreter import GridExecutor
 
 from rlspec.kernels import chebyshev_step as kernel
 from rlspec.kernels.configs import Config
-from rlspec.ops.chebyshev_step import Correction, Moments, chebyshev_step
+from rlspec.kernels.signs import signs_triton
+from rlspec.ops.chebyshev_step import Correction, Moments, chebyshev_step, sketch
+from rlspec.ops.draws import Signs
 from rlspec.ops.reference import chebyshev_step_ref
 
 SIZES = ((1, 1, 1, 1), (3, 17, 33, 5), (2, 65, 40, 67))  # L, R, K, c
 TILES = (Config(16, 16, 16, 4, 1), Config(32, 16, 64, 4, 1), Config(64, 64, 32, 4, 1))
+# Steps that begin a filter: what is given as bits, and what is left out.
+FIRST = (
+    (("block", "current"), ("previous", "residual")),
+    (("block",), ("current", "previous", "residual")),
+    (("current",), ("previous", "residual")),
+    (("previous",), ("residual",)),
+    ((), ("previous", "residual")),
+)
+KEY = (5, -7)
 
 
 class Given(NamedTuple):
     matrix: Tensor
     block: Tensor
-    current: Tensor
-    previous: Tensor
+    current: Tensor | None
+    previous: Tensor | None
     residual: Tensor | None
     factors: Tensor
 
@@ -54,11 +65,11 @@ def given(sizes: tuple[int, int, int, int], *, residual: bool = True) -> Given:
 def check(found: Tensor, of: Given) -> None:
     """``found`` is the sum of four terms to the rounding of float32."""
     factors = of.factors.double().unsqueeze(-2).unbind(1)
-    added = [t.double() for t in (of.current, of.previous, of.residual) if t is not None]
     exact = factors[0] * (of.matrix.double() @ of.block.double())
     sizes = factors[0].abs() * (of.matrix.abs().double() @ of.block.abs().double())
-    for factor, term in zip(factors[1:], added):
-        exact, sizes = exact + factor * term, sizes + (factor * term).abs()
+    for factor, term in zip(factors[1:], (of.current, of.previous, of.residual)):
+        if term is not None:
+            exact, sizes = exact + factor * term.double(), sizes + (factor * term.double()).abs()
     bar = (of.matrix.shape[-1] + 6) * 2.0**-24 * sizes
     assert bool(((found.double() - exact).abs() <= bar).all())  # false for NaN
 
@@ -76,6 +87,27 @@ def against_float64(
                 check(module.chebyshev_step_triton(*halos, config=config), of)
 
 
+def bits(
+    module: ModuleType,
+    sizes: tuple[tuple[int, int, int, int], ...] = SIZES[:2],
+    tiles: tuple[Config, ...] = TILES,
+) -> None:
+    """Sketches of a matrix that lies either way."""
+    for size in sizes:
+        whole = given(size)
+        for names, absent in FIRST:
+            of = whole._replace(**dict.fromkeys(absent, None))
+            signs = {name: Signs(KEY, tuple(getattr(of, name).shape)) for name in names}
+            of = of._replace(**{name: sign.dense(of.factors) for name, sign in signs.items()})
+            words = {name: signs_triton(KEY, sign.shape, of.factors.device) for name, sign in signs.items()}
+            for turned in (False, True):
+                halos = [t if t is None else in_halo(t) for t in of._replace(**words)]
+                if turned:
+                    halos[0] = in_halo(of.matrix.mT.contiguous()).mT
+                for config in tiles:
+                    check(module.chebyshev_step_triton(*halos, config=config), of)
+
+
 def writes_stay_inside(module: ModuleType) -> None:
     with results_in_halo():
         found = module.chebyshev_step_triton(*given(SIZES[1]), config=TILES[0])
@@ -91,11 +123,15 @@ def offsets_have_64_bits(module: ModuleType) -> None:
             # It copies whole buffers back onto themselves, gigabytes here.
             with mock.patch.object(GridExecutor, "_restore_args_dev"):
                 check(module.chebyshev_step_triton(*of._replace(**{name: far}), config=TILES[1]), of)
+        turned = far_apart(tuple(of.matrix.mT.shape), strides, of.matrix.mT).mT
+        with mock.patch.object(GridExecutor, "_restore_args_dev"):
+            check(module.chebyshev_step_triton(turned, *of[1:], config=TILES[1]), of)
 
 
 GATES: tuple[Callable[[ModuleType], None], ...] = (
     writes_stay_inside,
     lambda module: against_float64(module, SIZES[1:], TILES[:1]),
+    lambda module: bits(module, SIZES[1:2], TILES[:1]),
     offsets_have_64_bits,
 )
 
@@ -103,6 +139,12 @@ GATES: tuple[Callable[[ModuleType], None], ...] = (
 @pytest.mark.usefixtures("poisoned_memory")
 def test_against_float64() -> None:
     against_float64(kernel)
+
+
+@pytest.mark.usefixtures("poisoned_memory")
+def test_sketches_are_read_as_bits() -> None:
+    bits(kernel)
+    bits(kernel, SIZES[2:], TILES[2:])
 
 
 def test_writes_stay_inside() -> None:
@@ -142,6 +184,7 @@ FAULTS = {
     ),
     "32-bit matrix": ("tl.program_id(1).to(tl.int64)", "tl.program_id(1)"),
     "32-bit row": ("(tl.program_id(0) // column_tiles).to(tl.int64)", "(tl.program_id(0) // column_tiles)"),
+    "32-bit step of the matrix": ("tl.cast(matrix_row, tl.int64) * BK", "matrix_row * BK"),
     "32-bit inner": ("inner = tl.arange(0, BK).to(tl.int64)", "inner = tl.arange(0, BK)"),
     "32-bit step": ("tl.cast(block_row, tl.int64) * BK", "block_row * BK"),
     "sums of the last tile alone": ("tl.dot(a, x, sums, input_p", "tl.dot(a, x, input_p"),
@@ -149,7 +192,21 @@ FAULTS = {
     "product not scaled": ("sums *= tl.load(factor,", "sums += 0 * tl.load(factor,"),
     "current's factor for previous": ("factor + 2 * C", "factor + C"),
     "residual left out": ("sums += tl.load(factor + 3 * C", "sums += 0 * tl.load(factor + 3 * C"),
-    "current for previous": ("previous + which * previous_matrix", "current + which * current_matrix"),
+    "current for previous": (
+        "previous + which * previous_matrix + (row",
+        "current + which * current_matrix + (row",
+    ),
+    "not turned": ("a = tl.trans(a)", "a = tl.trans(tl.trans(a))"),
+    "bits of the first tile": ("block_row, start + inner", "block_row, inner"),
+    "bits of the first matrix": ("_spread(block + which * block_matrix", "_spread(block"),
+    "previous has the bits of the first matrix": (
+        "_spread(previous + which * previous_matrix",
+        "_spread(previous",
+    ),
+    "rows from the highest bit on": ("(row % 32)", "(31 - row % 32)"),
+    "bits of 16 rows alone": ("(row // 32)", "(row // 16)"),
+    "other signs": ("1.0 - 2.0 * bit.to(tl.float32)", "2.0 * bit.to(tl.float32) - 1.0"),
+    "zeros and ones": ("1.0 - 2.0 * bit", "1.0 - 1.0 * bit"),
 }
 
 
@@ -169,6 +226,12 @@ def test_refusals() -> None:
                 kernel.chebyshev_step_triton(*of._replace(**{name: wrong}))
     with pytest.raises(ValueError, match="non-empty"):
         kernel.chebyshev_step_triton(*of._replace(matrix=torch.zeros(0, 4, 6)))
+    words = signs_triton(KEY, (2, 6, 3), torch.device("cpu"))
+    for name in ("block", "current", "previous"):
+        with pytest.raises(ValueError, match=r"int32 on cpu, found"):
+            kernel.chebyshev_step_triton(*of._replace(**{name: words[:, :, :3]}))
+    with pytest.raises(ValueError, match=r"expected residual .* float32"):
+        kernel.chebyshev_step_triton(*of._replace(residual=words))
 
 
 @pytest.mark.parametrize("formed", [False, True])
@@ -194,3 +257,13 @@ def test_the_public_operation_runs_the_kernel(monkeypatch: pytest.MonkeyPatch, f
     ):
         torch.testing.assert_close(found.double(), truth, **close)
     assert launched.call_count == 3
+    drawn = Signs.of(g, (2, 20, 9))
+    signs = drawn.dense(y)
+    monkeypatch.setattr(Signs, "dense", lambda *_: pytest.fail("stored as numbers"))
+    kept = sketch(apply, drawn, edge)
+    first = chebyshev_step(apply, kept, None, edge)
+    truth = 2 / edge.double() * (c @ signs.double()) - signs.double()
+    torch.testing.assert_close(first.double(), truth, **close)
+    second = chebyshev_step(apply, first, kept, edge)
+    torch.testing.assert_close(second.double(), chebyshev_step_ref(c, first, signs, edge), **close)
+    assert launched.call_count == (5 if formed else 6)  # Aᵀ(A y) takes A y from the kernel where y is bits

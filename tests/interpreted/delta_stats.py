@@ -1,4 +1,4 @@
-"""delta_stats in Triton's interpreter, against float64.
+"""delta_stats in Triton's interpreter, against float64, and faults put into it on purpose.
 
 Run by tests/test_op_delta_stats.py in a process with TRITON_INTERPRET=1.
 
@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import triton
 import triton.language as tl
-from interpreter_toys import HALO, in_halo, shuffle_programs, whole_buffer
+from interpreter_toys import HALO, in_halo, shuffle_programs, whole_buffer, with_fault
 from torch import Tensor
 
+from rlspec.kernels import delta_stats as kernel
 from rlspec.kernels.delta_stats import PairSums, delta_stats_triton
 from rlspec.ops.delta_stats import delta_stats
 from rlspec.ops.reference import delta_stats_ref
@@ -110,14 +113,15 @@ def test_rounding_to_bfloat16_is_that_of_torch() -> None:
     torch.testing.assert_close(out[0], w.to(torch.bfloat16), rtol=0, atol=0, equal_nan=True)
 
 
-def test_nan_and_infinity_are_counted_and_do_not_spread_to_other_matrices() -> None:
+def nan_and_infinity(module: ModuleType) -> None:
     tuned, base = pairs(torch.bfloat16, torch.bfloat16)
     tuned[2][5, 7] = math.nan
     tuned[2][6, 7] = math.inf
     base[2][5, 7] = math.inf
     base[2][0, 0] = -math.inf
-    result = delta_stats_triton(tuned, base)
-    assert result.nonfinite.tolist() == [0, 0, 3, 0, 0, 0]
+    tuned[2][1, 1] = base[2][1, 2] = math.nan  # beside a finite number
+    result = module.delta_stats_triton(tuned, base)
+    assert result.nonfinite.tolist() == [0, 0, 5, 0, 0, 0]
     assert not torch.isfinite(result.tuned_sq[2]) and not torch.isfinite(result.delta_sq[2])
     others = [i for i in range(len(SHAPES)) if i != 2]
     check(
@@ -128,12 +132,46 @@ def test_nan_and_infinity_are_counted_and_do_not_spread_to_other_matrices() -> N
     )
 
 
-def test_writes_stay_inside() -> None:
+def test_nan_and_infinity_are_counted_and_do_not_spread_to_other_matrices() -> None:
+    nan_and_infinity(kernel)
+
+
+def writes_stay_inside(module: ModuleType) -> None:
     tuned, base = pairs(torch.bfloat16, torch.bfloat16)
     out = [in_halo(torch.zeros(w.shape)) for w in tuned]
-    delta_stats_triton(tuned, base, out=out, block=128)
+    check(module.delta_stats_triton(tuned, base, eta=0.0, out=out, block=128), tuned, base, 0.0, out)
     for view in out:
         assert whole_buffer(view).isnan().sum() == 2 * HALO
+
+
+def test_writes_stay_inside() -> None:
+    writes_stay_inside(kernel)
+
+
+FAULTS = {
+    "mask one too far": ("inside = at < entries", "inside = at < entries + 1"),
+    "mask one too short": ("inside = at < entries", "inside = at < entries - 1"),
+    "stored without a mask": ("tl.store(out + at, e.to(OUT), mask=inside)", "tl.store(out + at, e.to(OUT))"),
+    "the other sign": ("e = w - w_ref", "e = w_ref - w"),
+    "every program the first tile": ("at = tile.to(tl.int64) * BLOCK +", "at = tl.cast(0, tl.int64) +"),
+    "every program the first matrix": ("row = table + 4 * matrix", "row = table"),
+    "squares in bfloat16": ("tl.sum(e * e)", "tl.sum((e * e).to(tl.bfloat16).to(tl.float32))"),
+    "reference's squares for the weight's": ("tl.sum(w * w)", "tl.sum(w_ref * w_ref)"),
+    "unmoved entries counted": ("tl.abs(e) > eta * larger", "tl.abs(e) >= eta * larger"),
+    "NaN counts as finite": ("(tl.abs(w) < infinity)", "(tl.abs(w) != infinity)"),
+    "NaN of the reference counts as finite": ("(tl.abs(w_ref) < infinity)", "(tl.abs(w_ref) != infinity)"),
+    "last tile not added": ("range(first, stop, BLOCK)", "range(first, stop - 1, BLOCK)"),
+    "a tile of the next matrix added": ("mask=at < stop", "mask=at < stop + 1"),
+    "sums of the first column": ("partials + 5 * at + column", "partials + 5 * at"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_is_caught(fault: str, tmp_path: Path) -> None:
+    module = with_fault(kernel, *FAULTS[fault], tmp_path)
+    with pytest.raises(AssertionError):  # a wrong number, not an exception of another kind
+        writes_stay_inside(module)
+        nan_and_infinity(module)
 
 
 def test_result_does_not_depend_on_the_neighbours() -> None:

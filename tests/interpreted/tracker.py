@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlspec.kernels import delta_matmul as products
 from rlspec.kernels import delta_stats as sums
+from rlspec.kernels import sylvester_rotation as rotation
 from rlspec.perturb.delta import DenseDelta
 from rlspec.spectra import SpectralBasis, SpectralTracker
 from rlspec.spectra.tracker import SpectralRecord
@@ -50,10 +51,12 @@ def test_rows_are_those_of_the_cpu(monkeypatch: pytest.MonkeyPatch, eps: float, 
     with (
         mock.patch.object(products, "_product", side_effect=products._product) as launched,
         mock.patch.object(sums, "_check", side_effect=sums._check) as counted,
+        mock.patch.object(rotation, "_launch", side_effect=rotation._launch) as turned,
         mock.patch.object(DenseDelta, "between", side_effect=AssertionError("E was stored")),
     ):
         by_kernel = measured(base, tuned)
     assert launched.call_count >= (2 if eps else 0) * len(SHAPES) and counted.call_count == len(SHAPES)
+    assert turned.call_count >= (2 if eps else 0) * len(SHAPES)  # first order, and what it leaves over
     for mine, theirs in zip(by_kernel.rows, on_cpu.rows, strict=True):
         assert mine.keys() == theirs.keys()
         for column, value in theirs.items():
