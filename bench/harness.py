@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import platform
 import resource
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import click
 import torch
 
 
@@ -78,6 +82,36 @@ def peak_memory_mib() -> float:
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+
+def run_watched(
+    command: Sequence[object], environment: dict[str, str] | None = None
+) -> tuple[float, float, str]:
+    """Run a command; its seconds, its largest resident size in GiB (Linux), and what it printed.
+
+    Raises:
+        ClickException: it failed.
+    """
+    began = time.perf_counter()
+    with tempfile.TemporaryFile("w+") as printed:
+        child = subprocess.Popen(
+            [str(part) for part in command],
+            env={**os.environ, **(environment or {})},
+            stdout=printed,
+            stderr=subprocess.STDOUT,
+        )
+        peak = 0
+        while child.poll() is None:
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
+                peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))])
+            time.sleep(0.02)
+        taken = time.perf_counter() - began
+        printed.seek(0)
+        output = printed.read()
+    if child.returncode:
+        raise click.ClickException(f"{' '.join(map(str, command[:4]))} failed:\n{output}")
+    return taken, peak / 2**20, output
 
 
 def summary(taken: Sequence[float]) -> dict[str, float | int]:

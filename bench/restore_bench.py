@@ -24,7 +24,6 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -34,7 +33,7 @@ from typing import Any
 
 import click
 import torch
-from harness import machine, table
+from harness import machine, run_watched, table
 from safetensors import safe_open
 from safetensors.torch import save_file
 from shapes import spectrum
@@ -224,27 +223,8 @@ def run_command(base: Path, tuned: Path, out: Path, cache: Path, memory_gib: flo
     evict(base, tuned, cache)
     command = [sys.executable, "-m", "rlspec", "restore", "--base", base, "--tuned", tuned, "--out", out]
     command += ["--rank", str(SHARE), "--memory-gib", str(memory_gib)]
-    began = time.perf_counter()
-    child = subprocess.Popen(
-        [str(part) for part in command],
-        env={**os.environ, "RLSPEC_CACHE": str(cache)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    peak = 0
-    while child.poll() is None:
-        try:
-            lines = Path(f"/proc/{child.pid}/status").read_text().splitlines()
-        except OSError:
-            lines = []
-        peak = max([peak, *(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))])
-        time.sleep(0.02)
-    taken = time.perf_counter() - began
-    output = child.stdout.read() if child.stdout else ""
-    if child.returncode:
-        raise click.ClickException(f"rlspec restore failed:\n{output}")
-    return {"seconds": taken, "peak_gib": peak / 2**20}
+    seconds, peak, _ = run_watched(command, {"RLSPEC_CACHE": str(cache)})
+    return {"seconds": seconds, "peak_gib": peak}
 
 
 def run_copy(tuned: Path, out: Path) -> float:

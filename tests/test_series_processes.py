@@ -15,9 +15,9 @@ from restore_toys import save_model, tune
 
 import rlspec
 from rlspec.errors import OptionError, RunFolderError
+from rlspec.io.share import Share
 from rlspec.jobs.series import job as jobs
 from rlspec.jobs.series import parts, table
-from rlspec.jobs.series.parts import Share
 from rlspec.spectra.processes import ProcessError
 
 pytestmark = pytest.mark.usefixtures("own_cache")

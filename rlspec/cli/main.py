@@ -12,10 +12,13 @@ from rlspec.cli.exits import stopped
 from rlspec.cli.flags import as_flags
 from rlspec.cli.threads import share_the_machine
 from rlspec.errors import RlspecError
+from rlspec.io.share import Share
 from rlspec.signals import sigterm_raises
 
 # Command -> module; a command's module is imported when that command is asked for (or listed by --help).
 COMMANDS = ("track", "measure", "restore", "study", "eval", "report", "cache", "env")
+# Those whose work several processes share.
+_SHARED = ("measure", "restore")
 
 
 class _Commands(click.Group):
@@ -34,6 +37,11 @@ class _Commands(click.Group):
         try:
             with sigterm_raises():
                 return super().invoke(ctx)
+        except click.UsageError as error:
+            # Several processes are started with one command line: the first one tells what is wrong with it.
+            if ctx.invoked_subcommand in _SHARED and Share.of_launch().number > 0:
+                ctx.exit(error.exit_code)
+            raise
         except RlspecError as error:
             command = self.get_command(ctx, ctx.invoked_subcommand or "")
             click.echo(f"Error: {as_flags(str(error), command or self)}", err=True)

@@ -151,7 +151,7 @@ def _scores(
 
 
 def _share() -> Any:
-    from rlspec.jobs.series.parts import Share
+    from rlspec.io.share import Share
 
     return Share.of_launch()
 

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from rlspec.cli.exits import stopped
+from rlspec.cli.launched import Told, first_tells
 from rlspec.cli.settings import options_of
 from rlspec.errors import CheckpointError
 from rlspec.restore.options import RestoreOptions
 
 if TYPE_CHECKING:
-    from rlspec.restore.plan import Plan
+    from rlspec.io.share import Share
+    from rlspec.restore.plan import Plan, Step
     from rlspec.restore.target import Target
 
 _FOLDER = click.Path(path_type=Path)
@@ -50,52 +52,75 @@ def command(
     """Write OUT: the tuned checkpoint with the base's leading singular directions back in its matrices.
 
     The tuned singular values stay. What is not restored, tokenizer and configuration included, is copied. OUT
-    appears when it is complete; an interrupted restoration goes on with --resume."""
+    appears when it is complete; an interrupted restoration goes on with --resume. Several processes share the shards of
+    OUT, each with the memory of --memory-gib: `torchrun --nproc-per-node 4 -m rlspec restore ...`, on several machines
+    too where all see one file system."""
+    from rlspec.io.share import Share
     from rlspec.restore.plan import plan_restore
 
-    options = RestoreOptions(**settings)
+    share = Share.of_launch()
     if dry_run:
-        from rlspec.cli.restore_text import plan_lines
+        if share.number == 0:
+            from rlspec.cli.restore_text import plan_lines
 
-        for line in plan_lines(plan_restore(base, tuned, options), memory_gib):
-            click.echo(line)
+            for line in plan_lines(plan_restore(base, tuned, RestoreOptions(**settings)), memory_gib):
+                click.echo(line)
         return
     if out is None:
         raise click.UsageError("Missing option '--out'.")
     from rlspec.restore.target import Target
 
-    target = Target(out, base, tuned, resume=resume, overwrite=overwrite)
-    _check_report_file(report_file, base, tuned, out)
-    _run(plan_restore(base, tuned, options), target, memory_gib, report_file)
+    with first_tells(share, out) as told:
+        options = RestoreOptions(**settings)
+        target = Target(out, base, tuned, resume=resume, overwrite=overwrite)
+        _check_report_file(report_file, base, tuned, out)
+        _run(plan_restore(base, tuned, options), target, memory_gib, report_file, share, told)
 
 
-def _run(plan: Plan, target: Target, memory_gib: float, report_file: Path | None) -> None:
+def _run(
+    plan: Plan, target: Target, memory_gib: float, report_file: Path | None, share: Share, told: Told
+) -> None:
     from rlspec.cli.restore_text import Bar, passed_over_lines, report_lines, unmatched_lines
+    from rlspec.io.launch import ToldByFirstError
     from rlspec.restore.checkpoint import run_plan
 
-    for line in (*plan.notes, *unmatched_lines(plan), *passed_over_lines(plan)):
+    first = share.number == 0
+    for line in (*plan.notes, *unmatched_lines(plan), *passed_over_lines(plan)) if first else ():
         click.echo(line, err=True)
     bar = Bar()
+
+    def begin(steps: list[Step]) -> None:
+        told.joined = True
+        if first:
+            bar.begin(steps)
+
     try:
         report = run_plan(
             plan,
             target,
             memory_gib=memory_gib,
-            on_begin=bar.begin,
+            on_begin=begin,
             on_step=bar.step,
             on_commit=bar.finishing,
+            share=share,
         )
     except KeyboardInterrupt as stop:
         bar.close()
-        click.echo(
-            f"Stopped; nothing is at {target.out} yet. To finish it: the same command with --resume", err=True
-        )
+        if first:
+            click.echo(
+                f"Stopped; nothing is at {target.out} yet. To finish it: the same command with --resume",
+                err=True,
+            )
         raise SystemExit(stopped(stop)) from None
+    except ToldByFirstError:
+        raise
     except CheckpointError as error:
-        kept = "; what is finished is kept, the same command with --resume goes on" if bar.begun else ""
+        kept = "; what is finished is kept, the same command with --resume goes on" if told.joined else ""
         raise CheckpointError(f"{error}{kept}") from None
     finally:
         bar.close()
+    if not first:
+        return
     if report_file is not None:
         report.write(report_file)
     for line in report_lines(report):

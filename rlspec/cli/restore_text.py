@@ -26,10 +26,8 @@ class Bar:
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stderr
         self._bar: Any = None
-        self.begun = False
 
     def begin(self, steps: Sequence[Step]) -> None:
-        self.begun = True
         if self._stream.isatty():
             total = sum(step.bytes for step in steps)
             self._bar = tqdm(

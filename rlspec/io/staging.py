@@ -4,6 +4,8 @@
     checkpoint/              becomes NAME in one rename
     state.json               what is finished; replaced as a whole
     replaced/                NAME as it was, for a moment, where two names cannot be swapped
+
+Several processes may write its shards, see `rlspec.io.launch`.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from typing import Any
 from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.files import sync_folder, write_atomically, write_error
+from rlspec.io.launch import Launch, are_there, finished_by_others, forget_launch, staging_folder
 
 _VERSION = 1
 
@@ -38,14 +41,14 @@ class Staging:
     """
 
     def __init__(self, out: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
-        self.out = out.resolve() if out.is_symlink() else Path(os.path.abspath(out))
-        self.folder = self.out.parent / f".{self.out.name}.rlspec-partial"
+        self.out, self.folder = staging_folder(out)
         self.checkpoint = self.folder / "checkpoint"
         self._state = self.folder / "state.json"
         self._replaced = self.folder / "replaced"
         self._overwrite = overwrite
         self._fingerprint = fingerprint
         self._lock = -1
+        self._launch: Launch | None = None
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             self._recover()
@@ -55,8 +58,13 @@ class Staging:
                 )
             self.folder.mkdir(exist_ok=True)
             self._lock = self._locked()
+            if are_there(self.folder):
+                raise self._busy()
             self.finished = self._take_over() if resume else {}
-            if not self.finished:
+            if self.finished:
+                self._save()
+                forget_launch(self.folder)
+            else:
                 self._empty()
         except OSError as error:
             self.unlock()
@@ -69,6 +77,28 @@ class Staging:
         """Record that a shard, by its name in the folder, is complete and on the disk."""
         self.finished[name] = size
         self._save()
+
+    def invite(self, count: int, owners: dict[str, int]) -> None:
+        """Let the other processes of a launch in, see :class:`rlspec.io.launch.Launch`.
+
+        Raises:
+            CheckpointError: the folder cannot be written to.
+        """
+        try:
+            self._launch = Launch(self.folder, self._fingerprint, count, owners)
+        except OSError as error:
+            raise write_error(error.filename or self.folder, error) from None
+
+    def look(self) -> None:
+        """Go on only where no other process has failed; errors as :meth:`Launch.look`."""
+        if self._launch is not None:
+            self._launch.look()
+
+    def wait(self) -> None:
+        """Until the other processes' shards are there; errors as :meth:`Launch.wait`."""
+        if self._launch is not None:
+            self.finished = self._launch.wait(self.finished)
+            self._save()
 
     def publish(self) -> Path:
         """Give the checkpoint its name; whatever had the name before is gone then.
@@ -97,20 +127,33 @@ class Staging:
         except OSError as error:
             raise write_error(self.out, error) from None
         shutil.rmtree(self.folder, ignore_errors=True)  # the output is complete whether or not this succeeds
+        self._end_launch(wait=False)
         self.unlock()
         return self.out
 
     def close(self, *, keep: bool = True) -> None:
         """Stop. What is finished stays for a resumed run; where nothing is, or ``keep`` is false, nothing stays.
 
-        Removed is what this class makes; the folder stays where there is anything else in it.
+        Removed is what this class makes; the folder stays where there is anything else in it, or another process that
+        does not end.
         """
-        if self._lock >= 0 and not (keep and self.finished):
-            shutil.rmtree(self.checkpoint, ignore_errors=True)
-            with suppress(OSError):
-                self._state.unlink(missing_ok=True)
-                self.folder.rmdir()
+        if self._lock >= 0:
+            alone = self._end_launch(wait=not (keep and self._finished_by_all()))
+            if alone and not (keep and self._finished_by_all()):
+                shutil.rmtree(self.checkpoint, ignore_errors=True)
+                with suppress(OSError):
+                    forget_launch(self.folder)
+                    self._state.unlink(missing_ok=True)
+                    self.folder.rmdir()
         self.unlock()
+
+    def _finished_by_all(self) -> dict[str, int]:
+        """The shards that are finished, those of other processes too."""
+        return self.finished if self._launch is None else self.finished | finished_by_others(self.folder)
+
+    def _end_launch(self, *, wait: bool) -> bool:
+        """Whether no other process is there."""
+        return self._launch is None or self._launch.stop(wait=wait)
 
     def unlock(self) -> None:
         if self._lock >= 0:
@@ -123,8 +166,11 @@ class Staging:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
-            raise CheckpointError(f"{self.out}: another process is writing it ({self.folder})") from None
+            raise self._busy() from None
         return descriptor
+
+    def _busy(self) -> CheckpointError:
+        return CheckpointError(f"{self.out}: another process is writing it ({self.folder})")
 
     def _recover(self) -> None:
         """Put the old folder back where a process died between the two renames."""
@@ -150,11 +196,12 @@ class Staging:
         # Another folder of that name is the one that was replaced: the process died after it had swapped the two.
         if state.get("inode") != inode:
             return {}
-        finished: dict[str, int] = state["finished"]
+        finished: dict[str, int] = state["finished"] | finished_by_others(self.folder)
         return {name: size for name, size in finished.items() if _size(self.checkpoint / name) == size}
 
     def _empty(self) -> None:
         self._state.unlink(missing_ok=True)
+        forget_launch(self.folder)
         for folder in (self.checkpoint, self._replaced):
             if folder.exists():
                 shutil.rmtree(folder)

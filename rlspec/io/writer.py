@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from rlspec import _C
-from rlspec.errors import CheckpointError
+from rlspec.errors import CheckpointError, RlspecError
 from rlspec.io.files import read_error, sync_folder, write_error
 from rlspec.io.index import INDEX_FILE, CheckpointIndex
+from rlspec.io.launch import JoinedStaging
 from rlspec.io.layout import Place, ShardLayout, companions, index_content, lay_out
 from rlspec.io.outputs import OutputFiles
+from rlspec.io.share import ALONE, Share
 from rlspec.io.staging import Staging, write_file
 
 # How much is copied before the copier looks whether it is to stop.
@@ -45,10 +47,14 @@ class CheckpointWriter:
         overwrite: replace ``out`` where it exists, at the last moment.
         tokenizer: a folder whose tokenizer and chat templates go before those of ``like``.
         contents: of companion files that are not copied but written anew, by their place in the folder.
+        share: which process this is of several that make a writer with the same arguments, each for its shards. All but
+            the first wait here until that calls :meth:`invite`.
+        owners: the process that writes each of ``like``'s shards; the first one those that are not named.
 
     Raises:
         CheckpointError: ``out`` exists, or cannot be written, or its disk has no room; or, resuming, another
-            fingerprint. The same for errors while writing: the file, and what is wrong.
+            fingerprint; or the first process does not come. The same for errors while writing: the file, and what is
+            wrong.
     """
 
     def __init__(
@@ -62,31 +68,61 @@ class CheckpointWriter:
         overwrite: bool = False,
         tokenizer: Path | None = None,
         contents: Mapping[Path, bytes] = MappingProxyType({}),
+        share: Share = ALONE,
+        owners: Mapping[Path, int] = MappingProxyType({}),
     ) -> None:
         layouts = lay_out(like, changed)
         self._companions = companions(like, tokenizer)
         self._contents = contents
         self._index = index_content(like, layouts)
-        self._staging = Staging(Path(out), fingerprint, resume=resume, overwrite=overwrite)
+        self._share = share
+        self._owners = {layout.name: owners.get(layout.source, 0) for layout in layouts}
+        self._staging: Staging | JoinedStaging
+        if share.number == 0:
+            self._staging = Staging(Path(out), fingerprint, resume=resume, overwrite=overwrite)
+        else:
+            self._staging = JoinedStaging(Path(out), fingerprint, share)
         finished = self._staging.finished
         todo = [layout for layout in layouts if finished.get(layout.name) != layout.size]
+        #: changed tensors whose shard is not finished, whoever writes it, when the writer was made
+        self.unfinished = frozenset(name for layout in todo for name in layout.changed)
         self._stop = threading.Event()
         self._lock = threading.Lock()
         self._files = OutputFiles()
         try:
-            self._check_space(todo)
+            if share.number == 0:
+                self._check_space(todo)
             self._shards = [
-                _Shard(layout, self._staging, self._files, self._stop, self._lock) for layout in todo
+                _Shard(layout, self._staging, self._files, self._stop, self._lock)
+                for layout in todo
+                if self._owners[layout.name] == share.number
             ]
         except BaseException:
             self._staging.close()
             raise
         self._by_name = {name: shard for shard in self._shards for name in shard.layout.changed}
-        #: changed tensors whose shard is not finished, in file order, when the writer was made
+        #: those of them that this process writes, in file order
         self.pending: tuple[str, ...] = tuple(self._by_name)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rlspec-copy")
         self._copied: list[Future[None]] = [self._thread.submit(shard.copy) for shard in self._shards]
         self._committed = False
+
+    def invite(self) -> None:
+        """Let the other processes begin; nothing in those, or where there are none.
+
+        Raises:
+            CheckpointError: the folder cannot be written to.
+        """
+        if self._share.count > 1 and isinstance(self._staging, Staging):
+            self._staging.invite(self._share.count, self._owners)
+
+    def look(self) -> None:
+        """Go on only as long as the other processes do. To be called before a tensor is put, not after the last one.
+
+        Raises:
+            ToldByFirstError, CheckpointError, TensorError: see :class:`rlspec.io.launch.Launch`, ``JoinedStaging``.
+        """
+        self._staging.look()
 
     def _check_space(self, todo: list[ShardLayout]) -> None:
         # Shards without changes may be shared with the original's and take no space.
@@ -153,8 +189,11 @@ class CheckpointWriter:
     def finish(self) -> None:
         """Wait until all shards are complete and on the disk, so that a resumed run has nothing of them to do.
 
+        Where several processes write, the first one waits for the others' shards too.
+
         Raises:
-            CheckpointError: the disk fails. What is complete stays for a resumed run.
+            CheckpointError, TensorError: the disk fails, or another process has. What is complete stays for a resumed
+                run.
             ValueError: a changed tensor was not put.
         """
         missing = [name for name in self.pending if not self._by_name[name].has(name)]
@@ -163,17 +202,24 @@ class CheckpointWriter:
         for future in list(self._copied):
             future.result()
         self._thread.shutdown()
+        if not isinstance(self._staging, JoinedStaging):
+            self._staging.wait()
 
     def commit(self) -> Path:
         """Finish all shards, add the other files and the index, and give the folder its name.
+
+        Where several processes write, the first one does all but the others' shards.
 
         Returns:
             The folder.
 
         Raises:
-            CheckpointError, ValueError: as `finish`.
+            CheckpointError, TensorError, ValueError: as `finish`.
         """
         self.finish()
+        if isinstance(self._staging, JoinedStaging):
+            self._committed = True
+            return self._staging.out
         for place, path in self._companions.items():
             target = self._staging.checkpoint / place
             if place in self._contents:
@@ -205,8 +251,17 @@ class CheckpointWriter:
 
     @property
     def resumable(self) -> bool:
-        """Whether there is something that a resumed run would take over."""
+        """Whether there is something that a resumed run would take over, or other processes still have to do with."""
         return not self._committed and self._staging.folder.exists()
+
+    def fail(self, error: RlspecError) -> None:
+        """Hand what this process stops with to the first one; nothing in that one.
+
+        Raises:
+            ToldByFirstError: it will tell.
+        """
+        if isinstance(self._staging, JoinedStaging):
+            self._staging.fail(error)
 
     def __enter__(self) -> CheckpointWriter:
         return self
@@ -225,7 +280,7 @@ class _Shard:
     def __init__(
         self,
         layout: ShardLayout,
-        staging: Staging,
+        staging: Staging | JoinedStaging,
         files: OutputFiles,
         stop: threading.Event,
         lock: threading.Lock,

@@ -8,14 +8,19 @@ import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from dataclasses import replace
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rlspec.errors import CheckpointError, TensorError, check_type
+import torch
+
+from rlspec.errors import CheckpointError, RlspecError, TensorError, check_type
+from rlspec.io.share import ALONE, Share
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import RankLike
+from rlspec.restore.dealt import shard_owners
 from rlspec.restore.estimate import check_memory, memory_bytes, pool_bytes, streamed_by_rows
 from rlspec.restore.options import Dtype, RestoreOptions, Rounding
 from rlspec.restore.plan import Plan, Step, plan_restore
@@ -54,6 +59,7 @@ def restore_checkpoint(
     resume: bool = False,
     overwrite: bool = False,
     cache_dir: str | Path | None = None,
+    share: Share | None = None,
 ) -> RestoreReport:
     """Write a checkpoint whose matrices are the tuned ones with the base's directions (or values) put back.
 
@@ -70,17 +76,23 @@ def restore_checkpoint(
         out: folder to make; must not be, hold or lie in one of the inputs.
         rank, part, mode, strength, modules, layers, dtype, rounding, seed, exact, device: see
             :class:`rlspec.restore.RestoreOptions`.
-        memory_gib: bound on the memory used for tensors and decompositions, beyond the interpreter's own.
+        memory_gib: bound on the memory used for tensors and decompositions, beyond the interpreter's own; of each
+            process.
         resume: go on with an interrupted call of the same inputs and settings.
         overwrite: replace ``out`` where it exists.
         cache_dir: of the base's decompositions; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
+        share: which process this is of several that call this with the same arguments, each for its shards of the
+            output, on one file system. The bytes are those of one process with as many threads. The first one ends when
+            the output has its name, and whatever fails in one of them ends all. None is one process.
 
     Returns:
-        What was done to each matrix, and why the others were left.
+        What was done to each matrix, and why the others were left; of all but the first of several processes, what was
+        done by that one.
 
     Raises:
         CheckpointError: inputs that cannot be read, are quantised in a form that is not known, or do not belong
-            together; an output that exists or cannot be written.
+            together; an output that exists or cannot be written; another process that has failed or was killed
+            (ToldByFirstError in those that are not the first, which has the reason).
         OptionError: a setting that does not exist or is out of range; memory that is too small.
         ProjectionError: modules that the checkpoint lacks.
         TensorError: NaN or infinity in a matrix to be restored.
@@ -102,7 +114,7 @@ def restore_checkpoint(
         check_type(name, given, (str, Path), "the path of a checkpoint")
     target = Target(Path(out), Path(base), Path(tuned), resume=resume, overwrite=overwrite)
     plan = plan_restore(target.base, target.tuned, options)
-    return run_plan(plan, target, memory_gib=memory_gib, cache_dir=cache_dir)
+    return run_plan(plan, target, memory_gib=memory_gib, cache_dir=cache_dir, share=share or ALONE)
 
 
 @pinned_arithmetic()
@@ -115,11 +127,12 @@ def run_plan(
     on_begin: Callable[[list[Step]], None] = lambda steps: None,
     on_step: Callable[[Step], None] = lambda step: None,
     on_commit: Callable[[], None] = lambda: None,
+    share: Share = ALONE,
 ) -> RestoreReport:
     """Carry out a plan. Arguments and errors as :func:`restore_checkpoint`.
 
     Args:
-        on_begin: called once with the steps that are left to do.
+        on_begin: called once with the steps that are left to do, in this process.
         on_step: called after every one of them.
         on_commit: called when they are done, while unchanged tensors may still be on their way.
     """
@@ -129,24 +142,33 @@ def run_plan(
     memory = memory_bytes(memory_gib)
     check_memory(plan, memory)
     _refuse_linked_inputs(plan, target.out)
-    out = Path(os.path.abspath(target.out))
-    journal = Journal(out.parent / f".{out.name}.rlspec-restored.jsonl")
+    owners = shard_owners(plan, share.count)
+    if share.number > 0 and share.number not in owners.values():
+        return _report(plan, target, {}, 0, time.perf_counter() - began)
+    journal = Journal(Path(os.path.abspath(target.out)), share.number)
     cache = Path(cache_dir) if cache_dir is not None else None
     writer = CheckpointWriter(
         target.out,
         plan.like,
         changed=plan.changed,
         fingerprint=fingerprint(plan),
+        share=share,
+        owners=owners,
         resume=target.resume,
         overwrite=target.overwrite,
         tokenizer=plan.adapter.index.path.parent if plan.adapter is not None else None,
         contents={} if plan.config is None else {Path("config.json"): plan.config},
     )
+    here = replace(
+        plan, options=replace(plan.options, device=str(share.device(torch.device(plan.options.device))))
+    )
     try:
         with closing(writer):
-            done, resumed = _fill(plan, target, writer, memory, cache, journal, on_begin, on_step, on_commit)
+            done, resumed = _fill(
+                here, target, writer, memory, cache, journal, on_begin, on_step, on_commit, share
+            )
     finally:
-        if not writer.resumable:
+        if share.number == 0 and not writer.resumable:
             journal.clear()
     return _report(plan, target, done, resumed, time.perf_counter() - began)
 
@@ -161,29 +183,42 @@ def _fill(
     on_begin: Callable[[list[Step]], None],
     on_step: Callable[[Step], None],
     on_commit: Callable[[], None],
+    share: Share,
 ) -> tuple[dict[str, MatrixReport], int]:
-    """Write all that is pending; the reports of all matrices, and how many of them an earlier call had done."""
+    """Write all that is pending; the reports of all matrices, and how many of them an earlier call had done.
+
+    Of all but the first of several processes: of those that it has done.
+    """
     pending = plan.computed(plan.steps[name] for name in writer.pending)
     earlier: dict[str, MatrixReport] = {}
-    if target.resume:
-        finished = plan.changed.keys() - {step.name for step in pending}
-        earlier = {name: row for name, row in journal.read().items() if row.tensor in finished}
-    else:
-        journal.clear()
+    if share.number == 0:
+        if target.resume:
+            left = {step.name for step in plan.computed(plan.steps[name] for name in writer.unfinished)}
+            finished = plan.changed.keys() - left
+            earlier = {name: row for name, row in journal.read().items() if row.tensor in finished}
+        else:
+            journal.clear()
+        writer.invite()
     on_begin(pending)
     done = dict(earlier)
     try:
         for step, rows in _carry_out(plan, pending, writer, memory, cache_dir, journal):
             done.update({row.name: row for row in rows})
             on_step(step)
-    except TensorError:
-        # The values are at fault: no resumed run of the same inputs gets further, and none of others may take it over.
-        writer.close(keep=False)
+        on_commit()
+        writer.finish()  # what is refused now has all its work kept for a resumed run, on a slow disk as well
+        if share.number == 0:
+            target.refuse_losses()  # once more: hours may have passed
+        writer.commit()
+    except RlspecError as error:
+        writer.fail(error)
+        if isinstance(error, TensorError):
+            # The values are at fault: no resumed run of the same inputs gets further, and none of others may take it
+            # over.
+            writer.close(keep=False)
         raise
-    on_commit()
-    writer.finish()  # what is refused now has all its work kept for a resumed run, on a slow disk as well
-    target.refuse_losses()  # once more: hours may have passed
-    writer.commit()
+    if share.count > 1 and share.number == 0:
+        done = journal.read() | done
     return done, len(earlier)
 
 
@@ -210,12 +245,14 @@ def _carry_out(
         steps = list(group)
         if by_rows:
             for step in steps:
+                writer.look()
                 with file_named(plan, step):
                     rows = _by_rows(plan, step, writer, memory)
                 journal.append(rows)
                 yield step, rows
             continue
         for step, restored in restore_whole(plan, steps, memory, cache_dir):
+            writer.look()
             journal.append(restored.rows)
             for written in _pending(plan, step, writer):
                 scale = restored.scale if written == step.scale else None

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from glob import escape
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -125,11 +126,16 @@ class RestoreReport:
 class Journal:
     """Reports of the matrices done so far, a line of JSON each, beside the unfinished output.
 
-    Every method raises CheckpointError where the file cannot be used.
+    Every method raises CheckpointError where a file cannot be used.
+
+    Args:
+        out: the output.
+        number: of this process, where several write the output: each appends to a file of its own.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, out: Path, number: int = 0) -> None:
+        self._folder, self._stem = out.parent, f".{out.name}.rlspec-restored"
+        self._path = self._folder / (f"{self._stem}-{number}.jsonl" if number else f"{self._stem}.jsonl")
 
     def append(self, rows: Sequence[MatrixReport]) -> None:
         if rows:
@@ -137,21 +143,34 @@ class Journal:
                 append_rows(self._path, map(asdict, rows))
 
     def read(self) -> dict[str, MatrixReport]:
-        """Name to report, the latest of each; a line cut off by a kill is removed."""
-        with _named(self._path):
-            repair(self._path)
+        """Name to report, those of all processes, the latest of each; a line cut off by a kill is removed."""
         rows: dict[str, MatrixReport] = {}
-        for row in read_rows(self._path, CheckpointError):
-            try:
-                report = MatrixReport(**row)
-            except TypeError:  # of another version
-                continue
-            rows[report.name] = report
+        for path in self._files():
+            with _named(path):
+                repair(path)
+            for row in read_rows(path, CheckpointError):
+                try:
+                    report = MatrixReport(**row)
+                except TypeError:  # of another version
+                    continue
+                rows[report.name] = report
         return rows
 
     def clear(self) -> None:
-        with _named(self._path):
-            self._path.unlink(missing_ok=True)
+        """Remove the files of all processes."""
+        for path in self._files():
+            with _named(path):
+                path.unlink(missing_ok=True)
+
+    def _files(self) -> list[Path]:
+        others = sorted(self._folder.glob(f"{escape(self._stem)}-*.jsonl"))
+        return [
+            self._folder / f"{self._stem}.jsonl",
+            *(path for path in others if self._number(path).isdecimal()),
+        ]
+
+    def _number(self, path: Path) -> str:
+        return path.name.removeprefix(f"{self._stem}-").removesuffix(".jsonl")
 
 
 @contextmanager

@@ -19,9 +19,9 @@ import torch
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError, RlspecError, TensorError
 from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.io.share import ALONE, APART, LOOK, Share
 from rlspec.io.weights import Weights, find_tensor, open_weights
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, find_checkpoints
-from rlspec.jobs.series.parts import ALONE, APART, LOOK, Share
 from rlspec.jobs.series.result import Series
 from rlspec.jobs.series.stacks import stacks
 from rlspec.jobs.series.table import SpectraTable

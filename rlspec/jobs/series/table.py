@@ -20,8 +20,9 @@ from typing import IO, Any
 from rlspec.errors import CheckpointError, RunFolderError
 from rlspec.io.files import read_json_object, write_atomically, write_error
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_rows
+from rlspec.io.share import ALONE, APART, LOOK, Share, is_held
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, in_order, labels
-from rlspec.jobs.series.parts import ALONE, APART, LOOK, Share, ended, is_held, parts, take_part
+from rlspec.jobs.series.parts import ended, parts, take_part
 from rlspec.jobs.series.result import CheckpointSpectra, Series
 from rlspec.run.lock import take_lock
 
