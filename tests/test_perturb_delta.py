@@ -103,7 +103,7 @@ def test_engines_measure_an_update_however_it_is_given():
 
 
 def test_norms_stay_with_their_matrices_where_a_stack_is_measured_in_parts():
-    """The first update is no perturbation and goes to the exact engine, the second to the other; rows keep their order."""
+    """The first update is no perturbation and goes to the exact engine, the second to the other."""
     g = torch.Generator().manual_seed(0)
     weights = [flat_at_the_cut(30, 20, g) for _ in range(2)]
     reference = stacked(weights)

@@ -126,7 +126,7 @@ class TrackingFolder:
                     writer.shapes, (*modules, "o"), writer.config
                 )  # how that tensor is split
             writer.expect(found)
-            for projection, matrix in gathered(model, found):
+            for projection, matrix, _ in gathered(model, found):
                 if processes.number == 0 and failure is None:
                     try:
                         writer.put(projection, matrix)

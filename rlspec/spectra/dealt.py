@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from rlspec.errors import RlspecError
 from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.io.updates import Update
 from rlspec.io.weights import CheckpointWeights, Weights, WeightSource, find_tensor, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
@@ -25,6 +26,9 @@ from rlspec.spectra.basis import SpectralBasis, reference_matrix
 from rlspec.spectra.processes import GatherError, Processes, dealt, raise_failures, told
 from rlspec.spectra.table import Row
 from rlspec.spectra.tracker import STACK_ENTRIES, SpectralRecord, SpectralTracker
+
+#: by the name of the projection: the matrix, and what adapters add to it, see ``Weights.stream_apart``
+_Matrices = dict[str, tuple[Tensor, Update | None]]
 
 
 @dataclass
@@ -116,11 +120,11 @@ class DealtTracker:
     def _decompose(self, source: WeightSource) -> str | None:
         """Make the trackers of this process's stacks; what went wrong, None where nothing did."""
 
-        def work(stack: _Stack, matrices: dict[str, Tensor]) -> None:
+        def work(stack: _Stack, matrices: _Matrices) -> None:
             basis: list[MatrixBasis] = []
             devices = {}
             for projection in stack.projections:
-                weight = matrices.pop(projection.name)
+                weight, _ = matrices.pop(projection.name)
                 devices[projection.name] = self._device or weight.device
                 basis.append(reference_matrix(projection.name, weight, self._rank, self._cache_dir))
             reference = SpectralBasis(stack.projections, basis, self._rank, devices=devices)
@@ -141,22 +145,27 @@ class DealtTracker:
         rows: dict[str, Row] = {}
         seconds = [0.0]
 
-        def work(stack: _Stack, matrices: dict[str, Tensor]) -> None:
+        def work(stack: _Stack, matrices: _Matrices) -> None:
             assert stack.tracker is not None
             record = stack.tracker.measure(_Handed(matrices), step=step, stage=stage)
             rows.update(zip((p.name for p in stack.projections), record.rows, strict=True))
             seconds[0] += record.seconds
 
         with pinned_arithmetic():
-            failure = self._walk(model, work)
+            failure = self._walk(model, work, apart=True)
         found = self.processes.gathered((failure, rows, seconds[0]))
         raise_failures([one for one, _, _ in found])
         by_name = {name: row for _, part, _ in found for name, row in part.items()}
         ordered = [by_name[projection.name] for projection in self.projections]
         return SpectralRecord(stage, step, ordered, seconds=max(spent for _, _, spent in found))
 
-    def _walk(self, source: WeightSource, work: Callable[[_Stack, dict[str, Tensor]], None]) -> str | None:
+    def _walk(
+        self, source: WeightSource, work: Callable[[_Stack, _Matrices], None], *, apart: bool = False
+    ) -> str | None:
         """Call ``work`` with the matrices of each stack of this process; join the gathers of the others' stacks.
+
+        Args:
+            apart: what adapters add is given beside the matrices, not in them.
 
         Returns:
             What went wrong in this process, whose later stacks are then gathered and dropped.
@@ -165,14 +174,14 @@ class DealtTracker:
         mine = self.processes.number
         stacks = [stack for stack in self._stacks if gathers or stack.owner == mine]
         failure: str | None = None
-        stream = gathered(source, [p for stack in stacks for p in stack.projections])
+        stream = gathered(source, [p for stack in stacks for p in stack.projections], apart=apart)
         try:
             for stack in stacks:
-                matrices: dict[str, Tensor] = {}
+                matrices: _Matrices = {}
                 for _ in stack.projections:
-                    projection, matrix = next(stream)
+                    projection, matrix, update = next(stream)
                     if stack.owner == mine and failure is None:
-                        matrices[projection.name] = matrix
+                        matrices[projection.name] = matrix, update
                     del matrix
                 if stack.owner == mine and failure is None:
                     try:
@@ -188,15 +197,24 @@ class DealtTracker:
         return failure
 
 
-def gathered(source: WeightSource, projections: Sequence[Projection]) -> Iterator[tuple[Projection, Tensor]]:
-    """``Weights.stream``; where it gathers, an error that leaves the processes in different places is told as such.
+def gathered(
+    source: WeightSource, projections: Sequence[Projection], *, apart: bool = False
+) -> Iterator[tuple[Projection, Tensor, Update | None]]:
+    """``Weights.stream_apart``, or ``Weights.stream`` with no update beside the matrices; where it gathers, an error that
+    leaves the processes in different places is told as such.
 
     Raises:
         GatherError: the weights are spread and could not be gathered; other errors are those of ``Weights.stream``.
     """
     gathers = isinstance(source, nn.Module) and is_spread(source)
+    weights = open_weights(source)
     try:
-        yield from open_weights(source).stream(projections)
+        if apart:
+            yield from weights.stream_apart(projections)
+        else:
+            for projection, matrix in weights.stream(projections):
+                yield projection, matrix, None
+                del matrix
     except RlspecError:
         raise
     except Exception as error:
@@ -208,11 +226,13 @@ def gathered(source: WeightSource, projections: Sequence[Projection]) -> Iterato
 class _Handed(Weights):
     """Matrices by the name of their projection, each handed on once."""
 
-    def __init__(self, matrices: dict[str, Tensor]) -> None:
+    def __init__(self, matrices: _Matrices) -> None:
         self._given = matrices
 
-    def stream(self, projections: Sequence[Projection]) -> Iterator[tuple[Projection, Tensor]]:
-        return ((projection, self._given.pop(projection.name)) for projection in projections)
+    def stream_apart(
+        self, projections: Sequence[Projection]
+    ) -> Iterator[tuple[Projection, Tensor, Update | None]]:
+        return ((projection, *self._given.pop(projection.name)) for projection in projections)
 
 
 def is_spread(model: nn.Module) -> bool:

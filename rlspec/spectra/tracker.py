@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -11,14 +10,14 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rlspec.errors import OptionError, TensorError, check_type
-from rlspec.io.projections import Projection, check_finite
+from rlspec.errors import OptionError, check_type
+from rlspec.io.projections import Projection
 from rlspec.io.weights import WeightSource, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
-from rlspec.perturb.delta import Delta, delta_between
 from rlspec.perturb.matrix import MatrixBasis
-from rlspec.perturb.reference import Reference, stack
+from rlspec.perturb.reference import Reference
 from rlspec.spectra.basis import SpectralBasis
+from rlspec.spectra.current import Current
 from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement
@@ -130,23 +129,22 @@ class SpectralTracker:
 
     def _measure(self, source: WeightSource, step: int, stage: str, null_draws: int) -> SpectralRecord:
         started = time.perf_counter()
-        stream = open_weights(source).stream([p for group in self._groups for p in group.projections])
+        stream = open_weights(source).stream_apart([p for group in self._groups for p in group.projections])
         record = SpectralRecord(stage=stage, step=step, rows=[])
         rows: dict[str, Row] = {}
         for group in self._groups:
-            stacked = _stacked(stream, group)
             pairs = list(zip(group.projections, group.matrices, strict=True))
-            if group.rank == 0:
+            reference = group.reference() if group.rank > 0 else None
+            current = Current.of(stream, group.matrices, group.device, reference)
+            if reference is None:
                 rows.update({p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs})
                 continue
-            engine, reference = _ENGINES[self.engine], group.reference()
-            delta = delta_between(stacked, reference.W)
-            if stacked.is_cuda:
-                _check_sums(group, stacked, delta)
-            measurement = engine(reference, delta)
+            engine = _ENGINES[self.engine]
+            measurement = current.measured(engine, reference)
             nulls = None
             if null_draws > 0:
-                nulls = null_rotations(engine, reference, stacked, measurement, draws=null_draws)
+                weights = current.weights(reference)
+                nulls = null_rotations(engine, reference, weights, measurement, draws=null_draws)
             measured = measured_rows(measurement, group.matrices, group.projections, stage=stage, step=step)
             for i, (projection, matrix) in enumerate(pairs):
                 rows[projection.name] = measured[i]
@@ -197,31 +195,6 @@ def factor_place(basis: SpectralBasis) -> Literal["device", "host"]:
             if total > free // 2:
                 return "host"
     return "device"
-
-
-def _stacked(stream: Iterator[tuple[Projection, Tensor]], group: _Group) -> Tensor:
-    """The current weights of a group, which are the next of the stream, (L, m, n) on its device."""
-    found = []
-    # In this order zip asks the stream for no weight beyond the group's.
-    for matrix, (projection, weight) in zip(group.matrices, stream):
-        # On a device the sums tell of NaN and infinity without making the host wait for each matrix.
-        if group.device.type == "cpu":
-            check_finite(projection.name, weight)
-        weight = weight.to(group.device)
-        if tuple(weight.shape) != matrix.shape:
-            raise TensorError(
-                f"{projection.name}: the reference is {matrix.shape[0]}x{matrix.shape[1]}, this weight is "
-                f"{'x'.join(str(d) for d in weight.shape)}"
-            )
-        found.append(weight)
-    return stack(found)
-
-
-def _check_sums(group: _Group, stacked: Tensor, delta: Delta) -> None:
-    """Refuse NaN and infinity where the norms show them."""
-    for i, norm in enumerate(delta.stats.weight_frobenius.tolist()):
-        if not math.isfinite(norm):
-            check_finite(group.projections[i].name, stacked[i])
 
 
 def _arrays(measurement: Measurement, index: int, matrix: MatrixBasis) -> dict[str, Tensor]:

@@ -56,7 +56,8 @@ def measure(
     Args:
         base: the reference, a safetensors checkpoint: a folder in the layout of Hugging Face (a snapshot in its cache is
             one), or a file.
-        checkpoints: such folders or files, LoRA adapters of PEFT (measured as W + s B A), and folders of those.
+        checkpoints: such folders or files, LoRA adapters of PEFT (measured as W + s B A, by their factors), and folders
+            of those.
         out: folder for ``spectra.jsonl``. What is in its table already is not measured again; an interrupted series goes
             on. None keeps the rows in memory alone.
         modules, rank, engine, null_draws, device: see ``SpectralBasis.from_checkpoint`` and ``SpectralTracker``.
