@@ -12,7 +12,7 @@ from typing import Any, Literal
 import yaml
 
 from rlspec.errors import OptionError
-from rlspec.run.segments import Segment, method_of
+from rlspec.run.segments import Segment, accuracy_prefix, method_of
 from rlspec.run.trainers import further_settings, names, trainer_config
 from rlspec.run.values import converted
 from rlspec.settings import Setting, setting, setting_of
@@ -121,6 +121,13 @@ class TrackConfig:
         default_told="at each measurement",
         heading=_MEASURED,
     )
+    alarm: str | None = setting(
+        None,
+        "Tell the checkpoint to go back to once this fell from its peak in a stage: id_accuracy, ood_accuracy, or "
+        "rule_accuracy and the like of other shifts.",
+        heading=_MEASURED,
+    )
+    stop: bool = setting(False, "End a stage where the alarm rings.", heading=_MEASURED)
     learning_rate: float | None = setting(
         None,
         "SFT learning rate.",
@@ -177,6 +184,13 @@ class TrackConfig:
         object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
         self._check_choice("engine")
         self._check_choice("dtype")
+        if self.alarm is not None and self.alarm not in self.accuracies:
+            known = ", ".join(self.accuracies)
+            raise OptionError(
+                f"alarm={self.alarm!r}: no such score of shifts={','.join(self.shifts)}; there are {known}"
+            )
+        if self.stop and self.alarm is None:
+            raise OptionError("stop=True needs alarm=, the score whose fall ends a stage")
         if self.ppo_from:
             self._check_ppo_from(self.ppo_from)
         object.__setattr__(self, "ppo_from", self._branch_points())
@@ -270,6 +284,11 @@ class TrackConfig:
         """The shift that `ood_accuracy` means: the paper's `both`, or the first that is not ID."""
         others = [shift for shift in self.shifts if shift != "none"]
         return "both" if "both" in others else next(iter(others), None)
+
+    @property
+    def accuracies(self) -> dict[str, str]:
+        """Column of the metrics -> the shift whose accuracy it is."""
+        return {f"{accuracy_prefix(shift, self.ood_shift)}_accuracy": shift for shift in self.shifts}
 
     @property
     def segments(self) -> tuple[Segment, ...]:

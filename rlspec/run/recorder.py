@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from rlspec.io.files import replacing
 from rlspec.io.jsonl import Row
+from rlspec.run.alarm import first_fall
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import eval_row, metrics_columns
 from rlspec.run.folder import RunFolder
@@ -23,6 +24,7 @@ from rlspec.run.segments import Event, Segment, event_of, segment_of, weights_di
 from rlspec.run.tensorboard import TensorBoardLog
 from rlspec.spectra import SpectralTracker
 from rlspec.tasks import Task
+from rlspec.tasks.alarm import Fall, describe_fall
 from rlspec.train import Callback, StepState, evaluate, save_checkpoint
 from rlspec.train.kl import KLProbe
 
@@ -101,6 +103,11 @@ class EventRecorder(Callback):
             self._origin = dict(zip(("parent_segment", "parent_step"), segment.parent))
             self._origin["parent_weights"] = parent.get("weights")
         self._seconds_before = seconds_training
+        self._evals = [row for row in self.folder.evals() if segment_of(row) == segment.id]
+        self._fall = first_fall(self.config, segment.id, self._evals)
+
+    def ends(self) -> bool:
+        return self.config.stop and self._fall is not None
 
     def on_start(self, state: StepState) -> None:
         if (self._segment.id, 0) in self._done:
@@ -119,10 +126,6 @@ class EventRecorder(Callback):
 
     def _record(self, state: StepState) -> None:
         config, clock = self.config, self.clock
-        with clock.timed("tracking"):
-            # What a rotation means is told where it counts, at the end of a stage.
-            draws = NULL_DRAWS if state.step == config.steps(state.stage) else 0
-            record = self.tracker.measure(state.model, stage=state.stage, step=state.step, null_draws=draws)
         place = self._place(state)
         evals: list[Row] = []
         with clock.timed("evaluating"):
@@ -138,13 +141,19 @@ class EventRecorder(Callback):
                     dtype=config.dtype,
                 )
                 evals.append({**place, **eval_row(result, turns=config.turns, seed=config.seed)})
+        fall = self._fall or first_fall(config, self._segment.id, [*self._evals, *evals])
+        last = state.step == config.steps(state.stage) or (config.stop and fall is not None)
+        with clock.timed("tracking"):
+            # What a rotation means is told where it counts, at the end of a stage.
+            draws = NULL_DRAWS if last else 0
+            record = self.tracker.measure(state.model, stage=state.stage, step=state.step, null_draws=draws)
         with clock.timed("kl"):
             kl = self.probe.measure(state.model)
         weights: Row = {}
         with clock.timed("saving"):
             with self._writing_arrays(state) as temporary:
                 save_file(record.arrays, temporary)
-            if config.keeps_checkpoint(state.stage, state.step):
+            if last or config.keeps_checkpoint(state.stage, state.step):
                 checkpoint = self.folder.checkpoint_dir(self._segment.id, state.step)
                 record_it = partial(self.folder.manifest.record, checkpoint)
                 save_checkpoint(state.model, state.tokenizer, checkpoint, on_complete=record_it)
@@ -152,6 +161,15 @@ class EventRecorder(Callback):
                     weights = {"weights": weights_digest(checkpoint)}
         spectra = [{**self._belongs(), **row} for row in record.rows]
         self._commit(state, {**self._figures(state, evals, kl), **weights}, spectra, evals)
+        if fall is not None and self._fall is None:
+            self._fall = fall
+            self.progress.say(self._alarm_line(fall))
+
+    def _alarm_line(self, fall: Fall) -> str:
+        """What the alarm found, with the checkpoint to go back to where there is one."""
+        peak = self.folder.checkpoint_dir(self._segment.id, fall.peak_step)
+        line = describe_fall(fall, checkpoint=str(peak) if peak.is_dir() else None)
+        return f"{self._segment.id}: {line}" + ("; the stage ends here" if self.config.stop else "")
 
     def _repeat(self, state: StepState, parent: Event) -> None:
         """Commit the segment's step 0 with the figures of the event whose weights it starts from."""
@@ -198,6 +216,7 @@ class EventRecorder(Callback):
         training = self._seconds_before + state.seconds_training
         metrics = {**figures, "seconds_training": training, **self.clock.columns()}
         self.folder.commit(metrics, spectra=spectra, evals=evals)
+        self._evals += evals
         self._done.add(event_of(metrics))
         self.tensorboard.add(metrics, spectra)
         line = event_line(metrics, spectra, state.total, self.config.ood_shift)
