@@ -83,7 +83,10 @@ class TrackingFolder:
         """
         if not self._settings_file.exists():
             self.start()
-        found = read_json_object(self._settings_file)
+        found = {
+            "per_head": False,
+            **read_json_object(self._settings_file),
+        }  # which earlier versions did not tell
         for name, wanted in self.settings.items():
             if found.get(name) != wanted:
                 raise RunFolderError(

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rlspec.errors import RlspecError
+from rlspec.io.heads import split_heads
 from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.io.updates import Update
 from rlspec.io.weights import CheckpointWeights, Weights, WeightSource, find_tensor, open_weights
@@ -49,7 +50,7 @@ class DealtTracker:
     Args:
         model: what this process trains: whole, or with DTensors of FSDP2 or tensor parallelism. It may be wrapped.
         base: the reference, a safetensors checkpoint that every process can read; None for the model as it is now.
-        modules, rank, cache_dir: see ``SpectralBasis.from_model``.
+        modules, rank, per_head, cache_dir: see ``SpectralBasis.from_model``.
         device: where to measure; None: where the model's weights are.
 
     Raises:
@@ -65,6 +66,7 @@ class DealtTracker:
         base: str | Path | None = None,
         modules: str | Sequence[str] = ("q", "k", "v"),
         rank: RankLike = 0.2,
+        per_head: bool = False,
         cache_dir: str | Path | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -77,7 +79,7 @@ class DealtTracker:
         failure, shapes = None, {}
         try:
             reference = None if base is None else CheckpointWeights(Path(base))
-            shapes = self._find(reference or open_weights(model), model, modules)
+            shapes = self._find(reference or open_weights(model), model, modules, per_head)
         except Exception as error:
             failure = told(error)
         found = self.processes.gathered((failure, shapes))
@@ -91,11 +93,12 @@ class DealtTracker:
             self.processes.agree(self._decompose(model if reference is None else reference))
 
     def _find(
-        self, source: Weights, model: nn.Module, modules: str | Sequence[str]
+        self, source: Weights, model: nn.Module, modules: str | Sequence[str], per_head: bool
     ) -> dict[str, tuple[int, int]]:
         """Keep the projections; their shapes by name."""
         shapes = source.shapes()
-        self.projections = tuple(find_projections(shapes, parse_modules(modules), source.config()))
+        found = find_projections(shapes, parse_modules(modules), source.config())
+        self.projections = tuple(split_heads(found, shapes, source.config()) if per_head else found)
         held = open_weights(model)
         for projection in self.projections:
             find_tensor(projection.tensor, held.shapes().keys(), held.where)

@@ -18,6 +18,7 @@ import torch
 
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError, RlspecError, TensorError
+from rlspec.io.heads import split_heads
 from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.io.weights import CheckpointWeights, find_tensor
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, find_checkpoints
@@ -43,6 +44,7 @@ def measure(
     out: str | Path | None = None,
     modules: str | Iterable[str] = ("q", "k", "v"),
     rank: RankLike = 0.2,
+    per_head: bool = False,
     engine: Engine = "delta",
     null_draws: int = 0,
     device: torch.device | str = "auto",
@@ -60,7 +62,7 @@ def measure(
             of those.
         out: folder for ``spectra.jsonl``. What is in its table already is not measured again; an interrupted series goes
             on. None keeps the rows in memory alone.
-        modules, rank, engine, null_draws, device: see ``SpectralBasis.from_checkpoint`` and ``SpectralTracker``.
+        modules, rank, per_head, engine, null_draws, device: see ``SpectralBasis.from_checkpoint``, ``SpectralTracker``.
         memory_gib: bound on tensors and decompositions that are held at once on the host, GiB.
         cache_dir: where the base's decompositions are kept; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
         on_matrix: called after every matrix of every checkpoint that this process measures.
@@ -84,6 +86,7 @@ def measure(
         out=out,
         modules=modules,
         rank=rank,
+        per_head=per_head,
         engine=engine,
         null_draws=null_draws,
         device=device,
@@ -131,6 +134,7 @@ class Job:
         null_draws: int,
         device: torch.device | str,
         memory_gib: float,
+        per_head: bool = False,
         cache_dir: str | Path | None = None,
         share: Share = ALONE,
     ) -> Job:
@@ -149,12 +153,15 @@ class Job:
         weights = CheckpointWeights(place)
         shapes = weights.shapes()
         projections = find_projections(shapes, wanted, weights.config())
+        if per_head:
+            projections = split_heads(projections, shapes, weights.config())
         parts = stacks(projections, shapes, memory, memory_gib)
         settings = {
             "base": str(place.resolve()),
             "base_files": Checkpoint.at(place).files(),
             "modules": list(wanted),
             "rank": str(rule),
+            "per_head": per_head,
             "engine": engine,
             "null_draws": null_draws,
         }
