@@ -42,6 +42,11 @@ _FOLDER = click.Path(path_type=Path)
     show_default=True,
     help="Random updates of the same norm that each rotation is compared with.",
 )
+@click.option(
+    "--full-spectrum",
+    is_flag=True,
+    help="Take every singular value, for the power law of the spectrum's tail (alpha).",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
     "--memory-gib", default=4.0, show_default=True, help="Memory for tensors and decompositions, GiB."

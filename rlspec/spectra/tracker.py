@@ -13,6 +13,7 @@ from torch import Tensor
 from rlspec.errors import OptionError, check_type
 from rlspec.io.projections import Projection
 from rlspec.io.weights import WeightSource, open_weights
+from rlspec.linalg.dense import lapack_values
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.reference import Reference
@@ -22,7 +23,7 @@ from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.nulls import null_rotations
-from rlspec.spectra.table import Row, empty_row, measured_rows, put_nulls
+from rlspec.spectra.table import Row, empty_row, measured_rows, put_nulls, put_spectrum
 
 Engine = Literal["delta", "exact"]
 Factors = Literal["auto", "device", "host"]
@@ -108,7 +109,13 @@ class SpectralTracker:
         self._groups = sorted(groups, key=lambda group: place[group.projections[0].name])
 
     def measure(
-        self, source: WeightSource, *, step: int, stage: str = "", null_draws: int = 0
+        self,
+        source: WeightSource,
+        *,
+        step: int,
+        stage: str = "",
+        null_draws: int = 0,
+        full_spectrum: bool = False,
     ) -> SpectralRecord:
         """Measure one set of weights.
 
@@ -119,15 +126,19 @@ class SpectralTracker:
             stage: name of the training stage, likewise.
             null_draws: where positive, the ``null_*`` columns say how far rounding to bfloat16 and this many
                 random updates of the same norm turn the subspaces; costs that many measurements more, plus one.
+            full_spectrum: fill ``nss`` and the ``alpha`` columns, which need every singular value: each weight is
+                decomposed in float64, on the host.
 
         Raises:
             TensorError: a weight is missing or there are two of its name, it has another shape than its reference or
                 no values, is stored in a quantised form that is not known, or holds NaN or infinity.
         """
         with pinned_arithmetic():
-            return self._measure(source, step, stage, null_draws)
+            return self._measure(source, step, stage, null_draws, full_spectrum)
 
-    def _measure(self, source: WeightSource, step: int, stage: str, null_draws: int) -> SpectralRecord:
+    def _measure(
+        self, source: WeightSource, step: int, stage: str, null_draws: int, full_spectrum: bool
+    ) -> SpectralRecord:
         started = time.perf_counter()
         stream = open_weights(source).stream_apart([p for group in self._groups for p in group.projections])
         record = SpectralRecord(stage=stage, step=step, rows=[])
@@ -146,8 +157,12 @@ class SpectralTracker:
                 weights = current.weights(reference)
                 nulls = null_rotations(engine, reference, weights, measurement, draws=null_draws)
             measured = measured_rows(measurement, group.matrices, group.projections, stage=stage, step=step)
+            sigma = lapack_values(current.weights(reference).cpu().double()) if full_spectrum else None
             for i, (projection, matrix) in enumerate(pairs):
                 rows[projection.name] = measured[i]
+                if sigma is not None:
+                    same = bool(measurement.update.delta_frobenius[i] == 0)
+                    put_spectrum(measured[i], matrix.S if same else sigma[i], matrix.S)
                 if nulls is not None:
                     put_nulls(measured[i], nulls, i)
                 if self.arrays:

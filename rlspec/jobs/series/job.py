@@ -47,6 +47,7 @@ def measure(
     per_head: bool = False,
     engine: Engine = "delta",
     null_draws: int = 0,
+    full_spectrum: bool = False,
     device: torch.device | str = "auto",
     memory_gib: float = 4.0,
     cache_dir: str | Path | None = None,
@@ -63,6 +64,7 @@ def measure(
         out: folder for ``spectra.jsonl``. What is in its table already is not measured again; an interrupted series goes
             on. None keeps the rows in memory alone.
         modules, rank, per_head, engine, null_draws, device: see ``SpectralBasis.from_checkpoint``, ``SpectralTracker``.
+        full_spectrum: see ``SpectralTracker.measure``.
         memory_gib: bound on tensors and decompositions that are held at once on the host, GiB.
         cache_dir: where the base's decompositions are kept; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
         on_matrix: called after every matrix of every checkpoint that this process measures.
@@ -89,6 +91,7 @@ def measure(
         per_head=per_head,
         engine=engine,
         null_draws=null_draws,
+        full_spectrum=full_spectrum,
         device=device,
         memory_gib=memory_gib,
         cache_dir=cache_dir,
@@ -116,6 +119,7 @@ class Job:
     rank: Rank
     engine: Engine
     null_draws: int
+    full_spectrum: bool
     device: torch.device
     cache_dir: str | Path | None
     table: SpectraTable
@@ -135,6 +139,7 @@ class Job:
         device: torch.device | str,
         memory_gib: float,
         per_head: bool = False,
+        full_spectrum: bool = False,
         cache_dir: str | Path | None = None,
         share: Share = ALONE,
     ) -> Job:
@@ -164,6 +169,7 @@ class Job:
             "per_head": per_head,
             "engine": engine,
             "null_draws": null_draws,
+            "full_spectrum": full_spectrum,
         }
         names = [projection.name for projection in projections]
         table = SpectraTable(None if out is None else Path(out), settings, names, share)
@@ -175,6 +181,7 @@ class Job:
             rule,
             engine,
             null_draws,
+            full_spectrum,
             chosen,
             cache_dir,
             table,
@@ -266,7 +273,13 @@ class Job:
         self, tracker: SpectralTracker, checkpoint: Checkpoint, weights: CheckpointWeights
     ) -> list[dict[str, Any]]:
         try:
-            record = tracker.measure(weights, step=0, stage=checkpoint.stage, null_draws=self.null_draws)
+            record = tracker.measure(
+                weights,
+                step=0,
+                stage=checkpoint.stage,
+                null_draws=self.null_draws,
+                full_spectrum=self.full_spectrum,
+            )
         except TensorError as error:
             raise TensorError(_told(checkpoint.path, error)) from None
         return [{**row, "step": checkpoint.step} for row in record.rows]
