@@ -31,6 +31,10 @@ def _without_browser() -> bool:
     return browser() is None
 
 
+def _without_cairosvg() -> bool:
+    return importlib.util.find_spec("cairosvg") is None
+
+
 def _without_triton_wheels() -> bool:
     return (platform.system(), platform.machine()) != ("Linux", "x86_64")
 
@@ -61,6 +65,9 @@ MEANT: dict[str, tuple[Meant, ...]] = {
     ),
     "test_linalg_precision.py": (Meant("this torch has one flag for all backends", _without_backend_flags),),
     "test_report_browser.py": (Meant("no Chromium", _without_browser),),
+    "test_report_figures.py::test_a_png_shows_the_lines_where_the_svg_has_them": (
+        Meant("cairosvg is not installed", _without_cairosvg),
+    ),
     "test_backend.py::test_the_interpreter_on_request": (_TRITON,),
     "test_op_delta_stats.py::test_in_the_interpreter": (_TRITON,),
     "test_op_delta_matmul.py::test_in_the_interpreter": (_TRITON,),

@@ -66,9 +66,8 @@ def test_help_lists_the_commands_and_the_options_of_track() -> None:
     options = (
         "every model out stages sft-steps ppo-updates rank modules task seed resume device config ppo-every"
     )
-    options += (
-        " deals turns shifts learning-rate ppo-learning-rate batch-size dtype threads checkpoint-every engine"
-    )
+    options += " deals turns shifts learning-rate ppo-learning-rate batch-size dtype threads checkpoint-every"
+    options += " engine alarm"
     assert all(f"--{name} " in text for name in options.split())
 
 

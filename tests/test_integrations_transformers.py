@@ -155,6 +155,16 @@ def test_a_base_folder_is_the_reference(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "reference").exists()
 
 
+def test_heads_are_measured_by_themselves(tmp_path: Path) -> None:
+    callback = SpectralCallback(every=4, modules="q", per_head=True, out=tmp_path / "out")
+    trainer = plain_trainer(tmp_path / "t", [callback])
+    trainer.train()
+    assert callback.disabled is None
+    basis = SpectralBasis.from_model(toy_model(), modules="q", per_head=True)
+    truth = SpectralTracker(basis).measure(trainer.model, step=4, stage="train").rows
+    assert callback.records[-1].rows == truth and {row["head"] for row in truth} > {0, 1}
+
+
 def resumable(tmp_path: Path, callbacks: list[TrainerCallback], **changes: Any) -> Any:
     return plain_trainer(tmp_path / "t", callbacks, **{"save_strategy": "steps", "save_steps": 2, **changes})
 

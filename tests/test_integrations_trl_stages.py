@@ -76,6 +76,17 @@ def test_the_losses_of_sft_are_those_of_our_loop(micro: int, tmp_path: Path) -> 
     assert found["loss"] < 1e-5 and found["grad_norm"] < 1e-4 and found["learning_rate"] < 1e-6
 
 
+def test_a_callback_ends_the_stage_after_its_step(tmp_path: Path) -> None:
+    class EndsAtTwo(Steps):
+        def ends(self) -> bool:
+            return self.states[-1].step == 2
+
+    steps = EndsAtTwo()
+    result = stages.train_sft(toy_model(), TOKENIZER, ToyTask(), SFT, callbacks=[steps], out=tmp_path)
+    assert [state.step for state in steps.states] == [0, 1, 2]
+    assert result.steps == 2 and not result.stopped and result.signal is None
+
+
 @pytest.mark.parametrize(
     "change",
     [

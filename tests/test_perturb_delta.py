@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from spectra_toys import stacked
+from spectra_toys import flat_at_the_cut, random_update, stacked
 
 from rlspec.perturb.delta import Delta, DenseDelta, LowRankDelta, PairDelta
 from rlspec.spectra.delta import measure_delta
@@ -100,3 +100,15 @@ def test_engines_measure_an_update_however_it_is_given():
                 assert mine is not None and exact is not None
                 angle = (mine.asin() - exact.asin()).abs().amax(-1)
                 assert bool((angle <= found.angle_error_bound_rad + truth.angle_error_bound_rad).all())
+
+
+def test_norms_stay_with_their_matrices_where_a_stack_is_measured_in_parts():
+    """The first update is no perturbation and goes to the exact engine, the second to the other."""
+    g = torch.Generator().manual_seed(0)
+    weights = [flat_at_the_cut(30, 20, g) for _ in range(2)]
+    reference = stacked(weights)
+    e = torch.stack([random_update(weights[0], 0.9, None, g), random_update(weights[1], 1e-3, None, g)])
+    found = measure_delta(reference, DenseDelta.between(reference.W + e, reference.W))
+    assert found.engine == ("exact", "delta")
+    for i in range(2):
+        assert float(found.update.delta_frobenius[i]) == pytest.approx(float(e[i].norm()), rel=1e-9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 import xml.dom.minidom
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from click.testing import CliRunner
 from report_toys import make_run
 
 from rlspec.cli.main import main
-from rlspec.errors import RunFolderError
+from rlspec.errors import MissingPackageError, OptionError, RunFolderError
 from rlspec.report import chart
 from rlspec.report.chart import Series, line_chart
 from rlspec.report.figures import picture, write_figures
+from rlspec.report.png import SCALE, plain
 
 
 def test_every_chart_is_a_picture_of_its_own(tmp_path: Path) -> None:
@@ -64,3 +66,49 @@ def test_a_goal_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(RunFolderError, match="cannot be written"):
         write_figures([make_run(tmp_path / "run")], tmp_path / "file")
+
+
+def test_png_needs_its_package_and_writes_nothing_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "cairosvg", None)
+    with pytest.raises(MissingPackageError, match=r"needs cairosvg, .*: pip install 'rlspec\[png\]'"):
+        write_figures([make_run(tmp_path / "run")], tmp_path / "figures", image_format="png")
+    assert not (tmp_path / "figures").exists()
+    with pytest.raises(OptionError, match="image_format='gif': valid are svg, png"):
+        write_figures([tmp_path / "run"], tmp_path / "figures", image_format="gif")  # type: ignore[arg-type]
+    result = CliRunner().invoke(main, ["report", str(tmp_path / "run"), "--format", "png"])
+    assert isinstance(result.exception, SystemExit) and result.exit_code == 2
+    assert "needs --figures" in result.stderr and not (tmp_path / "run" / "report.html").exists()
+
+
+def test_the_style_of_a_picture_is_written_out_in_light_colours(tmp_path: Path) -> None:
+    write_figures([make_run(tmp_path / "run")], tmp_path / "figures")
+    for path in (tmp_path / "figures").iterdir():
+        svg = path.read_text()
+        found = plain(svg)
+        assert "var(" in svg and "var(" not in found and "@media" in svg and "@media" not in found
+        root = xml.dom.minidom.parseString(found).documentElement
+        assert root is not None
+        assert [root.getAttribute("width"), root.getAttribute("height")] == root.getAttribute(
+            "viewBox"
+        ).split()[2:]
+        assert ".c0 { color: #0072b2; }" in found  # not the dark page's
+        assert found.partition("</style>")[2] == svg.partition("</style>")[2]
+
+
+def test_a_png_shows_the_lines_where_the_svg_has_them(tmp_path: Path) -> None:
+    pytest.importorskip("cairosvg", reason="cairosvg is not installed")
+    image = pytest.importorskip("PIL.Image")
+    written = write_figures([make_run(tmp_path / "run")], tmp_path / "figures", image_format="png")
+    assert {path.suffix for path in written} == {".svg", ".png"} and len(written) == 8
+    svg = (tmp_path / "figures" / "accuracy.svg").read_text()
+    _, _, width, height = map(float, re.findall(r'viewBox="([^"]+)"', svg)[0].split())
+    drawn = image.open(tmp_path / "figures" / "accuracy.png").convert("RGB")
+    assert drawn.size == (SCALE * width, SCALE * height)
+    assert drawn.getpixel((0, 0)) == (255, 255, 255)
+    head = float(re.findall(r"translate\(0 ([\d.]+)\)", svg)[0])
+    for colour, rgb in (("c0", (0x00, 0x72, 0xB2)), ("c1", (0xD5, 0x5E, 0x00))):
+        lines = re.findall(rf'<polyline class="line {colour}[^"]*" points="([^"]+)"', svg)
+        x, y = map(float, lines[0].split()[1].split(","))
+        assert drawn.getpixel((round(SCALE * x), round(SCALE * (y + head)))) == rgb

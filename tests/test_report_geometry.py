@@ -13,7 +13,9 @@ import pytest
 from report_toys import make_run
 
 from rlspec.report import write_report
+from rlspec.report.data import RunData
 from rlspec.report.heatmap import colour, heatmap
+from rlspec.report.maps import maps
 
 Drawing = ElementTree.Element
 
@@ -181,3 +183,23 @@ def test_the_labels_below_a_map_do_not_touch(name: str, count: int) -> None:
     if count > 1:
         assert first.x + letter * len(first.text) < last.x - letter * len(last.text)
     assert first.x + letter * len(first.text) <= drawn.width and last.x <= drawn.width
+
+
+def test_a_cell_of_several_matrices_is_their_mean(tmp_path: Path) -> None:
+    def row(name: str, angle: float) -> dict[str, Any]:
+        angles = {"angle_left_mean_rad": angle, "angle_right_mean_rad": angle}
+        return {
+            "segment": "sft",
+            "stage": "sft",
+            "step": 0,
+            "name": name,
+            "module": "q",
+            "layer": 0,
+            **angles,
+        }
+
+    rows = [row("q[head 0]", 0.1), row("q[head 1]", 0.4)]
+    (title, bar, (drawn,)), *_ = maps(RunData(tmp_path, {}, [], rows, {}, []))
+    assert title.startswith("Rotation") and bar.high == "0.25 rad"
+    (cell,) = drawn.cells
+    assert cell.text.endswith("0.25 rad")

@@ -166,6 +166,26 @@ def test_signals_stop_between_steps_and_the_run_resumes(number: int, tmp_path: P
     assert again == resumed
 
 
+class EndsAt(Callback):
+    """Ends the stage after a step."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.seen = step, 0
+
+    def on_step(self, state: StepState) -> None:
+        self.seen = state.step
+
+    def ends(self) -> bool:
+        return self.seen == self.step
+
+
+def test_a_callback_ends_the_stage_as_its_last_step_would(tmp_path: Path) -> None:
+    ended = sft_with(EndsAt(3), tmp_path)
+    whole = train_sft(toy_model(), TOKENIZER, ToyTask(), SFT)
+    assert ended.steps == 3 and ended.losses == whole.losses[:3]
+    assert not ended.stopped and ended.signal is None
+
+
 @pytest.mark.parametrize(
     ("number", "error"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, Terminated)]
 )

@@ -141,3 +141,22 @@ def test_as_many_at_once_as_the_memory_has_room_for(tmp_path: Path, monkeypatch:
         assert most == 1 or most * work + pool_bytes(plan, memory) <= memory
     assert seen == {1, 2}
     assert side_by_side(plan, sys.maxsize) == torch.get_num_threads()
+
+
+def test_a_reader_has_room_for_all_stacks_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned = pair(tmp_path)
+    basis = SpectralBasis.from_checkpoint(base)
+    size = 256 * 256 * 4
+    for entries in (1, 3 * 256 * 256):  # a stack of one matrix, and of all of a kind
+        monkeypatch.setattr("rlspec.spectra.tracker.STACK_ENTRIES", entries)
+        held = size * (1 if entries == 1 else 3)
+        for stacks in (1, 2, 3, 5, 9):
+            room = held * stacks + (1 << 16)
+            monkeypatch.setattr("rlspec.spectra.tracker.READ_AHEAD_BYTES", room)
+            monkeypatch.setattr("rlspec.io.weights.READ_AHEAD_BYTES", room)
+            before = torch.get_num_threads()
+            torch.set_num_threads(8)
+            try:
+                assert SpectralTracker(basis).measure(tuned, step=0).rows
+            finally:
+                torch.set_num_threads(before)

@@ -29,6 +29,7 @@ _FOLDER = click.Path(path_type=Path)
     show_default=True,
     help="Directions of each matrix: a share (1.0 is all), a count (1 is one), energy:0.9 or gap:0.2.",
 )
+@click.option("--per-head", is_flag=True, help="Measure each attention head of q, k and v by itself.")
 @click.option(
     "--engine",
     default="delta",
@@ -40,6 +41,11 @@ _FOLDER = click.Path(path_type=Path)
     default=0,
     show_default=True,
     help="Random updates of the same norm that each rotation is compared with.",
+)
+@click.option(
+    "--full-spectrum",
+    is_flag=True,
+    help="Take every singular value, for the power law of the spectrum's tail (alpha).",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import click
+
+from rlspec.errors import OptionError
 
 _PATH = click.Path(path_type=Path)
 
@@ -15,14 +18,24 @@ _PATH = click.Path(path_type=Path)
     "--out", type=_PATH, help="The page; default FOLDER/report.html, of several comparison.html in the first."
 )
 @click.option("--figures", type=_PATH, help="Write the page's charts there too, as SVG files.")
-def command(folders: tuple[Path, ...], out: Path | None, figures: Path | None) -> None:
+@click.option(
+    "--format",
+    "image_format",
+    metavar="svg|png",
+    default="svg",
+    show_default=True,
+    help="Of --figures: png writes those beside the SVG files; needs rlspec[png].",
+)
+def command(folders: tuple[Path, ...], out: Path | None, figures: Path | None, image_format: Any) -> None:
     """Write FOLDER/report.html: of a run folder, also while the run is still going, or of what `rlspec measure` or a
     callback left there. Of several folders, write one page that compares them."""
+    if figures is None and image_format != "svg":
+        raise OptionError(f"image_format={image_format!r} needs figures=, the folder to write them to")
     from rlspec.report.html import write_comparison, write_report
 
     click.echo(write_report(folders[0], out) if len(folders) == 1 else write_comparison(folders, out))
     if figures is not None:
         from rlspec.report.figures import write_figures
 
-        for path in write_figures(folders, figures):
+        for path in write_figures(folders, figures, image_format=image_format):
             click.echo(path)

@@ -83,7 +83,10 @@ class TrackingFolder:
         """
         if not self._settings_file.exists():
             self.start()
-        found = read_json_object(self._settings_file, RunFolderError)
+        found = {
+            "per_head": False,  # which earlier versions did not tell
+            **read_json_object(self._settings_file, RunFolderError),
+        }
         for name, wanted in self.settings.items():
             if found.get(name) != wanted:
                 raise RunFolderError(
@@ -126,7 +129,7 @@ class TrackingFolder:
                     writer.shapes, (*modules, "o"), writer.config
                 )  # how that tensor is split
             writer.expect(found)
-            for projection, matrix in gathered(model, found):
+            for projection, matrix, _ in gathered(model, found):
                 if processes.number == 0 and failure is None:
                     try:
                         writer.put(projection, matrix)

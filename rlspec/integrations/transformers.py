@@ -65,6 +65,7 @@ class SpectralCallback(TrainerCallback):
         base: the reference: a safetensors checkpoint folder; None for the weights when the training begins.
         modules: which projections, see ``SpectralBasis.from_model``.
         rank: leading directions to follow, see ``Rank``.
+        per_head: each attention head of q, k and v is a matrix of its own.
         out: folder for the rows; None keeps them in memory alone. A resumed training goes on in it and measures no step
             twice; with ``base=None`` it is also where the reference is kept, so such a training needs it to be resumed.
             A training that starts anew sets the files of the one before aside, under names with a number.
@@ -92,6 +93,7 @@ class SpectralCallback(TrainerCallback):
         base: str | Path | None = None,
         modules: str | Iterable[str] = "q,k,v",
         rank: RankLike = 0.2,
+        per_head: bool = False,
         out: str | Path | None = None,
         budget: str | float | None = None,
         evaluate: Evaluate | None = None,
@@ -107,6 +109,7 @@ class SpectralCallback(TrainerCallback):
             open_weights(self.base)  # told before the training, not in it
         self.modules = parse_modules(modules)
         self.rank = Rank.parse(rank)
+        self.per_head = per_head
         self.out = None if out is None else Path(out)
         self.budget = budget
         self.pace = Pace(parse_budget(budget))
@@ -206,6 +209,7 @@ class SpectralCallback(TrainerCallback):
             "base": None if self.base is None else str(self.base.resolve()),
             "modules": list(self.modules),
             "rank": str(self.rank),
+            "per_head": self.per_head,
         }
         self._folder = TrackingFolder(self.out, settings)
         if self._processes.number > 0:
@@ -236,7 +240,7 @@ class SpectralCallback(TrainerCallback):
     def _begin(self, model: nn.Module) -> None:
         """Decompose the reference."""
         base = self.base or self._reference
-        options: dict[str, Any] = {"modules": self.modules, "rank": self.rank}
+        options: dict[str, Any] = {"modules": self.modules, "rank": self.rank, "per_head": self.per_head}
         if self._processes.count > 1:
             device = None if base is None else _device(model)
             self._tracker = DealtTracker(model, base=base, device=device, **options)

@@ -244,6 +244,7 @@ class _Events(TrainerCallback):
         self.stage, self.total, self.every = stage, total, every
         self.tokenizer, self.callbacks, self.stop, self.spectral = tokenizer, callbacks, stop, spectral
         self.losses: list[float] = []
+        self.ended = False  # by a callback
         self.seconds = 0.0  # of training, without the callbacks
         self._since = self._spent = 0.0
 
@@ -267,6 +268,9 @@ class _Events(TrainerCallback):
         }
         shown = {ours: float(logs[theirs]) for theirs, ours in names.items() if theirs in logs}
         self._tell(state.global_step // self.every, shown, kwargs["model"])
+        self.ended = any(callback.ends() for callback in self.callbacks)
+        if self.ended:
+            control.should_training_stop = True
 
     def _tell(self, step: int, logs: dict[str, float], model: Any) -> None:
         spent = 0.0 if self.spectral is None else self.spectral.pace.spent
@@ -296,7 +300,8 @@ def _train(
         trainer.train()
     trainer.save_state()
     done = len(events.losses)
-    return TrainResult(events.losses, done, events.seconds, stopped=done < total, signal=stop.signal)
+    stopped = done < total and not events.ended
+    return TrainResult(events.losses, done, events.seconds, stopped=stopped, signal=stop.signal)
 
 
 def _shared(model: Any, config: SFTConfig | PPOConfig, batch_size: int, out: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import conv1d_layer, counterpart, modules_in
 from rlspec.io.stream import read_tensor
+from rlspec.io.updates import Update
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
@@ -124,6 +125,15 @@ class Adapter:
             self._factors = (name, *self._read_factors(update, wide))
         _, left, right = self._factors
         return torch.addmm(rows.to(wide), left[first : first + len(rows)], right, alpha=update.scale)
+
+    def adds(self, name: str) -> bool:
+        """Whether the adapter adds a product of factors to this tensor of the base, or to what it has saved for it."""
+        return name in self._updates
+
+    def update(self, name: str) -> Update:
+        """scale B A of a tensor that :meth:`adds` to, as it is stored."""
+        update = self._updates[name]
+        return Update.of([(*self._read_factors(update, torch.float64), update.scale)])
 
     def _read_factors(self, update: LowRank, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The two factors in the order that makes rows of the left one rows of the stored tensor."""

@@ -60,10 +60,16 @@ class DistributedWeights(Weights):
         return sorted(projections, key=lambda projection: places.get(projection.tensor, ("", -1)))
 
     def _parts(
-        self, name: str, stored: Tensor, projections: Sequence[Projection], places: Sequence[int]
+        self,
+        name: str,
+        stored: Tensor,
+        projections: Sequence[Projection],
+        places: Sequence[int],
+        *,
+        add: bool,
     ) -> dict[int, Tensor]:
         try:
-            return super()._parts(name, stored, projections, places)
+            return super()._parts(name, stored, projections, places, add=add)
         except TensorError as error:
             raise TensorError(f"{self._index.path}: {error}") from None
 

@@ -73,19 +73,30 @@ def query_key_value(name: str, shape: Shape, config: Config | None) -> list[Part
             f"{name}: config.json's model_type {kind!r} is none whose query_key_value layout is known: "
             f"{', '.join((*_BY_HEAD, *_FALCON))}"
         )
-    heads = _number(config, name, "num_attention_heads", "n_head")
-    groups, queries = heads, 1
-    if kind in _FALCON and (config.get("new_decoder_architecture") or config.get("multi_query", True)):
-        groups = 1
-        if config.get("new_decoder_architecture"):
-            groups = _number(config, name, "num_kv_heads", "n_head_kv", default=heads)
-        queries = heads // groups
+    heads, groups = head_counts(name, config)
+    queries = heads // groups
     size, rest = divmod(shape[0], groups * (queries + 2))
     if rest or groups * queries != heads:
         raise ProjectionError(
             f"{name}: {shape[0]} rows do not split into {heads} heads in {groups} groups, as config.json says"
         )
     return _interleaved(groups, queries, size)
+
+
+def head_counts(name: str, config: Config) -> tuple[int, int]:
+    """How many heads the queries have, and how many the keys and values.
+
+    Raises:
+        ProjectionError: the configuration does not say; the message begins with ``name``.
+    """
+    heads = _number(config, name, "num_attention_heads", "n_head")
+    if config.get("model_type") in _BY_HEAD:
+        return heads, heads
+    if config.get("model_type") not in _FALCON:
+        return heads, _number(config, name, "num_key_value_heads", default=heads)
+    if config.get("new_decoder_architecture"):
+        return heads, _number(config, name, "num_kv_heads", "n_head_kv", default=heads)
+    return heads, 1 if config.get("multi_query", True) else heads
 
 
 def _interleaved(groups: int, queries: int, size: int) -> list[Part]:

@@ -120,6 +120,11 @@ class ModuleTensors:
                 return layer
         return None
 
+    @property
+    def is_adapted(self) -> bool:
+        """Whether there are PEFT layers at all."""
+        return bool(self._adapters)
+
     def value(self, name: str) -> Tensor:
         """The tensor as it is held, detached; that of an offloaded one from where it was put.
 
@@ -201,6 +206,38 @@ def with_adapters(name: str, layer: Any, weight: Tensor) -> Tensor:
         update = gathered(layer.get_delta_weight(adapter).detach())
         total = total + update.to(total)
     return total
+
+
+def adds_lora(layer: Any) -> bool:
+    """Whether all that a PEFT layer does to its weight is to add what :func:`lora_terms` tells."""
+    kind = type(layer)
+    if kind.__name__ not in ("Linear", "Embedding") or kind.__module__ != "peft.tuners.lora.layer":
+        return False
+    active = unmerged_adapters(layer)
+    if not active or layer.merged_adapters or any(_is_special(layer, adapter) for adapter in active):
+        return False
+    return getattr(layer, "parameter_name", "weight") == "weight" and not hasattr(
+        layer.base_layer, "base_layer"
+    )
+
+
+def lora_terms(layer: Any) -> list[tuple[Tensor, Tensor, float]]:
+    """What a LoRA layer of PEFT adds to its weight, where :func:`adds_lora`.
+
+    Returns:
+        (left, right, scale) of each active adapter; ``scale * left @ right`` has the shape that the weight is stored in.
+    """
+    embeds = type(layer).__name__ == "Embedding"
+    terms = []
+    for adapter in unmerged_adapters(layer):
+        if embeds:
+            a, b = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+        else:
+            a, b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        a, b = gathered(a.detach()), gathered(b.detach())
+        left, right = (a.mT, b.mT) if embeds or layer.fan_in_fan_out else (b, a)
+        terms.append((left, right, float(layer.scaling[adapter])))
+    return terms
 
 
 def _is_special(layer: Any, adapter: str) -> bool:

@@ -53,6 +53,7 @@ class Projection:
     layer: int | None  #: index of the decoder layer; None for embed and lm_head
     rows: Rows | None = None  #: the output rows of a fused tensor that are this matrix, in order
     transposed: bool = False  #: stored as (in, out), as GPT-2's Conv1D does
+    head: int | None = None  #: which attention head it is of q, k or v; None for a whole matrix
 
     def shape(self, stored: Shape) -> tuple[int, int]:
         """(out, in) of the matrix whose tensor is stored in the shape given."""

@@ -13,10 +13,19 @@ from torch import Tensor, nn
 
 from rlspec.errors import CheckpointError, TensorError, check_type
 from rlspec.io.fused import Config
-from rlspec.io.module import ModuleTensors, gathered, module_config, strip_wrappers, with_adapters
+from rlspec.io.module import (
+    ModuleTensors,
+    adds_lora,
+    gathered,
+    lora_terms,
+    module_config,
+    strip_wrappers,
+    with_adapters,
+)
 from rlspec.io.projections import Projection, counterparts, read_config
 from rlspec.io.quantised import block_size, companions, dequantised, scales_of
 from rlspec.io.requantised import ScaledCodes
+from rlspec.io.updates import Update
 
 if TYPE_CHECKING:
     from rlspec.io.index import CheckpointIndex, TensorEntry
@@ -112,11 +121,34 @@ class Weights:
             TensorError: there is no tensor of that name, or none that can be told, before anything is read; in
                 iteration: a tensor has no values, is no floating matrix, or holds codes that cannot be read as numbers.
         """
-        names = [find_tensor(projection.tensor, self._names(), self.where) for projection in projections]
-        return self._matrices(projections, names)
+        return self._matrices(projections, self._tensor_names(projections), add=True)
+
+    def stream_apart(
+        self, projections: Sequence[Projection]
+    ) -> Iterator[tuple[Projection, Tensor, Update | None]]:
+        """As :meth:`stream`, with what LoRA adapters add beside the matrix that they add it to.
+
+        Yields:
+            Each projection, its matrix and the update, which has no columns where the adapters leave this matrix alone.
+            None: there are no adapters, or what they add is in the matrix already.
+
+        Raises:
+            TensorError: as :meth:`stream`.
+        """
+        names = self._tensor_names(projections)
+        matrices = self._matrices(projections, names, add=False)
+        for name in names:
+            projection, matrix = next(matrices)
+            adds = self._adds(name)
+            update = self._update(name).part(projection) if adds else None
+            yield projection, matrix, Update.none(matrix) if adds is False else update
+            del matrix  # before the next one is asked for
+
+    def _tensor_names(self, projections: Sequence[Projection]) -> list[str]:
+        return [find_tensor(projection.tensor, self._names(), self.where) for projection in projections]
 
     def _matrices(
-        self, projections: Sequence[Projection], names: Sequence[str]
+        self, projections: Sequence[Projection], names: Sequence[str], *, add: bool
     ) -> Iterator[tuple[Projection, Tensor]]:
         places: dict[str, list[int]] = {}
         for place, name in enumerate(names):
@@ -125,14 +157,26 @@ class Weights:
         waiting: dict[int, Tensor] = {}
         for place, (projection, name) in enumerate(zip(projections, names, strict=True)):
             if place not in waiting:
-                waiting.update(self._parts(name, next(stored), projections, places[name]))
+                waiting.update(self._parts(name, next(stored), projections, places[name], add=add))
             yield projection, waiting.pop(place)
 
     def _parts(
-        self, name: str, stored: Tensor, projections: Sequence[Projection], places: Sequence[int]
+        self,
+        name: str,
+        stored: Tensor,
+        projections: Sequence[Projection],
+        places: Sequence[int],
+        *,
+        add: bool,
     ) -> dict[int, Tensor]:
-        """The matrices that a tensor holds, by their places among the projections."""
+        """The matrices that a tensor holds, by their places among the projections.
+
+        Args:
+            add: to the tensor what adapters add, also where :meth:`_update` can tell it apart.
+        """
         whole = self._decoded(name, stored)
+        if add or self._adds(name) is None:
+            whole = self._adapted(name, whole)
         if whole.ndim != 2 or not whole.is_floating_point():
             raise TensorError(
                 f"{name}: expected a floating-point matrix, found {whole.dtype} {tuple(whole.shape)}"
@@ -157,6 +201,19 @@ class Weights:
         beside = self._companions.get(name, [])
         checked = _with_values(name, stored)
         return dequantised(name, checked, beside, lambda n: _with_values(n, self._load(n)), self._block)
+
+    def _adapted(self, name: str, weight: Tensor) -> Tensor:
+        """The numbers of a tensor with what adapters make of them."""
+        return weight
+
+    def _adds(self, name: str) -> bool | None:
+        """Whether adapters add to a tensor what :meth:`_update` tells, and do no more. False: there are adapters, and
+        they leave it as it is. None: there are none, or :meth:`_adapted` alone knows."""
+        return None
+
+    def _update(self, name: str) -> Update:
+        """What adapters add to a tensor, as it is stored; where they do, see :meth:`_adds`."""
+        raise NotImplementedError
 
     @cached_property
     def _companions(self) -> dict[str, list[str]]:
@@ -203,10 +260,18 @@ class _ModuleWeights(Weights):
     def _load(self, name: str) -> Tensor:
         return self._held.value(name)
 
-    def _decoded(self, name: str, stored: Tensor) -> Tensor:
-        weight = super()._decoded(name, stored)
+    def _adapted(self, name: str, weight: Tensor) -> Tensor:
         layer = self._held.adapter(name)
         return weight if layer is None else with_adapters(name, layer, weight)
+
+    def _adds(self, name: str) -> bool | None:
+        layer = self._held.adapter(name)
+        if layer is None:
+            return False if self._held.is_adapted else None
+        return True if adds_lora(layer) else None
+
+    def _update(self, name: str) -> Update:
+        return Update.of(lora_terms(self._held.adapter(name)))
 
 
 def read_ahead_bytes(entries: Iterable[TensorEntry]) -> int:
@@ -305,10 +370,16 @@ class CheckpointWeights(Weights):
                 yield next(stream).tensor  # which no name here keeps while the next one is asked for
 
     def _parts(
-        self, name: str, stored: Tensor, projections: Sequence[Projection], places: Sequence[int]
+        self,
+        name: str,
+        stored: Tensor,
+        projections: Sequence[Projection],
+        places: Sequence[int],
+        *,
+        add: bool,
     ) -> dict[int, Tensor]:
         with self._file_named(name):
-            return super()._parts(name, stored, projections, places)
+            return super()._parts(name, stored, projections, places, add=add)
 
 
 WeightSource = nn.Module | Mapping[str, Tensor] | str | Path | Weights

@@ -28,6 +28,7 @@ from rlspec.jobs.loading import (
 from rlspec.report.data import read_run
 from rlspec.report.html import write_report
 from rlspec.report.verdict import verdict
+from rlspec.run.alarm import segments_left
 from rlspec.run.budget import Pace, parse_budget
 from rlspec.run.config import TrackConfig
 from rlspec.run.folder import RunFolder
@@ -138,9 +139,10 @@ def _read_inputs(config: TrackConfig, stages: Mapping[str, Stage]) -> _Inputs:
 
 def _run(config: TrackConfig, folder: RunFolder, inputs: _Inputs, clock: Clock, progress: Progress) -> None:
     complete = {event_of(row) for row in folder.metrics()}
+    segments = segments_left(config, folder.metrics(), folder.evals())
     # The last event of a segment is complete, and with it the last checkpoint.
-    finished = [segment for segment in config.segments if segment.end in complete]
-    unfinished = [segment for segment in config.segments if segment not in finished]
+    finished = [segment for segment in segments if segment.end in complete]
+    unfinished = [segment for segment in segments if segment not in finished]
     for segment in unfinished:
         if segment.parent and segment.parent[0] in [whole.id for whole in finished]:
             _check_parent(folder, segment)
@@ -200,7 +202,7 @@ def _paths_to_write(config: TrackConfig, folder: RunFolder) -> Iterator[Path]:
         for step in range(segment.steps + 1):
             if config.is_event(segment.stage, step):
                 yield folder.arrays_path(segment.id, step)
-                if config.keeps_checkpoint(segment.stage, step):
+                if config.stop or config.keeps_checkpoint(segment.stage, step):
                     yield folder.checkpoint_dir(segment.id, step)
 
 
@@ -257,7 +259,13 @@ def _run_segments(
     )
     try:
         for segment in segments:
+            left = {each.id: each for each in segments_left(config, folder.metrics(), folder.evals())}
             if segment.parent is not None:
+                parent, step = segment.parent
+                if segment.id not in left:
+                    ended = f"{parent} ended at step {left[parent].steps}, before step {step}"
+                    progress.say(f"{segment.id} is not run: {ended}")
+                    continue
                 _check_parent(folder, segment)
                 inputs.model = None  # two models in memory would be one too many
                 inputs.model = load_model(folder.checkpoint_dir(*segment.parent), inputs.device)

@@ -64,7 +64,10 @@ def in_order(jobs: Iterable[tuple[int, Callable[[], R]]], most: int) -> Iterator
                 while waiting:
                     yield waiting.popleft().result()
                 _set_threads(threads)
-                yield job()
+                result = job()
+                del job  # and what it holds, before the next one is asked for
+                yield result
+                del result
                 continue
             _set_threads(1)  # what the workers, too, begin with
             if most == 1 or entries <= _TINY_ENTRIES:

@@ -18,6 +18,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from rlspec.linalg.products import transposed_product
 from rlspec.linalg.transfer import to_host
@@ -28,8 +29,9 @@ from rlspec.perturb.batch import take
 UNCHANGED_ETA = (
     1e-3  # an entry moved by less than this share of its size counts as unchanged (arXiv 2511.08567)
 )
-# Rows whose entries are formed at once where an update is counted that is not stored.
-_BLOCK = 1 << 20
+# Entries formed at once where an update is counted that is not stored: temporaries that stay in a processor's cache, and
+# enough to keep a device busy.
+_BLOCK, _DEVICE_BLOCK = 1 << 18, 1 << 26
 
 
 @dataclass(frozen=True)
@@ -208,6 +210,14 @@ class LowRankDelta:
     scale: float
     reference: Tensor
 
+    @classmethod
+    def stacked(cls, factors: Sequence[tuple[Tensor, Tensor]], reference: Tensor) -> LowRankDelta:
+        """Of L pairs B (m, q), A (q, n) of ranks that may differ, with their scales in them; zeros fill up."""
+        q = max(left.shape[1] for left, _ in factors)
+        lefts = [pad(left, (0, q - left.shape[1])) for left, _ in factors]
+        rights = [pad(right, (0, 0, 0, q - right.shape[0])) for _, right in factors]
+        return cls(torch.stack(lefts), torch.stack(rights), 1.0, reference)
+
     @property
     def shape(self) -> tuple[int, int, int]:
         return self.B.shape[0], int(self.B.shape[-2]), int(self.A.shape[-1])
@@ -244,17 +254,20 @@ class LowRankDelta:
     @cached_property
     def stats(self) -> UpdateStats:
         matrices, m, n = self.shape
+        dtype = delta_dtype(self.reference, self.reference)
         sums = torch.zeros(4, matrices, dtype=torch.float64, device=self.B.device)
-        wide = self.to(torch.float64)
-        rows = max(1, min(m, _BLOCK // max(matrices * n, 1)))
+        factors = self.to(dtype)
+        most = _BLOCK if self.B.device.type == "cpu" else _DEVICE_BLOCK
+        rows = max(1, min(m, most // max(matrices * n, 1)))
         for start in range(0, m, rows):
             block = slice(start, start + rows)
-            e = (wide.B[:, block] * self.scale) @ wide.A
-            ref = self.reference[:, block].double()
+            e = (factors.B[:, block] * self.scale) @ factors.A
+            ref = self.reference[:, block].to(dtype)
             w = ref + e
+            # Rows are summed in the dtype, their totals in float64.
+            squares = [torch.linalg.vector_norm(x, dim=-1).double().square().sum(-1) for x in (e, w, ref)]
             unchanged = e.abs() <= UNCHANGED_ETA * torch.maximum(w.abs(), ref.abs())
-            found = [x.square().sum((-2, -1)) for x in (e, w, ref)] + [unchanged.double().sum((-2, -1))]
-            sums += torch.stack(found)
+            sums += torch.stack([*squares, torch.count_nonzero(unchanged, dim=(-2, -1)).double()])
         return _stats(DeltaStats(*sums), self.reference)
 
 

@@ -1,4 +1,4 @@
-"""The charts of a report as pictures of their own: SVG files with their legend, for a paper or a README."""
+"""The charts of a report as pictures of their own: SVG and PNG files with their legend, for a paper or a README."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, get_args
 
-from rlspec.errors import RunFolderError
+from rlspec.errors import OptionError, RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.report import chart
 from rlspec.report.chart import WIDTH, Chart
 from rlspec.report.html import charts_of
 from rlspec.report.pages import rendered
+from rlspec.report.png import as_png, renderer
+
+ImageFormat = Literal["svg", "png"]
 
 # Height of a line of the legend; widths of a letter and of what stands before a text.
 _ROW, _LETTER, _MARK = 20, 6.6, 30
@@ -28,15 +32,23 @@ class Entry:
     text: str
 
 
-def write_figures(folders: Sequence[Path | str], goal: Path) -> list[Path]:
+def write_figures(
+    folders: Sequence[Path | str], goal: Path, *, image_format: ImageFormat = "svg"
+) -> list[Path]:
     """Write every chart of a folder's report, or of a comparison, into ``goal`` as <name>.svg; return the files.
 
     Args:
         folders: run folders, or ones that hold spectra alone; several are compared.
+        image_format: ``png`` writes <name>.png beside each, by the package CairoSVG.
 
     Raises:
         OptionError, RunFolderError: as of :func:`rlspec.report.html.write_comparison`.
+        MissingPackageError: CairoSVG is asked for and is not there; nothing is written.
     """
+    if image_format not in get_args(ImageFormat):
+        raise OptionError(f"image_format={image_format!r}: valid are {', '.join(get_args(ImageFormat))}")
+    if image_format == "png":
+        renderer()
     charts, branches = charts_of([Path(folder) for folder in folders])
     written = []
     try:
@@ -44,9 +56,14 @@ def write_figures(folders: Sequence[Path | str], goal: Path) -> list[Path]:
         for title, drawn in charts:
             if drawn is not None:
                 name = re.sub(r"\W+", "-", title.lower()).strip("-")
-                target = goal / f"{name}.svg"
-                write_atomically(target, picture(title, drawn, branches).encode(errors="replace"))
-                written.append(target)
+                content = picture(title, drawn, branches)
+                files = {"svg": content.encode(errors="replace")}
+                if image_format == "png":
+                    files["png"] = as_png(content)
+                for ending, data in files.items():
+                    target = goal / f"{name}.{ending}"
+                    write_atomically(target, data)
+                    written.append(target)
     except OSError as error:
         raise RunFolderError(f"{goal}: cannot be written: {error.strerror or error}") from None
     return written

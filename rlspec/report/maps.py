@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 from rlspec.report.data import Row, RunData, by_event
@@ -30,12 +31,18 @@ def maps(run: RunData) -> list[tuple[str, ColourBar, list[HeatMap]]]:
         ),
     )
     for title, value_of, value_format in kinds:
-        cells: dict[str, dict[tuple[int, int], float]] = {}
+        # A layer may have several matrices of a module, such as those of the MLP, or its heads.
+        values: dict[str, dict[tuple[int, int], list[float]]] = {}
         for column, (_, rows) in enumerate(kept):
             for row in rows:
                 value = value_of(row)
                 if value is not None:
-                    cells.setdefault(row["module"], {})[(row.get("layer") or 0, column)] = value
+                    place = row.get("layer") or 0, column
+                    values.setdefault(row["module"], {}).setdefault(place, []).append(value)
+        cells = {
+            module: {place: math.fsum(several) / len(several) for place, several in found.items()}
+            for module, found in values.items()
+        }
         if not cells:
             continue
         top = max(value for module in cells.values() for value in module.values())

@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from rlspec.errors import OptionError
 from rlspec.run.budget import parse_budget
-from rlspec.run.segments import Segment, method_of
+from rlspec.run.segments import Segment, accuracy_prefix, method_of
 from rlspec.run.trainers import further_settings, names, trainer_config
 from rlspec.run.values import checked, closest
 from rlspec.settings import Setting, setting, setting_of
@@ -125,6 +125,13 @@ class TrackConfig:
         default_told="at each measurement",
         heading=_MEASURED,
     )
+    alarm: str | None = setting(
+        None,
+        "Tell the checkpoint to go back to once this fell from its peak in a stage: id_accuracy, ood_accuracy, or "
+        "rule_accuracy and the like of other shifts.",
+        heading=_MEASURED,
+    )
+    stop: bool = setting(False, "End a stage where the alarm rings.", heading=_MEASURED)
     learning_rate: float | None = setting(
         None,
         "SFT learning rate.",
@@ -182,6 +189,13 @@ class TrackConfig:
         self._check_choice("engine")
         self._check_choice("dtype")
         parse_budget(self.track_budget, "track_budget")
+        if self.alarm is not None and self.alarm not in self.accuracies:
+            known = ", ".join(self.accuracies)
+            raise OptionError(
+                f"alarm={self.alarm!r}: no such score of shifts={','.join(self.shifts)}; there are {known}"
+            )
+        if self.stop and self.alarm is None:
+            raise OptionError("stop=True needs alarm=, the score whose fall ends a stage")
         if self.ppo_from:
             self._check_ppo_from(self.ppo_from)
         object.__setattr__(self, "ppo_from", self._branch_points())
@@ -275,6 +289,11 @@ class TrackConfig:
         """The shift that `ood_accuracy` means: the paper's `both`, or the first that is not ID."""
         others = [shift for shift in self.shifts if shift != "none"]
         return "both" if "both" in others else next(iter(others), None)
+
+    @property
+    def accuracies(self) -> dict[str, str]:
+        """Column of the metrics -> the shift whose accuracy it is."""
+        return {f"{accuracy_prefix(shift, self.ood_shift)}_accuracy": shift for shift in self.shifts}
 
     @property
     def segments(self) -> tuple[Segment, ...]:

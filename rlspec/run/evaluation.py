@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rlspec.io.jsonl import Row
+from rlspec.run.segments import accuracy_prefix
 from rlspec.tasks import McNemarResult, mcnemar
 from rlspec.train import EvalResult
 
@@ -32,8 +33,7 @@ def metrics_columns(evals: Sequence[Row], ood_shift: str | None) -> Row:
     """The accuracy columns of a metrics row: ``id_*`` (no shift), ``ood_*``, and ``<shift>_*`` for others."""
     columns: Row = {}
     for row in evals:
-        shift = row["shift"]
-        prefix = "id" if shift == "none" else "ood" if shift == ood_shift else shift
+        prefix = accuracy_prefix(row["shift"], ood_shift)
         for name in ("accuracy", "n", "low", "high", "first_turn_accuracy"):
             columns[f"{prefix}_{name}"] = row[name]
     if ood_shift is not None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from rlspec.io.files import replacing
 from rlspec.io.jsonl import Row
+from rlspec.run.alarm import first_fall
 from rlspec.run.budget import Pace
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import eval_row, metrics_columns
@@ -24,6 +25,7 @@ from rlspec.run.segments import Event, Segment, event_of, segment_of, weights_di
 from rlspec.run.tensorboard import TensorBoardLog
 from rlspec.spectra import SpectralRecord, SpectralTracker
 from rlspec.tasks import Task
+from rlspec.tasks.alarm import Fall, describe_fall
 from rlspec.train import Callback, StepState, evaluate, save_checkpoint
 from rlspec.train.kl import KLProbe
 
@@ -114,6 +116,11 @@ class EventRecorder(Callback):
             self._origin = dict(zip(("parent_segment", "parent_step"), segment.parent))
             self._origin["parent_weights"] = parent.get("weights")
         self._seconds_before = seconds_training
+        self._evals = [row for row in self.folder.evals() if segment_of(row) == segment.id]
+        self._fall = first_fall(self.config, segment.id, self._evals)
+
+    def ends(self) -> bool:
+        return self.config.stop and self._fall is not None
 
     def on_start(self, state: StepState) -> None:
         if (self._segment.id, 0) in self._done:
@@ -132,7 +139,6 @@ class EventRecorder(Callback):
 
     def _record(self, state: StepState) -> None:
         config, clock = self.config, self.clock
-        record = self._measured(state)
         place = self._place(state)
         evals: list[Row] = []
         with clock.timed("evaluating"):
@@ -148,6 +154,9 @@ class EventRecorder(Callback):
                     dtype=config.dtype,
                 )
                 evals.append({**place, **eval_row(result, turns=config.turns, seed=config.seed)})
+        fall = self._fall or first_fall(config, self._segment.id, [*self._evals, *evals])
+        last = state.step == config.steps(state.stage) or (config.stop and fall is not None)
+        record = self._measured(state, last=last)
         with clock.timed("kl"):
             kl = self.probe.measure(state.model)
         weights: Row = {}
@@ -155,7 +164,7 @@ class EventRecorder(Callback):
             if record is not None:
                 with self._writing_arrays(state) as temporary:
                     save_file(record.arrays, temporary)
-            if config.keeps_checkpoint(state.stage, state.step):
+            if last or config.keeps_checkpoint(state.stage, state.step):
                 checkpoint = self.folder.checkpoint_dir(self._segment.id, state.step)
                 record_it = partial(self.folder.manifest.record, checkpoint)
                 save_checkpoint(state.model, state.tokenizer, checkpoint, on_complete=record_it)
@@ -163,10 +172,18 @@ class EventRecorder(Callback):
                     weights = {"weights": weights_digest(checkpoint)}
         spectra = [] if record is None else [{**self._belongs(), **row} for row in record.rows]
         self._commit(state, {**self._figures(state, evals, kl), **weights}, spectra, evals)
+        if fall is not None and self._fall is None:
+            self._fall = fall
+            self.progress.say(self._alarm_line(fall))
 
-    def _measured(self, state: StepState) -> SpectralRecord | None:
-        """The event's spectra; None where there is no time for them."""
-        last = state.step == self.config.steps(state.stage)
+    def _alarm_line(self, fall: Fall) -> str:
+        """What the alarm found, with the checkpoint to go back to where there is one."""
+        peak = self.folder.checkpoint_dir(self._segment.id, fall.peak_step)
+        line = describe_fall(fall, checkpoint=str(peak) if peak.is_dir() else None)
+        return f"{self._segment.id}: {line}" + ("; the stage ends here" if self.config.stop else "")
+
+    def _measured(self, state: StepState, *, last: bool) -> SpectralRecord | None:
+        """The event's spectra; None where there is no time for them. ``last``: of its segment."""
         needed = state.step == 0 or last or self.config.is_branch_point(state.stage, state.step)
         if not (needed or self.pace.allows()):
             self._tell_left_out(state)
@@ -232,6 +249,7 @@ class EventRecorder(Callback):
         if self.pace.share is not None:
             metrics["seconds_last_measurement"] = self.pace.last  # a resumed run goes by it
         self.folder.commit(metrics, spectra=spectra, evals=evals)
+        self._evals += evals
         self._done.add(event_of(metrics))
         self.tensorboard.add(metrics, spectra)
         line = event_line(metrics, spectra, state.total, self.config.ood_shift)

@@ -40,6 +40,12 @@ def method_of(stage: str, settings: Mapping[str, Any]) -> str:
     return str(advantages).upper() if advantages in ("grpo", "rloo") else ""
 
 
+def accuracy_prefix(shift: str, ood_shift: str | None) -> str:
+    """What the columns of an evaluation begin with: ``id`` without a shift, ``ood`` for the one that OOD means, else its
+    name."""
+    return "id" if shift == "none" else "ood" if shift == ood_shift else shift
+
+
 def segment_of(row: Mapping[str, Any]) -> str:
     """The id of the segment that a row belongs to."""
     found = row.get("segment")

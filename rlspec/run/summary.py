@@ -8,15 +8,15 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rlspec.io.jsonl import Row
+from rlspec.run.alarm import eval_events, segments_left
 from rlspec.run.branches import decisive_events, event_title, pairs_to_test, segment_titles, start_name
 from rlspec.run.config import TrackConfig
 from rlspec.run.correlations import rank_correlations
 from rlspec.run.evaluation import compare_gains, describe_test, paired_test
 from rlspec.run.folder import RunFolder
 from rlspec.run.rows import mean, rotation
-from rlspec.run.segments import Event, Segment, event_of, segment_of
+from rlspec.run.segments import Event, Segment, event_of
 from rlspec.tasks.alarm import Fall, describe_fall, standing_fall
-from rlspec.tasks.scores import Score
 
 
 def summarize(config: TrackConfig, folder: RunFolder) -> Row:
@@ -30,15 +30,16 @@ def summarize(config: TrackConfig, folder: RunFolder) -> Row:
     ``correlations`` are those of each metric with OOD accuracy over the events of SFT.
     """
     metrics, spectra, evals = folder.metrics(), folder.spectra(), folder.evals()
-    chosen = decisive_events(config.segments, metrics)
-    pairs = pairs_to_test(config.segments, chosen)
-    branches = [segment for segment in config.segments if segment.parent is not None]
+    segments = segments_left(config, metrics, evals)
+    chosen = decisive_events(segments, metrics)
+    pairs = pairs_to_test(segments, chosen)
+    branches = [segment for segment in segments if segment.parent is not None]
     ends = [(chosen[start_name(segment, chosen)], chosen[f"{segment.id}_end"]) for segment in branches]
     last = metrics[-1]
     return {
         "run": folder.run_id,
         "settings": config.to_settings(),
-        "segments": [_segment_row(segment) for segment in config.segments],
+        "segments": [_segment_row(segment) for segment in segments],
         "events": {
             name: {"metrics": row, "spectra": module_means(spectra, event_of(row))}
             for name, row in chosen.items()
@@ -49,7 +50,7 @@ def summarize(config: TrackConfig, folder: RunFolder) -> Row:
             for later, moved in zip(branches[1:], ends[1:])
         },
         "correlations": rank_correlations(metrics, spectra),
-        "alarms": _alarms(config, folder, evals),
+        "alarms": _alarms(config, folder, segments, evals),
         "note": "the OOD peak is chosen on the deals that its test uses, so that test favours a fall from it",
         "seconds": {
             name.removeprefix("seconds_"): last[name] for name in last if name.startswith("seconds_")
@@ -58,14 +59,14 @@ def summarize(config: TrackConfig, folder: RunFolder) -> Row:
     }
 
 
-def _alarms(config: TrackConfig, folder: RunFolder, evals: Sequence[Row]) -> list[Row]:
+def _alarms(
+    config: TrackConfig, folder: RunFolder, segments: Sequence[Segment], evals: Sequence[Row]
+) -> list[Row]:
     """The first fall from its peak of each shift in each segment, where that was not reached again."""
     found = []
-    for segment in config.segments:
+    for segment in segments:
         for shift in config.shifts:
-            rows = [row for row in evals if segment_of(row) == segment.id and row["shift"] == shift]
-            scores = [Score(row["accuracy"], row["n"], tuple(map(float, row["outcomes"]))) for row in rows]
-            fall = standing_fall(shift, zip((row["step"] for row in rows), scores))
+            fall = standing_fall(shift, eval_events(evals, segment.id, shift))
             if fall is not None:
                 kept = config.keeps_checkpoint(segment.stage, fall.peak_step)
                 place = folder.checkpoint_dir(segment.id, fall.peak_step).relative_to(folder.path)

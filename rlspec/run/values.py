@@ -74,6 +74,10 @@ def converted(name: str, value: Any, hint: Any, source: str) -> Any:
             return None
         raise OptionError(f"{source}: {name} must have a value")
     kinds = (hint, *typing.get_args(hint))
+    if hint is bool:
+        if isinstance(value, bool):
+            return value
+        raise OptionError(f"{source}: {name} must be true or false, not {value!r}")
     if (names := tuple[str, ...]) in kinds or tuple[int, ...] in kinds:
         parts = [value] if isinstance(value, int) and not isinstance(value, bool) else value
         if not isinstance(parts, (str, list, tuple)):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError, check_type
 from rlspec.io.coverage import partly_found
+from rlspec.io.heads import split_heads
 from rlspec.io.projections import Projection, check_finite, find_projections, language_model, parse_modules
 from rlspec.io.weights import WeightSource, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
@@ -59,6 +60,7 @@ class SpectralBasis:
         *,
         modules: str | Iterable[str] = ("q", "k", "v"),
         rank: RankLike = 0.2,
+        per_head: bool = False,
         cache_dir: str | Path | None = None,
         device: torch.device | str = "auto",
         progress: Progress | None = None,
@@ -70,16 +72,19 @@ class SpectralBasis:
                 fp8 are dequantised, LoRA adapters of PEFT are added to theirs.
             modules: which projections: names, or a text such as ``"q,k,v"``, ``"attn"``, ``"all"``.
             rank: leading directions to follow in each matrix, see :class:`Rank`.
+            per_head: each attention head of q, k and v is a matrix of its own; the model's configuration must say how
+                many there are.
             cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
             device: where to measure. ``"auto"``: where each weight is; for a checkpoint on disk, the GPU if there is one.
             progress: called with (done, total) after every matrix.
 
         Raises:
-            ProjectionError: the model has none of one of the modules, or in a quantised form that is not known.
+            ProjectionError: the model has none of one of the modules, or in a quantised form that is not known; or its
+                heads are not known.
             TensorError: a weight holds NaN or infinity, has no values, or its scales do not fit.
             OptionError: an unknown module, an invalid rank.
         """
-        return cls._build(model, modules, rank, cache_dir, device, progress)
+        return cls._build(model, modules, rank, per_head, cache_dir, device, progress)
 
     @classmethod
     def from_checkpoint(
@@ -88,6 +93,7 @@ class SpectralBasis:
         *,
         modules: str | Iterable[str] = ("q", "k", "v"),
         rank: RankLike = 0.2,
+        per_head: bool = False,
         cache_dir: str | Path | None = None,
         device: torch.device | str = "auto",
         progress: Progress | None = None,
@@ -97,7 +103,7 @@ class SpectralBasis:
         Arguments and errors are those of :meth:`from_model`; CheckpointError where the files are at fault.
         """
         check_type("folder", folder, (str, Path), "the path of a checkpoint")
-        return cls._build(Path(folder), modules, rank, cache_dir, device, progress)
+        return cls._build(Path(folder), modules, rank, per_head, cache_dir, device, progress)
 
     @classmethod
     def from_tensors(
@@ -106,13 +112,14 @@ class SpectralBasis:
         *,
         modules: str | Iterable[str] = ("q", "k", "v"),
         rank: RankLike = 0.2,
+        per_head: bool = False,
         cache_dir: str | Path | None = None,
         device: torch.device | str = "auto",
         progress: Progress | None = None,
     ) -> SpectralBasis:
         """Decompose named tensors (names as in a Hugging Face checkpoint). Arguments as
         :meth:`from_model`."""
-        return cls._build(tensors, modules, rank, cache_dir, device, progress)
+        return cls._build(tensors, modules, rank, per_head, cache_dir, device, progress)
 
     @classmethod
     @pinned_arithmetic()
@@ -121,6 +128,7 @@ class SpectralBasis:
         source: WeightSource,
         modules: str | Iterable[str],
         rank: RankLike,
+        per_head: bool,
         cache_dir: str | Path | None,
         device: torch.device | str,
         progress: Progress | None,
@@ -129,6 +137,8 @@ class SpectralBasis:
         weights = open_weights(source)
         shapes, config = weights.shapes(), weights.config()
         projections = find_projections(shapes, parse_modules(modules), config)
+        if per_head:
+            projections = split_heads(projections, shapes, config)
         model = language_model(shapes, config)
         if len(model.own) > 1:
             _LOG.warning(model.note)

@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from rlspec.errors import RlspecError
+from rlspec.io.heads import split_heads
 from rlspec.io.projections import Projection, find_projections, parse_modules
+from rlspec.io.updates import Update
 from rlspec.io.weights import Weights, WeightSource, find_tensor, open_weights
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
@@ -24,6 +26,9 @@ from rlspec.spectra.basis import SpectralBasis, reference_matrices
 from rlspec.spectra.processes import GatherError, Processes, dealt, raise_failures, told
 from rlspec.spectra.table import Row
 from rlspec.spectra.tracker import STACK_ENTRIES, SpectralRecord, SpectralTracker
+
+#: by the name of the projection: the matrix, and what adapters add to it, see ``Weights.stream_apart``
+_Matrices = dict[str, tuple[Tensor, Update | None]]
 
 
 @dataclass
@@ -44,7 +49,7 @@ class DealtTracker:
     Args:
         model: what this process trains: whole, or with DTensors of FSDP2 or tensor parallelism. It may be wrapped.
         base: the reference, a safetensors checkpoint that every process can read; None for the model as it is now.
-        modules, rank, cache_dir: see ``SpectralBasis.from_model``.
+        modules, rank, per_head, cache_dir: see ``SpectralBasis.from_model``.
         device: where to measure; None: where the model's weights are.
 
     Raises:
@@ -60,6 +65,7 @@ class DealtTracker:
         base: str | Path | None = None,
         modules: str | Sequence[str] = ("q", "k", "v"),
         rank: RankLike = 0.2,
+        per_head: bool = False,
         cache_dir: str | Path | None = None,
         device: torch.device | None = None,
     ) -> None:
@@ -72,7 +78,7 @@ class DealtTracker:
         failure, shapes = None, {}
         try:
             reference = None if base is None else open_weights(Path(base))
-            shapes = self._find(reference or open_weights(model), model, modules)
+            shapes = self._find(reference or open_weights(model), model, modules, per_head)
         except Exception as error:
             failure = told(error)
         found = self.processes.gathered((failure, shapes))
@@ -86,11 +92,12 @@ class DealtTracker:
             self.processes.agree(self._decompose(model if reference is None else reference))
 
     def _find(
-        self, source: Weights, model: nn.Module, modules: str | Sequence[str]
+        self, source: Weights, model: nn.Module, modules: str | Sequence[str], per_head: bool
     ) -> dict[str, tuple[int, int]]:
         """Keep the projections; their shapes by name."""
         shapes = source.shapes()
-        self.projections = tuple(find_projections(shapes, parse_modules(modules), source.config()))
+        found = find_projections(shapes, parse_modules(modules), source.config())
+        self.projections = tuple(split_heads(found, shapes, source.config()) if per_head else found)
         held = open_weights(model)
         for projection in self.projections:
             find_tensor(projection.tensor, held.shapes().keys(), held.where)
@@ -115,9 +122,9 @@ class DealtTracker:
     def _decompose(self, source: WeightSource) -> str | None:
         """Make the trackers of this process's stacks; what went wrong, None where nothing did."""
 
-        def work(stack: _Stack, matrices: dict[str, Tensor]) -> None:
-            devices = {p.name: self._device or matrices[p.name].device for p in stack.projections}
-            weights = ((p, matrices.pop(p.name)) for p in stack.projections)
+        def work(stack: _Stack, matrices: _Matrices) -> None:
+            devices = {p.name: self._device or matrices[p.name][0].device for p in stack.projections}
+            weights = ((p, matrices.pop(p.name)[0]) for p in stack.projections)
             basis = reference_matrices(weights, self._rank, self._cache_dir)
             reference = SpectralBasis(stack.projections, basis, self._rank, devices=devices)
             stack.tracker = SpectralTracker(reference, arrays=False, factors="host")
@@ -137,22 +144,27 @@ class DealtTracker:
         rows: dict[str, Row] = {}
         seconds = [0.0]
 
-        def work(stack: _Stack, matrices: dict[str, Tensor]) -> None:
+        def work(stack: _Stack, matrices: _Matrices) -> None:
             assert stack.tracker is not None
             record = stack.tracker.measure(_Handed(matrices), step=step, stage=stage)
             rows.update(zip((p.name for p in stack.projections), record.rows, strict=True))
             seconds[0] += record.seconds
 
         with pinned_arithmetic():
-            failure = self._walk(model, work)
+            failure = self._walk(model, work, apart=True)
         found = self.processes.gathered((failure, rows, seconds[0]))
         raise_failures([one for one, _, _ in found])
         by_name = {name: row for _, part, _ in found for name, row in part.items()}
         ordered = [by_name[projection.name] for projection in self.projections]
         return SpectralRecord(stage, step, ordered, seconds=max(spent for _, _, spent in found))
 
-    def _walk(self, source: WeightSource, work: Callable[[_Stack, dict[str, Tensor]], None]) -> str | None:
+    def _walk(
+        self, source: WeightSource, work: Callable[[_Stack, _Matrices], None], *, apart: bool = False
+    ) -> str | None:
         """Call ``work`` with the matrices of each stack of this process; join the gathers of the others' stacks.
+
+        Args:
+            apart: what adapters add is given beside the matrices, not in them.
 
         Returns:
             What went wrong in this process, whose later stacks are then gathered and dropped.
@@ -161,14 +173,14 @@ class DealtTracker:
         mine = self.processes.number
         stacks = [stack for stack in self._stacks if gathers or stack.owner == mine]
         failure: str | None = None
-        stream = gathered(source, [p for stack in stacks for p in stack.projections])
+        stream = gathered(source, [p for stack in stacks for p in stack.projections], apart=apart)
         try:
             for stack in stacks:
-                matrices: dict[str, Tensor] = {}
+                matrices: _Matrices = {}
                 for _ in stack.projections:
-                    projection, matrix = next(stream)
+                    projection, matrix, update = next(stream)
                     if stack.owner == mine and failure is None:
-                        matrices[projection.name] = matrix
+                        matrices[projection.name] = matrix, update
                     del matrix
                 if stack.owner == mine and failure is None:
                     try:
@@ -184,15 +196,24 @@ class DealtTracker:
         return failure
 
 
-def gathered(source: WeightSource, projections: Sequence[Projection]) -> Iterator[tuple[Projection, Tensor]]:
-    """``Weights.stream``; where it gathers, an error that leaves the processes in different places is told as such.
+def gathered(
+    source: WeightSource, projections: Sequence[Projection], *, apart: bool = False
+) -> Iterator[tuple[Projection, Tensor, Update | None]]:
+    """``Weights.stream_apart``, or ``Weights.stream`` with no update beside the matrices; where it gathers, an error that
+    leaves the processes in different places is told as such.
 
     Raises:
         GatherError: the weights are spread and could not be gathered; other errors are those of ``Weights.stream``.
     """
     gathers = isinstance(source, nn.Module) and is_spread(source)
+    weights = open_weights(source)
     try:
-        yield from open_weights(source).stream(projections)
+        if apart:
+            yield from weights.stream_apart(projections)
+        else:
+            for projection, matrix in weights.stream(projections):
+                yield projection, matrix, None
+                del matrix
     except RlspecError:
         raise
     except Exception as error:
@@ -204,11 +225,13 @@ def gathered(source: WeightSource, projections: Sequence[Projection]) -> Iterato
 class _Handed(Weights):
     """Matrices by the name of their projection, each handed on once."""
 
-    def __init__(self, matrices: dict[str, Tensor]) -> None:
+    def __init__(self, matrices: _Matrices) -> None:
         self._given = matrices
 
-    def stream(self, projections: Sequence[Projection]) -> Iterator[tuple[Projection, Tensor]]:
-        return ((projection, self._given.pop(projection.name)) for projection in projections)
+    def stream_apart(
+        self, projections: Sequence[Projection]
+    ) -> Iterator[tuple[Projection, Tensor, Update | None]]:
+        return ((projection, *self._given.pop(projection.name)) for projection in projections)
 
 
 def is_spread(model: nn.Module) -> bool:

@@ -52,7 +52,10 @@ def _take(value: Any, positions: list[int]) -> Any:
         return tuple(value[i] for i in positions)
     if isinstance(value, Tensor):
         return value[positions]
-    return value if value is None else value.select(positions)
+    if value is None:
+        return None
+    # Not select, which leaves a whole stack in its order.
+    return UpdateStats(*(getattr(value, f.name)[positions] for f in fields(UpdateStats)))
 
 
 def _join(values: list[Any]) -> Any:

@@ -22,6 +22,7 @@ from rlspec.spectra.metrics import (
     stable_rank,
 )
 from rlspec.spectra.nulls import Nulls
+from rlspec.spectra.power_law import FEWEST, THRESHOLD, fit_power_law
 
 Row = dict[str, float | int | str | None]
 
@@ -32,6 +33,7 @@ COLUMNS: dict[str, str] = {
     "name": "projection",
     "module": "q, k, v, o, mlp, embed or lm_head",
     "layer": "layer index",
+    "head": "attention head, of k and v the key-value head; none for a whole matrix",
     "rows": "m",
     "cols": "n",
     "rank": "k, leading directions followed",
@@ -68,6 +70,11 @@ COLUMNS: dict[str, str] = {
     "gap_at_cut_rel": "(σ_k - σ_{k+1}) / σ_k of the reference",
     "sigma_error_bound": "absolute error bound of every singular value reported",
     "angle_error_bound_rad": "error bound of every principal angle reported",
+    "nss": "normalised spectral shift of all singular values",
+    "alpha": "exponent of the tail of the density of σ²",
+    "alpha_ref": "the same of the reference",
+    "alpha_distance": "Kolmogorov-Smirnov distance of the tail from that power law",
+    "alpha_tail": "how many eigenvalues the tail has",
     "null_rounding_rad": "mean principal angle that rounding the weights to bfloat16 causes",
     "null_random_rad": "mean principal angle that random updates of the same norm cause (mean over draws)",
     "null_random_percentile": "percentage of those random updates that turn less than the measured one",
@@ -169,6 +176,23 @@ def put_nulls(row: Row, nulls: Nulls, index: int) -> None:
     )
 
 
+def put_spectrum(row: Row, sigma: Tensor, sigma_ref: Tensor) -> None:
+    """Fill the columns that need every singular value of a weight and of its reference, each (r,) float64."""
+    law, before = fit_power_law(sigma), fit_power_law(sigma_ref)
+    row["nss"] = float(normalised_spectral_shift(sigma, sigma_ref))
+    row["alpha_ref"] = None if before is None else before.alpha
+    if law is not None:
+        row.update(alpha=law.alpha, alpha_distance=law.distance, alpha_tail=law.tail)
+    if law is None or before is None:
+        row["note"] = _join(
+            [_text(row["note"]), f"fewer than {FEWEST} eigenvalues above {THRESHOLD:g}: no alpha"]
+        )
+
+
+def _text(value: float | int | str | None) -> str | None:
+    return None if value is None else str(value)
+
+
 def empty_row(matrix: MatrixBasis, projection: Projection, *, stage: str, step: int) -> Row:
     """The row of a matrix that has no direction to follow: a zero reference."""
     row = _header(matrix, projection, stage, step)
@@ -184,6 +208,7 @@ def _header(matrix: MatrixBasis, projection: Projection, stage: str, step: int) 
         "name": projection.name,
         "module": projection.module,
         "layer": projection.layer,
+        "head": projection.head,
         "rows": matrix.shape[0],
         "cols": matrix.shape[1],
         "rank": matrix.k,

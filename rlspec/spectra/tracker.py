@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,20 +12,22 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rlspec.errors import OptionError, TensorError, check_type
-from rlspec.io.projections import Projection, check_finite
-from rlspec.io.weights import WeightSource, open_weights
+from rlspec.errors import OptionError, check_type
+from rlspec.io.projections import Projection
+from rlspec.io.updates import Update
+from rlspec.io.weights import READ_AHEAD_BYTES, WeightSource, open_weights
+from rlspec.linalg.dense import lapack_values
 from rlspec.linalg.precision import pinned_arithmetic
-from rlspec.linalg.workers import in_order
-from rlspec.perturb.delta import Delta, delta_between
+from rlspec.linalg.workers import in_order, is_small
 from rlspec.perturb.matrix import MatrixBasis
-from rlspec.perturb.reference import Reference, stack
+from rlspec.perturb.reference import Reference
 from rlspec.spectra.basis import SpectralBasis
+from rlspec.spectra.current import Current
 from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.nulls import null_rotations
-from rlspec.spectra.table import Row, empty_row, measured_rows, put_nulls
+from rlspec.spectra.table import Row, empty_row, measured_rows, put_nulls, put_spectrum
 
 Engine = Literal["delta", "exact"]
 Factors = Literal["auto", "device", "host"]
@@ -112,7 +113,13 @@ class SpectralTracker:
         self._groups = sorted(groups, key=lambda group: place[group.projections[0].name])
 
     def measure(
-        self, source: WeightSource, *, step: int, stage: str = "", null_draws: int = 0
+        self,
+        source: WeightSource,
+        *,
+        step: int,
+        stage: str = "",
+        null_draws: int = 0,
+        full_spectrum: bool = False,
     ) -> SpectralRecord:
         """Measure one set of weights.
 
@@ -123,53 +130,87 @@ class SpectralTracker:
             stage: name of the training stage, likewise.
             null_draws: where positive, the ``null_*`` columns say how far rounding to bfloat16 and this many
                 random updates of the same norm turn the subspaces; costs that many measurements more, plus one.
+            full_spectrum: fill ``nss`` and the ``alpha`` columns, which need every singular value: each weight is
+                decomposed in float64, on the host.
 
         Raises:
             TensorError: a weight is missing or there are two of its name, it has another shape than its reference or
                 no values, is stored in a quantised form that is not known, or holds NaN or infinity.
         """
         with pinned_arithmetic():
-            return self._measure(source, step, stage, null_draws)
+            return self._measure(source, step, stage, null_draws, full_spectrum)
 
-    def _measure(self, source: WeightSource, step: int, stage: str, null_draws: int) -> SpectralRecord:
+    def _measure(
+        self, source: WeightSource, step: int, stage: str, null_draws: int, full_spectrum: bool
+    ) -> SpectralRecord:
         started = time.perf_counter()
-        stream = open_weights(source).stream([p for group in self._groups for p in group.projections])
+        stream = open_weights(source).stream_apart([p for group in self._groups for p in group.projections])
         record = SpectralRecord(stage=stage, step=step, rows=[])
         rows: dict[str, Row] = {}
-        jobs = (self._job(group, _stacked(stream, group), step, stage, null_draws) for group in self._groups)
-        for measured, arrays in in_order(jobs, torch.get_num_threads()):
+        jobs = self._jobs(stream, step, stage, null_draws, full_spectrum)
+        for measured, arrays in in_order(jobs, self._most_at_once()):
             rows.update(measured)
             record.arrays.update(arrays)
         record.rows = [rows[projection.name] for projection in self.basis.projections]
         record.seconds = time.perf_counter() - started
         return record
 
-    def _job(
-        self, group: _Group, stacked: Tensor, step: int, stage: str, null_draws: int
-    ) -> tuple[int, Callable[[], tuple[dict[str, Row], dict[str, Tensor]]]]:
-        """The measurement of one stack: its rows and arrays, by name."""
-        on_host = group.device.type == "cpu"
-        measure = partial(self._measured, group, stacked, step, stage, null_draws)
-        return group.matrices[0].W.numel() if on_host else sys.maxsize, measure
+    def _most_at_once(self) -> int:
+        """How many stacks of small matrices a reader of checkpoints may hold for us: with one that waits, one that is
+        being read, or else the largest matrix."""
+        sizes = [sum(matrix.W.nbytes for matrix in group.matrices) for group in self._groups]
+        single = [group.matrices[0].W.numel() for group in self._groups]
+        small = max((size for size, entries in zip(sizes, single) if is_small(entries)), default=0)
+        largest = max(sizes, default=0)
+        room = max(READ_AHEAD_BYTES, 2 * largest) - largest
+        return max(1, room // small - 2) if small else 1
+
+    def _jobs(
+        self,
+        stream: Iterator[tuple[Projection, Tensor, Update | None]],
+        step: int,
+        stage: str,
+        null_draws: int,
+        full_spectrum: bool,
+    ) -> Iterator[tuple[int, Callable[[], tuple[dict[str, Row], dict[str, Tensor]]]]]:
+        """The measurement of each stack: its rows and arrays, by name."""
+        for group in self._groups:
+            reference = group.reference() if group.rank > 0 else None
+            current = Current.of(stream, group.matrices, group.device, reference)
+            on_host = group.device.type == "cpu"
+            yield (
+                group.matrices[0].W.numel() if on_host else sys.maxsize,
+                partial(self._measured, group, reference, current, step, stage, null_draws, full_spectrum),
+            )
+            del reference, current  # before the next ones take their room
 
     @pinned_arithmetic()
     def _measured(
-        self, group: _Group, stacked: Tensor, step: int, stage: str, null_draws: int
+        self,
+        group: _Group,
+        reference: Reference | None,
+        current: Current,
+        step: int,
+        stage: str,
+        null_draws: int,
+        full_spectrum: bool,
     ) -> tuple[dict[str, Row], dict[str, Tensor]]:
         pairs = list(zip(group.projections, group.matrices, strict=True))
-        if group.rank == 0:
+        if reference is None:
             return {p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs}, {}
-        engine, reference = _ENGINES[self.engine], group.reference()
-        delta = delta_between(stacked, reference.W)
-        if stacked.is_cuda:
-            _check_sums(group, stacked, delta)
-        measurement = engine(reference, delta)
+        engine = _ENGINES[self.engine]
+        measurement = current.measured(engine, reference)
         nulls = None
         if null_draws > 0:
-            nulls = null_rotations(engine, reference, stacked, measurement, draws=null_draws)
+            weights = current.weights(reference)
+            nulls = null_rotations(engine, reference, weights, measurement, draws=null_draws)
         rows = measured_rows(measurement, group.matrices, group.projections, stage=stage, step=step)
+        sigma = lapack_values(current.weights(reference).cpu().double()) if full_spectrum else None
         arrays: dict[str, Tensor] = {}
         for i, (row, matrix) in enumerate(zip(rows, group.matrices, strict=True)):
+            if sigma is not None:
+                same = bool(measurement.update.delta_frobenius[i] == 0)
+                put_spectrum(row, matrix.S if same else sigma[i], matrix.S)
             if nulls is not None:
                 put_nulls(row, nulls, i)
             if self.arrays:
@@ -219,31 +260,6 @@ def factor_place(basis: SpectralBasis) -> Literal["device", "host"]:
             if total > free // 2:
                 return "host"
     return "device"
-
-
-def _stacked(stream: Iterator[tuple[Projection, Tensor]], group: _Group) -> Tensor:
-    """The current weights of a group, which are the next of the stream, (L, m, n) on its device."""
-    found = []
-    # In this order zip asks the stream for no weight beyond the group's.
-    for matrix, (projection, weight) in zip(group.matrices, stream):
-        # On a device the sums tell of NaN and infinity without making the host wait for each matrix.
-        if group.device.type == "cpu":
-            check_finite(projection.name, weight)
-        weight = weight.to(group.device)
-        if tuple(weight.shape) != matrix.shape:
-            raise TensorError(
-                f"{projection.name}: the reference is {matrix.shape[0]}x{matrix.shape[1]}, this weight is "
-                f"{'x'.join(str(d) for d in weight.shape)}"
-            )
-        found.append(weight)
-    return stack(found)
-
-
-def _check_sums(group: _Group, stacked: Tensor, delta: Delta) -> None:
-    """Refuse NaN and infinity where the norms show them."""
-    for i, norm in enumerate(delta.stats.weight_frobenius.tolist()):
-        if not math.isfinite(norm):
-            check_finite(group.projections[i].name, stacked[i])
 
 
 def _arrays(measurement: Measurement, index: int, matrix: MatrixBasis) -> dict[str, Tensor]:

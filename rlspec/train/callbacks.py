@@ -40,6 +40,10 @@ class Callback:
     def on_step(self, state: StepState) -> None:
         """After every step."""
 
+    def ends(self) -> bool:
+        """Asked after every step: whether the stage ends here, as it would after its last step."""
+        return False
+
 
 @contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:

@@ -35,7 +35,7 @@ class TrainResult:
     losses: list[float]  # one a step, from the first step of the first attempt
     steps: int  # finished steps
     seconds: float  # spent training, over resumes too
-    stopped: bool  # by Ctrl-C or SIGTERM, before the last step
+    stopped: bool  # by Ctrl-C or SIGTERM, before the last step; what a callback ended was not
     signal: int | None = None  # number of the one that came, be it during the last step
 
 
@@ -113,7 +113,8 @@ def run_steps(
     with stoppable() as stop:
         if fresh:
             notify(callbacks, state({}))
-        while done < total and stop.signal is None:
+        ended = False
+        while done < total and stop.signal is None and not ended:
             began = time.perf_counter()
             # Dropout is the only user of the global generators; seeding them by step makes it resumable.
             torch.manual_seed(derived_seed(config.seed, stage, done + 1))
@@ -126,9 +127,10 @@ def run_steps(
             losses.append(logs["loss"])
             seconds += time.perf_counter() - began
             notify(callbacks, state(logs))
+            ended = any(callback.ends() for callback in callbacks)
             if done % config.checkpoint_every == 0:
                 save()
                 saved = done
         if saved != done:
             save()
-    return TrainResult(losses, done, seconds, stopped=done < total, signal=stop.signal)
+    return TrainResult(losses, done, seconds, stopped=done < total and not ended, signal=stop.signal)

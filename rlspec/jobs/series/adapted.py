@@ -1,4 +1,4 @@
-"""A LoRA adapter on its base, as weights: W + s B A, formed for the tensor that is asked for."""
+"""A LoRA adapter on its base, as weights: W + s B A, or W and the factors apart."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rlspec.io.adapter import Adapter
 from rlspec.io.stream import read_tensor
+from rlspec.io.updates import Update
 from rlspec.io.weights import CheckpointWeights
 
 
@@ -21,5 +22,13 @@ class AdaptedWeights(CheckpointWeights):
 
     def _decoded(self, name: str, stored: Tensor) -> Tensor:
         saved = self._adapter.saved(name)
-        weight = super()._decoded(name, stored) if saved is None else read_tensor(self._adapter.index, saved)
+        return super()._decoded(name, stored) if saved is None else read_tensor(self._adapter.index, saved)
+
+    def _adapted(self, name: str, weight: Tensor) -> Tensor:
         return self._adapter.add_update(name, 0, weight)
+
+    def _adds(self, name: str) -> bool:
+        return self._adapter.adds(name)
+
+    def _update(self, name: str) -> Update:
+        return self._adapter.update(name)

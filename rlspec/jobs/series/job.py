@@ -18,6 +18,7 @@ import torch
 
 from rlspec.backend import choose_device
 from rlspec.errors import OptionError, RlspecError, TensorError
+from rlspec.io.heads import split_heads
 from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.io.share import ALONE, APART, LOOK, Share
 from rlspec.io.weights import Weights, find_tensor, open_weights
@@ -43,8 +44,10 @@ def measure(
     out: str | Path | None = None,
     modules: str | Iterable[str] = ("q", "k", "v"),
     rank: RankLike = 0.2,
+    per_head: bool = False,
     engine: Engine = "delta",
     null_draws: int = 0,
+    full_spectrum: bool = False,
     device: torch.device | str = "auto",
     memory_gib: float = 4.0,
     cache_dir: str | Path | None = None,
@@ -57,10 +60,11 @@ def measure(
         base: the reference, a safetensors checkpoint: a folder in the layout of Hugging Face (a snapshot in its cache is
             one), or a file.
         checkpoints: such folders or files, folders that torch.distributed.checkpoint wrote (those of accelerate's FSDP
-            below them, too), LoRA adapters of PEFT (measured as W + s B A), and folders of those.
+            below them, too), LoRA adapters of PEFT (measured as W + s B A, by their factors), and folders of those.
         out: folder for ``spectra.jsonl``. What is in its table already is not measured again; an interrupted series goes
             on. None keeps the rows in memory alone.
-        modules, rank, engine, null_draws, device: see ``SpectralBasis.from_checkpoint`` and ``SpectralTracker``.
+        modules, rank, per_head, engine, null_draws, device: see ``SpectralBasis.from_checkpoint``, ``SpectralTracker``.
+        full_spectrum: see ``SpectralTracker.measure``.
         memory_gib: bound on tensors and decompositions that are held at once on the host, GiB.
         cache_dir: where the base's decompositions are kept; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
         on_matrix: called after every matrix of every checkpoint that this process measures.
@@ -84,8 +88,10 @@ def measure(
         out=out,
         modules=modules,
         rank=rank,
+        per_head=per_head,
         engine=engine,
         null_draws=null_draws,
+        full_spectrum=full_spectrum,
         device=device,
         memory_gib=memory_gib,
         cache_dir=cache_dir,
@@ -113,6 +119,7 @@ class Job:
     rank: Rank
     engine: Engine
     null_draws: int
+    full_spectrum: bool
     device: torch.device
     cache_dir: str | Path | None
     table: SpectraTable
@@ -131,6 +138,8 @@ class Job:
         null_draws: int,
         device: torch.device | str,
         memory_gib: float,
+        per_head: bool = False,
+        full_spectrum: bool = False,
         cache_dir: str | Path | None = None,
         share: Share = ALONE,
     ) -> Job:
@@ -149,6 +158,8 @@ class Job:
         weights = open_weights(place)
         shapes = weights.shapes()
         projections = find_projections(shapes, wanted, weights.config())
+        if per_head:
+            projections = split_heads(projections, shapes, weights.config())
         # Several processes deal stacks to each other, and small ones come out even.
         together = torch.get_num_threads() + 1 if share.count == 1 else 1
         parts = stacks(projections, shapes, memory, memory_gib, device=chosen, parts=together)
@@ -157,8 +168,10 @@ class Job:
             "base_files": Checkpoint.at(place).files(),
             "modules": list(wanted),
             "rank": str(rule),
+            "per_head": per_head,
             "engine": engine,
             "null_draws": null_draws,
+            "full_spectrum": full_spectrum,
         }
         names = [projection.name for projection in projections]
         table = SpectraTable(None if out is None else Path(out), settings, names, share)
@@ -170,6 +183,7 @@ class Job:
             rule,
             engine,
             null_draws,
+            full_spectrum,
             chosen,
             cache_dir,
             table,
@@ -258,7 +272,13 @@ class Job:
         self, tracker: SpectralTracker, checkpoint: Checkpoint, weights: Weights
     ) -> list[dict[str, Any]]:
         try:
-            record = tracker.measure(weights, step=0, stage=checkpoint.stage, null_draws=self.null_draws)
+            record = tracker.measure(
+                weights,
+                step=0,
+                stage=checkpoint.stage,
+                null_draws=self.null_draws,
+                full_spectrum=self.full_spectrum,
+            )
         except TensorError as error:
             raise TensorError(_told(checkpoint.path, error)) from None
         return [{**row, "step": checkpoint.step} for row in record.rows]

@@ -266,6 +266,7 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         RunFolderError: a setting differs; the message names it.
     """
+    found = {"per_head": False, "full_spectrum": False, **found}  # which earlier versions did not tell
     for name, value in wanted.items():
         if name == "base":  # where it lies; what it is, its files tell
             continue
