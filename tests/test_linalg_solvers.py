@@ -280,3 +280,17 @@ def test_libraries_are_compiled_from_the_packaged_sources(
     with pytest.raises(BackendError, match=r"cusolver\.cu does not compile: no cusolverDn\.h$"):
         libraries.compiled("cusolver")
     libraries.compiled.cache_clear()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("choice", solvers.CHOICES[1:])
+def test_on_a_gpu(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The library as it is compiled there, unaided: a warning would be the host's help."""
+    monkeypatch.setenv(solvers.VARIABLE, choice)
+    a = torch.stack([symmetric(SPECTRA["flat"], i) for i in range(5)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        values, _ = dense.eigh(a.cuda())
+        _, s, _ = dense.core_svd(a.cuda())
+    torch.testing.assert_close(values.cpu(), torch.linalg.eigvalsh(a), rtol=0, atol=10 * rounding(N))
+    torch.testing.assert_close(s.cpu(), torch.linalg.svdvals(a), rtol=0, atol=10 * rounding(N))
