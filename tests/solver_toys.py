@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlspec.linalg import libraries
+from rlspec.linalg import libraries, solvers
 from rlspec.linalg.libraries import JacobiLibrary
 from rlspec.linalg.solvers import Jacobi
 
@@ -44,6 +44,16 @@ def in_order(seed: int) -> Iterator[None]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(libraries, "_current", current)
+        yield
+
+
+@contextmanager
+def chosen_jacobi() -> Iterator[None]:
+    """Within, ``RLSPEC_SOLVER=jacobi``, and the pretend device's library is the host's."""
+    with pytest.MonkeyPatch.context() as patch, in_order(0):
+        patch.setenv(solvers.VARIABLE, "jacobi")
+        patch.setattr(solvers, "compile_problem", lambda device: None)
+        patch.setattr(solvers, "_made", lambda choice: host_jacobi())
         yield
 
 

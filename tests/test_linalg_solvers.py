@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from pretend import DEVICE, pretend_device, to_pretend
-from solver_toys import F64, departure, host_jacobi, in_order, orthogonal, planted, symmetric
+from solver_toys import F64, chosen_jacobi, departure, host_jacobi, in_order, orthogonal, planted, symmetric
 from torch import Tensor
 from torch.utils import cpp_extension
 
@@ -171,12 +171,8 @@ class Faulty:
 
 
 @pytest.fixture
-def chosen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """``RLSPEC_SOLVER=jacobi``, the pretend device's library being the host's."""
-    monkeypatch.setenv(solvers.VARIABLE, "jacobi")
-    monkeypatch.setattr(solvers, "compile_problem", lambda device: None)
-    monkeypatch.setattr(solvers, "_made", lambda choice: host_jacobi())
-    with in_order(0):
+def chosen() -> Iterator[None]:
+    with chosen_jacobi():
         yield
 
 
