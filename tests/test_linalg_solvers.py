@@ -265,7 +265,9 @@ def test_libraries_are_compiled_from_the_packaged_sources(
     def load(name: str, sources: list[str], **options: object) -> None:
         asked[name] = (Path(sources[0]), options)
         if "cusolver" in name:
-            raise RuntimeError("no cusolverDn.h\nninja: build stopped")
+            raise RuntimeError(
+                "Error building: nvcc -D ...\nx.cu:2: fatal error: no cusolverDn.h\nninja: stopped"
+            )
 
     monkeypatch.setattr(cpp_extension, "load", load)
     monkeypatch.setattr(torch.ops, "loaded_libraries", {str(tmp_path / "rlspec_jacobi.so"), "/lib/other.so"})
@@ -273,7 +275,9 @@ def test_libraries_are_compiled_from_the_packaged_sources(
     assert libraries.compiled("jacobi") == tmp_path / "rlspec_jacobi.so"
     source, options = asked["rlspec_jacobi"]
     assert source.is_file() and options["is_python_module"] is False
-    with pytest.raises(BackendError, match=r"cusolver\.cu does not compile: no cusolverDn\.h$"):
+    with pytest.raises(
+        BackendError, match=r"cusolver\.cu does not compile: x\.cu:2: fatal error: no cusolverDn\.h$"
+    ):
         libraries.compiled("cusolver")
     libraries.compiled.cache_clear()
 

@@ -152,8 +152,11 @@ def compiled(name: str) -> Path:
             is_python_module=False,
         )
     except (RuntimeError, OSError, ImportError) as error:
-        first = next(iter(str(error).splitlines()), type(error).__name__)
-        raise BackendError(f"{source} does not compile: {first}") from error
+        said = str(error).splitlines() or [type(error).__name__]
+        told = next(
+            (line for line in said if "error:" in line), said[0]
+        )  # below the compiler's long command line
+        raise BackendError(f"{source} does not compile: {told}") from error
     (path,) = (Path(p) for p in torch.ops.loaded_libraries if Path(p).stem.startswith(f"rlspec_{name}"))
     return path
 
