@@ -13,7 +13,6 @@ from torch import Tensor
 import rlspec
 from rlspec.backend import triton_problem
 from rlspec.io.projections import find_projections
-from rlspec.linalg.dense import core_svd, eigh
 from rlspec.linalg.rank import Rank
 from rlspec.ops.add_low_rank import LowRank, add_low_rank
 from rlspec.ops.add_rounded import add_rounded
@@ -335,43 +334,3 @@ def svd_case(count: int, size: int, device: torch.device) -> Case:
             "The rate counts one product with A and one with Aᵀ of k columns; the method takes several of each."
         ],
     )
-
-
-def solve_cases(count: int, sizes: tuple[int, ...], device: torch.device) -> Iterator[Case]:
-    """Small dense solves: what rlspec takes, and what the device offers."""
-    for n in sizes:
-        generator = torch.Generator().manual_seed(n)
-        a = torch.randn(count, n, n, generator=generator, dtype=torch.float64).to(device)
-        a = a + a.mT
-        single = a.float()
-
-        def eigen_error(a: Tensor = a) -> float:
-            values, vectors = eigh(a)
-            residual = (a @ vectors - vectors * values.unsqueeze(-2)).abs().amax() / a.abs().amax()
-            off = (vectors.mT @ vectors - torch.eye(a.shape[-1]).to(vectors)).abs().amax()
-            return float(torch.maximum(residual, off)) / (1e-13 * a.shape[-1])
-
-        yield Case(
-            f"eigen-solves, {count} x {n} x {n}",
-            {
-                "rlspec (float64, on the host)": lambda a=a: eigh(a),
-                "torch.linalg.eigh, float64": lambda a=a: torch.linalg.eigh(a),
-                "torch.linalg.eigh, float32": lambda a=single: torch.linalg.eigh(a),
-            },
-            eigen_error,
-        )
-
-        def core_error(a: Tensor = a) -> float:
-            u, s, v = core_svd(a)
-            rebuilt = (u * s.unsqueeze(-2)) @ (v.mT if v.shape == a.shape else v)
-            return float((rebuilt - a).abs().amax() / a.abs().amax()) / (1e-12 * a.shape[-1])
-
-        yield Case(
-            f"decompositions of cores, {count} x {n} x {n}",
-            {
-                "rlspec (core_svd)": lambda a=a: core_svd(a),
-                "torch.linalg.svd, float64": lambda a=a: torch.linalg.svd(a),
-                "torch.linalg.svd, float32": lambda a=single: torch.linalg.svd(a),
-            },
-            core_error,
-        )

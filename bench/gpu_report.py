@@ -20,9 +20,10 @@ from typing import Any
 
 import click
 import torch
-from gpu_cases import Case, op_cases, restoration_case, solve_cases, svd_case, tracking_case
+from gpu_cases import Case, op_cases, restoration_case, svd_case, tracking_case
 from gpu_clock import Clock, yardsticks
 from gpu_iteration import iteration_cases
+from gpu_solves import solve_cases
 from harness import machine
 from shapes import SHAPES, Shape
 

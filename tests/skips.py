@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import shutil
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -51,6 +52,10 @@ def _without_backend_flags() -> bool:
     return not flags.has_backend_flags()
 
 
+def _without_nvcc() -> bool:
+    return shutil.which("nvcc") is None
+
+
 _TRITON = Meant("triton is not installed", _without_triton_wheels)
 #: "file::function", or "file" for all of it -> the skips that are meant there
 MEANT: dict[str, tuple[Meant, ...]] = {
@@ -77,6 +82,15 @@ MEANT: dict[str, tuple[Meant, ...]] = {
     "test_op_gram.py::test_in_the_interpreter": (_TRITON,),
     "test_spectra_kernels.py::test_tracking_in_the_interpreter": (_TRITON,),
     "test_kernels_compiled.py": (_TRITON,),
+    "test_linalg_solvers.py::test_on_a_gpu": (Meant("no GPU", _without_gpu),),
+    "test_cuda_compiled.py": (Meant("no nvcc", _without_nvcc),),
+    "test_cuda_compiled.py::test_every_kernel_compiles_within_limits": (
+        # Which targets and headers a toolkit has shows only when it is asked.
+        Meant("this nvcc is older than the target", lambda: True),
+    ),
+    "test_cuda_compiled.py::test_cusolver_compiles_where_its_headers_are": (
+        Meant("no headers of cuSOLVER", lambda: True),
+    ),
     "test_study.py::test_jobs_of_a_cluster_change_no_result": (
         Meant("submitit is not installed", lambda: importlib.util.find_spec("submitit") is None),
     ),

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gpu_cases
 import gpu_iteration
+import gpu_solves
 import pytest
 import torch
 from click.testing import CliRunner
 from gpu_cases import Case
 from gpu_clock import Clock
 from gpu_report import REHEARSAL, main, measured
+from gpu_solves import solve_cases
 from roofline import CARDS, Stage
 from roofline import main as roofline
+from solver_toys import host_jacobi
 from torch import Tensor
 
+from rlspec.linalg.solvers import Cusolver, Solved
 from rlspec.ops.table import TABLE
 
 BEST = {"copy": 1e10, "float32": 1e11}
@@ -67,6 +72,36 @@ def test_a_rotation_that_is_a_little_wrong_is_seen(monkeypatch: pytest.MonkeyPat
                 name == "rotation_of_images",
                 name != "rotation_of_images",
             ]
+
+
+def test_every_choice_of_small_solves_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A solver that is right is timed cold and warm, with its sweeps told; one that is not is told alone."""
+
+    class Wrong(Cusolver):
+        def eigh(self, a: torch.Tensor) -> Solved:
+            return Solved(*torch.linalg.eigh(a + 1e-3 * a.abs()), torch.zeros(len(a)))
+
+    choices = {"jacobi": host_jacobi(), "cusolver": Wrong(None), "broken": Cusolver(None)}  # type: ignore[arg-type]
+    monkeypatch.setattr(gpu_solves, "device_solvers", lambda device: (choices, ["magma: left out."]))
+    cases = list(solve_cases(2, (33,), torch.device("cpu")))
+    assert len(cases) == 2
+    for case in cases:
+        assert {"jacobi, cold", "jacobi, warm"} <= case.variants.keys() and case.error() <= 1
+        assert "cusolver, cold" not in case.variants
+        told = " ".join(case.notes)
+        assert (
+            "magma: left out" in told
+            and "wrong: not timed" in told
+            and "broken, cold: AttributeError" in told
+        )
+        cold, warm = (int(re.search(rf"jacobi, {w}: .*?(\d+) sweeps", told)[1]) for w in ("cold", "warm"))  # type: ignore[index]
+        assert warm < cold or ("cores" in case.title and warm <= 4)  # cold begins with the Gram matrix there
+        assert all(run() is not None for run in case.variants.values())
+
+
+def test_choices_that_cannot_be_compiled_are_left_out_with_the_reason() -> None:
+    choices, left_out = gpu_solves.device_solvers(torch.device("cpu"))
+    assert choices == {} and [text.partition(":")[0] for text in left_out] == ["jacobi", "cusolver"]
 
 
 def test_what_is_wrong_is_told_and_not_timed() -> None:

@@ -90,6 +90,15 @@ def test_env_names_versions_and_backends() -> None:
     assert torch.__version__ in text
 
 
+def test_env_tells_who_does_small_solves(monkeypatch: pytest.MonkeyPatch) -> None:
+    (line,) = (line for line in invoke("env").output.splitlines() if line.startswith("small solves on cpu"))
+    assert line.split()[-1] == "host"
+    monkeypatch.setenv("RLSPEC_SOLVER", "magma")
+    refused = invoke("env")
+    assert refused.exit_code == 2
+    assert "RLSPEC_SOLVER=magma: unknown solver; valid: host, jacobi, cusolver" in refused.output
+
+
 def test_env_tells_what_runs_each_operation(monkeypatch: pytest.MonkeyPatch) -> None:
     lines = invoke("env").output.splitlines()
     for op in TABLE:

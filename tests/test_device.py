@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from pretend import Report, pretend_device, to_pretend
 from restore_toys import bytes_of, pair
+from solver_toys import chosen_jacobi
 from torch import Tensor, nn
 
 import rlspec
@@ -103,6 +105,22 @@ def test_rows_are_those_of_the_cpu(eps: float, factors: str):
     for name, values in cpu.arrays.items():
         torch.testing.assert_close(record.arrays[name], values, rtol=1e-9, atol=1e-9)
         assert type(record.arrays[name]) is Tensor
+
+
+def test_rows_are_those_of_the_cpu_where_the_device_solves_for_itself():
+    """One look at each core that it solved, the sweep's and the last."""
+    base, tuned = weights((80, 64), 3, 1e-2)
+    cpu = SpectralTracker(SpectralBasis.from_tensors(base, modules="q")).measure(tuned, step=1)
+    with chosen_jacobi(), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        record, report = event(base, tuned)
+    assert sum("linalg/solvers.py" in sync for sync in report.syncs) == 2
+    for mine, row in zip(record.rows, cpu.rows, strict=True):
+        for column in COLUMNS:
+            if isinstance(row[column], float):
+                # Bounds are of residuals, which are rounding here, and other bases round otherwise.
+                near = 0.2 if "bound" in column else 1e-6
+                assert mine[column] == pytest.approx(row[column], rel=near, abs=1e-12), column
 
 
 def test_a_device_refuses_nan_by_name():

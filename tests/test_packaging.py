@@ -36,7 +36,9 @@ def test_an_init_file_there_would_be(tmp_path: Path) -> None:
 
 
 def test_the_mapped_package_and_the_extension_import_from_anywhere(tmp_path: Path) -> None:
-    code = "import rlspec._C, rlspec.kernels, sys; print('torch' in sys.modules, rlspec.kernels.__name__)"
+    code = (
+        "import rlspec._C, rlspec.kernels.cuda, sys; print('torch' in sys.modules, rlspec.kernels.__name__)"
+    )
     found = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
     )
@@ -63,6 +65,9 @@ def test_source_archive_wheel_and_installation_hold_the_tree(tmp_path: Path) -> 
         for name in tree
         if name.startswith("kernels/")
     }
+    sources = {name for name in tree if name.startswith("csrc/cuda/")}
+    assert any(name.endswith(".cu") for name in sources)
+    expected |= {"rlspec/kernels/" + name.removeprefix("csrc/") for name in sources}
     build = f"from setuptools import build_meta; build_meta.build_sdist({str(archive)!r})"
     subprocess.run([sys.executable, "-c", build], cwd=source, check=True, capture_output=True)
     (packed,) = archive.glob("rlspec-*.tar.gz")
@@ -92,8 +97,9 @@ def test_source_archive_wheel_and_installation_hold_the_tree(tmp_path: Path) -> 
     install = [*pip, "install", "--quiet", "--no-deps", "--no-index", "--target", str(installed), str(wheel)]
     subprocess.run(install, check=True, capture_output=True)
     code = (
-        "import rlspec._C, rlspec.kernels, rlspec.models\n"
-        "for place in rlspec._C.__file__, rlspec.kernels.__file__, rlspec.models.embedded_model_path(): print(place)\n"
+        "import rlspec._C, rlspec.kernels.cuda, rlspec.models\n"
+        "places = rlspec._C.__file__, rlspec.kernels.cuda.__file__, rlspec.models.embedded_model_path()\n"
+        "print(*places, sep='\\n')\n"
         "from rlspec.cli.main import main; main(['--version'])"
     )
     environment = {**os.environ, "PYTHONPATH": str(installed)}

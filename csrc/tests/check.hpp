@@ -16,3 +16,4 @@ void expect_kind(const std::function<void()>& action, const std::string& wanted,
 void header_tests(const std::string& folder);
 void stream_tests(const std::string& folder);
 void output_tests(const std::string& folder);
+void jacobi_tests();

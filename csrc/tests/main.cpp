@@ -35,6 +35,7 @@ int main(int argc, char** argv) {
   header_tests(folder);
   stream_tests(folder);
   output_tests(folder);
+  jacobi_tests();
   std::printf("%d passed, %d failed\n", passed.load(), failed.load());
   return failed == 0 ? 0 : 1;
 }

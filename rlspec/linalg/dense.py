@@ -23,7 +23,9 @@ function               route                                       exact to (σ 
 =====================  ==========================================  ===============================================
 
 On a device every line but the last two's Cholesky, triangular solves and products runs on the host. Callers with
-several decompositions to do, or decisions to take, wrap them in :func:`on_host`, so that they share a transfer.
+several decompositions to do, or decisions to take, wrap them in :func:`on_host`, so that they share a transfer. Where
+``RLSPEC_SOLVER`` chooses a solver of the device (:mod:`rlspec.linalg.solvers`), `eigh`, `eigvalsh` and `core_svd` stay
+there.
 
 Cores are nearly diagonal, and a refinement that starts there needs products only (Ogita and Aishima, Japan J. Indust.
 Appl. Math. 35, 2018, and 36, 2019). On a CPU it does not pay: `eigh` costs as much as 9 products of two cores at w = 145,
@@ -40,6 +42,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from rlspec.linalg import solvers
 from rlspec.linalg.scaling import into_range, multiplied, powers_of_two
 from rlspec.linalg.transfer import to_device, to_host
 from rlspec.ops.gram import gram
@@ -61,15 +64,17 @@ Factors = tuple[Tensor, Tensor, Tensor]
 def on_host(solve: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """``solve(*tensors)`` on the host, in float64: one transfer there, and one back to the device of the first.
 
-    On the CPU nothing is moved or converted.
+    On the CPU nothing is moved or converted. Where a device solves for itself, `solve` runs there.
     """
+    if tensors[0].is_cuda and solvers.solver_for(tensors[0].device) is not None:
+        return solve(*(t.double() for t in tensors))
     return to_device(solve(*to_host(tensors)), tensors[0])
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (..., n), ascending, and eigenvectors (..., n, n) of symmetric (..., n, n), in its dtype."""
     if a.is_cuda:
-        values, vectors = to_device(eigh(a.cpu()), a)
+        values, vectors = solvers.eigh(a) or to_device(eigh(a.cpu()), a)
         return values, vectors
     values, vectors = torch.linalg.eigh(a)
     return values, vectors
@@ -77,7 +82,10 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def eigvalsh(a: Tensor) -> Tensor:
     """Eigenvalues (..., n), ascending, of symmetric (..., n, n), in its dtype."""
-    return eigvalsh(a.cpu()).to(a.device) if a.is_cuda else torch.linalg.eigvalsh(a)
+    if a.is_cuda:
+        found = solvers.eigh(a)
+        return eigvalsh(a.cpu()).to(a.device) if found is None else found[0]
+    return torch.linalg.eigvalsh(a)
 
 
 def householder(a: Tensor) -> tuple[Tensor, Tensor]:
@@ -174,7 +182,7 @@ def core_svd(a: Tensor) -> Factors:
     takes twice as long. Each core takes its own route, whatever its neighbours.
     """
     if a.is_cuda:
-        u, s, z = to_device(core_svd(a.cpu()), a)
+        u, s, z = solvers.core_svd(a) or to_device(core_svd(a.cpu()), a)
         return u, s, z
     a, power = into_range(a)
     squares, z = _descending(gram(a))
