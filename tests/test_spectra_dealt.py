@@ -14,6 +14,7 @@ import torch.distributed as dist
 from process_toys import changed, held, together, toy_with_uneven_layers
 
 from rlspec import SpectralBasis, SpectralTracker
+from rlspec.io import weights
 from rlspec.spectra import dealt
 from rlspec.spectra.dealt import DealtTracker
 from rlspec.spectra.processes import GatherError, ProcessError, Processes
@@ -51,6 +52,45 @@ def test_rows_are_those_of_one_process_to_the_bit(
     truth = SpectralTracker(basis).measure(changed(start), step=3, stage="sft").rows
     assert len(truth) == 12 and truth[0]["delta_relative"] > 1e-3
     for number in range(count):
+        assert json.loads((tmp_path / f"{number}.json").read_text()) == truth
+
+
+def with_adapters() -> Any:
+    import peft
+
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=2, lora_alpha=4, target_modules=["q_proj", "v_proj"])
+    return peft.get_peft_model(toy_with_uneven_layers(), config).base_model.model
+
+
+def trained(model: torch.nn.Module) -> torch.nn.Module:
+    """The same with adapters that add something."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.add_(0.01)
+    return model
+
+
+def measures_adapters(number: int, out: Path, kind: str) -> None:
+    def formed(*args: Any) -> Any:
+        raise AssertionError("the product of the factors was formed")
+
+    model = held(with_adapters(), kind, dist.get_world_size())
+    tracker = DealtTracker(model, modules=MODULES)
+    weights.with_adapters = formed  # type: ignore[attr-defined]
+    record = tracker.measure(trained(model), step=3, stage="sft")
+    (out / f"{number}.json").write_text(json.dumps(record.rows))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_adapters_are_measured_by_their_factors_as_one_process_does(kind: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    basis = SpectralBasis.from_model(with_adapters(), modules=MODULES)
+    truth = SpectralTracker(basis).measure(trained(with_adapters()), step=3, stage="sft").rows
+    assert {row["module"] for row in truth if row["delta_frobenius"]} == {"q", "v"}
+    assert together(2, measures_adapters, tmp_path, kind) == [0, 0]
+    for number in range(2):
         assert json.loads((tmp_path / f"{number}.json").read_text()) == truth
 
 
