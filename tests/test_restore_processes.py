@@ -131,10 +131,10 @@ def test_a_first_process_that_never_comes_is_told_of(
 def test_what_one_process_refuses_alone_it_tells(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     """A machine that does not see the inputs, say."""
     changed = {1: ["--base", str(tmp_path / "nowhere")]}
-    first, second = together(2, checkpoints, tmp_path / "out", apart=8.0, changed=changed)
+    first, second = together(2, checkpoints, tmp_path / "out", apart=5.0, changed=changed)
     assert second.code == 2 and second.err.startswith("Error: process 1 of 2: ") and "nowhere" in second.err
     assert first.code == 2 and "process 1 (" in first.err
-    first, second = together(2, checkpoints, tmp_path / "out", apart=8.0, changed={1: ["--seed", "3"]})
+    first, second = together(2, checkpoints, tmp_path / "out", apart=5.0, changed={1: ["--seed", "3"]})
     assert second.code == 2 and "process 0 has other inputs or settings than process 1 of 2" in second.err
 
 
