@@ -240,8 +240,8 @@ def bench(work: Path, model: str, layers: int, checkpoints: int, size: float, pe
     )
     click.echo(table(cells))
     click.echo(
-        f"of the last line {theirs['load']:.1f} s a checkpoint are loading; it counts the base as one more, and computes "
-        "no angles"
+        f"of the last line {theirs['load']:.1f} s a checkpoint are loading; it counts the base as one more, leaves out "
+        "the interpreter's start, and computes no angles"
     )
     return {
         "machine": facts,

@@ -12,11 +12,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from restore_process_toys import FLAGS, OPTIONS, together
 from restore_toys import bytes_of, pair
 from safetensors.torch import load_file, save_file
 
 from rlspec import restore_checkpoint
+from rlspec.cli.main import main
 from rlspec.errors import CheckpointError, TensorError
 from rlspec.io import launch
 from rlspec.io.launch import FirstMissingError, JoinedStaging, ToldByFirstError
@@ -76,7 +78,7 @@ def test_after_a_kill_any_number_of_processes_finishes(
     owners = shard_owners(plan, count)
     killed = 0 if of_first else max(owners[step.entry.shard] for step in plan.chosen("restore"))
     assert (killed == 0) == of_first
-    all_ended = together(count, checkpoints, out, kill={killed: 1 + (count == 2)})
+    all_ended = together(count, checkpoints, out, kill={killed: 1 + (count == 2)}, apart=8.0)
     assert all_ended[killed].code == -signal.SIGKILL and not out.exists()
     if killed:
         first = all_ended[0]
@@ -84,7 +86,7 @@ def test_after_a_kill_any_number_of_processes_finishes(
         assert f"process {killed} (" in first.err
         assert "what is finished is kept, the same command with --resume goes on" in first.err
         assert all(one.code == 0 and one.err == "" for i, one in enumerate(all_ended) if i not in (0, killed))
-    for one in all_ended[1:] if not killed else []:  # those that were not done by then
+    for one in all_ended[1:] if not killed else []:  # those that were not done by then, or came too late
         assert one.code == 0 or (one.code == 2 and "process 0 of" in one.err and one.err.count("\n") == 1), (
             one
         )
@@ -114,13 +116,25 @@ def test_what_all_refuse_is_told_once(
     assert left(tmp_path) == set()
 
 
+def test_a_first_process_that_never_comes_is_told_of(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(launch, "APART", 0.0)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    command = ["restore", "--base", str(checkpoints[0]), "--tuned", str(checkpoints[1])]
+    result = CliRunner().invoke(main, [*command, "--out", str(tmp_path / "out"), *FLAGS])
+    assert result.exit_code == 2 and result.stderr.count("\n") == 1
+    assert "process 0 of 2 has not begun to write it" in result.stderr and "--resume" not in result.stderr
+
+
 def test_what_one_process_refuses_alone_it_tells(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:
     """A machine that does not see the inputs, say."""
     changed = {1: ["--base", str(tmp_path / "nowhere")]}
-    first, second = together(2, checkpoints, tmp_path / "out", apart=8.0, changed=changed)
+    first, second = together(2, checkpoints, tmp_path / "out", apart=5.0, changed=changed)
     assert second.code == 2 and second.err.startswith("Error: process 1 of 2: ") and "nowhere" in second.err
     assert first.code == 2 and "process 1 (" in first.err
-    first, second = together(2, checkpoints, tmp_path / "out", apart=8.0, changed={1: ["--seed", "3"]})
+    first, second = together(2, checkpoints, tmp_path / "out", apart=5.0, changed={1: ["--seed", "3"]})
     assert second.code == 2 and "process 0 has other inputs or settings than process 1 of 2" in second.err
 
 
@@ -149,13 +163,21 @@ def test_shards_are_dealt_alike_whatever_is_finished(checkpoints: tuple[Path, Pa
         assert set(owners.values()) == set(range(count))
 
 
-def test_a_process_without_shards_ends_at_once(tmp_path: Path) -> None:
+def test_a_process_without_shards_ends_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base, tuned = pair(tmp_path)
     restore_checkpoint(base, tuned, tmp_path / "alone")
     idle = restore_checkpoint(base, tuned, tmp_path / "out", share=Share(1, 2))
     assert idle.matrices == () and left(tmp_path) == {"base", "tuned", "alone"}
     restore_checkpoint(base, tuned, tmp_path / "out", share=Share(0, 2))
     assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "alone")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    command = ["restore", "--base", str(base), "--tuned", str(tuned), "--out", str(tmp_path / "third")]
+    result = CliRunner().invoke(main, command)
+    assert (
+        result.exit_code == 0
+        and "2 of the 3 processes have nothing to do: shards written: 1" in result.stderr
+    )
 
 
 def test_the_launch_of_a_dead_process_is_not_entered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

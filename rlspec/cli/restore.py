@@ -80,12 +80,13 @@ def command(
 def _run(
     plan: Plan, target: Target, memory_gib: float, report_file: Path | None, share: Share, told: Told
 ) -> None:
-    from rlspec.cli.restore_text import Bar, passed_over_lines, report_lines, unmatched_lines
+    from rlspec.cli.restore_text import Bar, idle_lines, passed_over_lines, report_lines, unmatched_lines
     from rlspec.io.launch import ToldByFirstError
     from rlspec.restore.checkpoint import run_plan
 
     first = share.number == 0
-    for line in (*plan.notes, *unmatched_lines(plan), *passed_over_lines(plan)) if first else ():
+    notes = (*plan.notes, *unmatched_lines(plan), *passed_over_lines(plan), *idle_lines(plan, share.count))
+    for line in notes if first else ():
         click.echo(line, err=True)
     bar = Bar()
 
@@ -112,11 +113,12 @@ def _run(
                 err=True,
             )
         raise SystemExit(stopped(stop)) from None
-    except ToldByFirstError:
-        raise
     except CheckpointError as error:
-        kept = "; what is finished is kept, the same command with --resume goes on" if told.joined else ""
-        raise CheckpointError(f"{error}{kept}") from None
+        if not told.joined or isinstance(error, ToldByFirstError):
+            raise
+        raise CheckpointError(
+            f"{error}; what is finished is kept, the same command with --resume goes on"
+        ) from None
     finally:
         bar.close()
     if not first:

@@ -10,6 +10,7 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from rlspec.restore.dealt import shard_owners
 from rlspec.restore.estimate import check_memory, expected_seconds, memory_bytes, plan_bytes
 from rlspec.restore.options import ELEMENTWISE
 from rlspec.restore.plan import Plan, Step
@@ -79,6 +80,15 @@ def passed_over_lines(plan: Plan) -> list[str]:
     """Matrices that were asked for and stay as they are all the same, and why."""
     found = Counter((without_numbers(name), reason) for name, reason in plan.passed_over.items())
     return [f"left as it is: {count} x {name}: {reason}" for (name, reason), count in found.items()]
+
+
+def idle_lines(plan: Plan, count: int) -> list[str]:
+    """How many of several processes have no shard to write; nothing where all have one."""
+    owners = shard_owners(plan, count)
+    idle = count - len({0, *owners.values()})
+    return (
+        [f"{idle} of the {count} processes have nothing to do: shards written: {len(owners)}"] if idle else []
+    )
 
 
 def report_lines(report: RestoreReport) -> list[str]:
