@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from report_toys import make_run
+from skips import without_cairosvg
 
 from rlspec.cli.main import main
 from rlspec.errors import MissingPackageError, OptionError, RunFolderError
@@ -97,8 +98,8 @@ def test_the_style_of_a_picture_is_written_out_in_light_colours(tmp_path: Path) 
         assert found.partition("</style>")[2] == svg.partition("</style>")[2]
 
 
+@pytest.mark.skipif(without_cairosvg(), reason="no cairosvg, or no Cairo library")
 def test_a_png_shows_the_lines_where_the_svg_has_them(tmp_path: Path) -> None:
-    pytest.importorskip("cairosvg", reason="cairosvg is not installed")
     image = pytest.importorskip("PIL.Image")
     written = write_figures([make_run(tmp_path / "run")], tmp_path / "figures", image_format="png")
     assert {path.suffix for path in written} == {".svg", ".png"} and len(written) == 8
