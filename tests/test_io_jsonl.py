@@ -20,6 +20,11 @@ from rlspec.run.folder import RunFolder
 ROW = MatrixReport("n", "n", "q", 0, 4, 3, "float32", 2, 0.1, 0.2, 1e-9, 0.5, 12, None, "exact", "né")
 
 
+def journal_of(out: Path) -> Path:
+    """The file of the only process, or the first."""
+    return out.parent / f".{out.name}.rlspec-restored.jsonl"
+
+
 def reports(count: int) -> list[MatrixReport]:
     return [MatrixReport(**asdict(ROW) | {"name": f"{i}"}) for i in range(count)]
 
@@ -30,7 +35,7 @@ def reports(count: int) -> list[MatrixReport]:
     [
         (lambda path: RunFolder(path.parent).metrics(), RunFolderError),
         (lambda path: read_run(path.parent), RunFolderError),
-        (lambda path: Journal(path).read(), CheckpointError),
+        (lambda path: Journal(path.rename(journal_of(path)).with_name(path.name)).read(), CheckpointError),
     ],
     ids=["run", "report", "journal"],
 )
@@ -43,40 +48,45 @@ def test_every_reader_tells_of_a_damaged_line_alike(
     with pytest.raises(kind) as error:
         read(path)
     assert type(error.value) is kind and "\n" not in str(error.value)
-    assert str(error.value).startswith(f"{path}, line 3: ")  # the empty line counts and does no harm
+    where = path if path.exists() else journal_of(path)
+    assert str(error.value).startswith(f"{where}, line 3: ")  # the empty line counts and does no harm
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=f"{tmp_path}: cannot be read: Is a directory"):
         read_rows(tmp_path)
-    with pytest.raises(CheckpointError, match=f"{tmp_path}: "):
-        Journal(tmp_path).read()
+    journal_of(tmp_path / "out").mkdir()
+    with pytest.raises(CheckpointError, match=f"{journal_of(tmp_path / 'out')}: "):
+        Journal(tmp_path / "out").read()
 
 
 def test_a_journal_cut_at_any_byte_goes_on_with_the_whole_rows(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
+    out = tmp_path / "out"
+    path = journal_of(out)
     *done, new = reports(3)
-    Journal(path).append(done)
+    Journal(out).append(done)
     data = path.read_bytes()
     for length in range(len(data) + 1):
         path.write_bytes(data[:length])
         whole = done[: data[:length].count(b"\n")]
-        assert Journal(path).read() == {row.name: row for row in whole}
-        Journal(path).append([new])
-        assert list(Journal(path).read().values()) == [*whole, new]
+        assert Journal(out).read() == {row.name: row for row in whole}
+        Journal(out).append([new])
+        assert list(Journal(out).read().values()) == [*whole, new]
 
 
 def test_going_on_behind_a_cut_line_unread_would_be_noticed(tmp_path: Path) -> None:
     """The broken twin: reading is what removes the cut line."""
-    path = tmp_path / "journal.jsonl"
+    out = tmp_path / "out"
+    path = journal_of(out)
     path.write_bytes(b'{"na')
-    Journal(path).append(reports(1))
+    Journal(out).append(reports(1))
     with pytest.raises(CheckpointError, match="line 1: not JSON"):
-        Journal(path).read()
+        Journal(out).read()
 
 
 def test_a_row_of_another_version_is_left_out_and_the_latest_counts(tmp_path: Path) -> None:
-    path = tmp_path / "journal.jsonl"
+    out = tmp_path / "out"
+    path = journal_of(out)
     append_rows(path, [{"name": "old", "layers": 3}, asdict(ROW) | {"k": 1}, asdict(ROW)])
-    assert Journal(path).read() == {"n": ROW}
+    assert Journal(out).read() == {"n": ROW}
     assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["old", "n", "n"]
