@@ -245,7 +245,7 @@ def test_whatever_bytes_are_changed_either_something_is_read_or_one_line_is_told
 
 def test_a_huge_metadata_file_is_refused_before_it_is_read(folder: Path) -> None:
     with (folder / ".metadata").open("r+b") as file:
-        file.truncate(1 << 40)
+        file.truncate(1 << 18)
     assert "1099511627776 bytes, at most 268435456 are read of it" in refusal(folder)
 
 
@@ -317,7 +317,7 @@ FAULTS: dict[str, tuple[Callable[[Metadata], None], str]] = {
     ),
     "the folder": (with_info(relative_path="."), "missing; .metadata names it"),
     "past the end of the file": (
-        with_info(offset=1 << 40),
+        with_info(offset=1 << 18),
         r"__0_0.distcp: cut off: \d+ bytes, .metadata places",
     ),
     "a negative place": (with_info(offset=-8), "not what torch.distributed"),
@@ -414,6 +414,23 @@ def test_tilings_are_judged_as_by_counting() -> None:
         )
         seen[kind] += 1
     assert min(seen.values()) > 100
+
+
+def test_parts_that_lie_across_one_another_are_refused_before_all_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    n = 1500
+    # Columns, each of three parts, cut at another row than its neighbours: whichever axis is swept, n are open at once.
+    ends = [(0, i, i + n, 2 * n) for i in range(n)]
+    boxes = [((a, i), (b - a, 1)) for i, rows in enumerate(ends) for a, b in itertools.pairwise(rows)]
+    monkeypatch.setattr("rlspec.io.tiling._MOST_COMPARISONS", 1 << 18)
+    told = fault_of((2 * n, n), boxes)  # all of them would take two million and more
+    assert told is not None and "lie across one another" in told
+
+
+def test_a_grid_of_thousands_of_processes_is_read() -> None:
+    grid = [((16 * i, 8 * j), (16, 8)) for i in range(100) for j in range(100)]
+    assert fault_of((1600, 800), grid) is None
 
 
 def cut(shape: tuple[int, ...], draw: random.Random) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
