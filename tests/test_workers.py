@@ -237,7 +237,8 @@ def test_as_many_at_once_as_the_memory_has_room_for(tmp_path: Path, monkeypatch:
         memory = work * share // 4 + (1 << 25)
         most = side_by_side(plan, memory)
         seen.add(most)
-        assert most == 1 or most * work + pool_bytes(plan, memory) <= memory
+        # Several take more than one each: peaks of up to 1.35 times that were measured.
+        assert most == 1 or 1.35 * most * work + pool_bytes(plan, memory) <= memory
     assert seen == {1, 2}
     assert side_by_side(plan, sys.maxsize) == torch.get_num_threads()
 
