@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import pickle
@@ -245,7 +246,7 @@ def test_whatever_bytes_are_changed_either_something_is_read_or_one_line_is_told
 
 def test_a_huge_metadata_file_is_refused_before_it_is_read(folder: Path) -> None:
     with (folder / ".metadata").open("r+b") as file:
-        file.truncate(1 << 18)
+        file.truncate(1 << 40)
     assert "1099511627776 bytes, at most 268435456 are read of it" in refusal(folder)
 
 
@@ -278,6 +279,13 @@ def with_size(*size: int) -> Callable[[Metadata], None]:
     def change(metadata: Metadata) -> None:
         described: Any = metadata.state_dict_metadata[f"model.{NAME}"]
         described.size = torch.Size(size)
+
+    return change
+
+
+def renamed(key: str) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        metadata.state_dict_metadata[key] = metadata.state_dict_metadata.pop(f"model.{NAME}")
 
     return change
 
@@ -317,13 +325,23 @@ FAULTS: dict[str, tuple[Callable[[Metadata], None], str]] = {
     ),
     "the folder": (with_info(relative_path="."), "missing; .metadata names it"),
     "past the end of the file": (
-        with_info(offset=1 << 18),
+        with_info(offset=1 << 40),
         r"__0_0.distcp: cut off: \d+ bytes, .metadata places",
     ),
     "a negative place": (with_info(offset=-8), "not what torch.distributed"),
     "no archive there": (with_info(offset=1), "'data.pkl' is compressed or lies outside its archive"),
     "half an archive": (with_info(length=700), "no archive of torch.save, or one that is cut off"),
     "an empty archive": (with_info(length=0), "no archive of torch.save, or one that is cut off"),
+    "a long name of a file": (with_info(relative_path="a/" * 2500), "not what torch.distributed"),
+    "a name too long for a file": (
+        with_info(relative_path="a" * 300),
+        "names a file 'aaaa.* of 300 characters",
+    ),
+    "a long key": (renamed("a" * 5000), "not what torch.distributed"),
+    "a long name of a tensor": (
+        lambda m: setattr(m, "planner_data", {f"model.{NAME}": ("model", "a" * 5000)}),
+        "not what torch.distributed",
+    ),
     "an extension": (with_info(transform_descriptors=["zstd"]), "saved with an extension"),
     "a name that is none": (with_info(relative_path=3), "not what torch.distributed"),
     "no storage": (lambda m: setattr(m, "storage_data", None), "in no file"),
@@ -350,6 +368,22 @@ def test_faults_of_parts_are_told_before_anything_is_read(
     (folder / "__0_0.distcp").write_bytes((folder / "__0_0.distcp").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cut off"):
         DistributedIndex.open(folder)
+
+
+def test_one_list_of_parts_for_all_tensors_does_not_take_hours(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name of a tensor takes a few bytes of the file, and the list that it shares none."""
+    monkeypatch.setattr(distributed, "_MOST_PARTS_IN_ALL", 1000)
+    metadata = metadata_of(folder)
+    described = copy.copy(metadata.state_dict_metadata[f"model.{NAME}"])
+    described.size, described.chunks = torch.Size((0,)), [chunk((0,), (0,))] * 100
+    metadata.state_dict_metadata |= {f"model.{i}": described for i in range(9)}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert len(DistributedIndex.open(folder).tensors) == 2 + 9
+    metadata.state_dict_metadata |= {f"model.{i}": described for i in range(10)}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "more than 1000 parts" in refusal(folder)
 
 
 def test_without_its_last_file_a_checkpoint_is_not_whole(folder: Path) -> None:
