@@ -6,7 +6,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +92,29 @@ def test_no_room_at_all_keeps_nothing_and_removes_nothing(
     limited(monkeypatch, 0)
     cache.cached_factors(WEIGHTS[1])
     assert kept(folder) == {0}
+
+
+def test_threads_that_keep_something_at_once_do_not_pass_the_limit(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slowly(first: Callable[..., Any]) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            found = first(*arguments)
+            time.sleep(0.1)  # for the others to get as far
+            return found
+
+        return called
+
+    monkeypatch.setattr(cache, "make_room", slowly(cache.make_room))
+    monkeypatch.setattr(cache_folder, "_in_use_since", slowly(cache_folder._in_use_since))
+    limited(monkeypatch, 1)
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(cache.cached_factors, WEIGHTS[:3]))
+    assert len(kept(folder)) == 1
+    assert len(list((folder / "users").iterdir())) == 1  # one file a process, which its end unlocks
+    end_use()
+    prune(folder, GIB)
+    assert not list((folder / "users").iterdir())
 
 
 USER = """

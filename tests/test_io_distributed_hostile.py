@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import os
 import pickle
@@ -282,6 +283,13 @@ def with_size(*size: int) -> Callable[[Metadata], None]:
     return change
 
 
+def renamed(key: str) -> Callable[[Metadata], None]:
+    def change(metadata: Metadata) -> None:
+        metadata.state_dict_metadata[key] = metadata.state_dict_metadata.pop(f"model.{NAME}")
+
+    return change
+
+
 OUTSIDE = "names .* which is not a file below its folder"
 FAULTS: dict[str, tuple[Callable[[Metadata], None], str]] = {
     "a hole": (
@@ -324,6 +332,16 @@ FAULTS: dict[str, tuple[Callable[[Metadata], None], str]] = {
     "no archive there": (with_info(offset=1), "'data.pkl' is compressed or lies outside its archive"),
     "half an archive": (with_info(length=700), "no archive of torch.save, or one that is cut off"),
     "an empty archive": (with_info(length=0), "no archive of torch.save, or one that is cut off"),
+    "a long name of a file": (with_info(relative_path="a/" * 2500), "not what torch.distributed"),
+    "a name too long for a file": (
+        with_info(relative_path="a" * 300),
+        "names a file 'aaaa.* of 300 characters",
+    ),
+    "a long key": (renamed("a" * 5000), "not what torch.distributed"),
+    "a long name of a tensor": (
+        lambda m: setattr(m, "planner_data", {f"model.{NAME}": ("model", "a" * 5000)}),
+        "not what torch.distributed",
+    ),
     "an extension": (with_info(transform_descriptors=["zstd"]), "saved with an extension"),
     "a name that is none": (with_info(relative_path=3), "not what torch.distributed"),
     "no storage": (lambda m: setattr(m, "storage_data", None), "in no file"),
@@ -350,6 +368,22 @@ def test_faults_of_parts_are_told_before_anything_is_read(
     (folder / "__0_0.distcp").write_bytes((folder / "__0_0.distcp").read_bytes()[:-1])
     with pytest.raises(CheckpointError, match="cut off"):
         DistributedIndex.open(folder)
+
+
+def test_one_list_of_parts_for_all_tensors_does_not_take_hours(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A name of a tensor takes a few bytes of the file, and the list that it shares none."""
+    monkeypatch.setattr(distributed, "_MOST_PARTS_IN_ALL", 1000)
+    metadata = metadata_of(folder)
+    described = copy.copy(metadata.state_dict_metadata[f"model.{NAME}"])
+    described.size, described.chunks = torch.Size((0,)), [chunk((0,), (0,))] * 100
+    metadata.state_dict_metadata |= {f"model.{i}": described for i in range(9)}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert len(DistributedIndex.open(folder).tensors) == 2 + 9
+    metadata.state_dict_metadata |= {f"model.{i}": described for i in range(10)}
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    assert "more than 1000 parts" in refusal(folder)
 
 
 def test_without_its_last_file_a_checkpoint_is_not_whole(folder: Path) -> None:
@@ -414,6 +448,23 @@ def test_tilings_are_judged_as_by_counting() -> None:
         )
         seen[kind] += 1
     assert min(seen.values()) > 100
+
+
+def test_parts_that_lie_across_one_another_are_refused_before_all_are_compared(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    n = 1500
+    # Columns, each of three parts, cut at another row than its neighbours: whichever axis is swept, n are open at once.
+    ends = [(0, i, i + n, 2 * n) for i in range(n)]
+    boxes = [((a, i), (b - a, 1)) for i, rows in enumerate(ends) for a, b in itertools.pairwise(rows)]
+    monkeypatch.setattr("rlspec.io.tiling._MOST_COMPARISONS", 1 << 18)
+    told = fault_of((2 * n, n), boxes)  # all of them would take two million and more
+    assert told is not None and "lie across one another" in told
+
+
+def test_a_grid_of_thousands_of_processes_is_read() -> None:
+    grid = [((16 * i, 8 * j), (16, 8)) for i in range(100) for j in range(100)]
+    assert fault_of((1600, 800), grid) is None
 
 
 def cut(shape: tuple[int, ...], draw: random.Random) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:

@@ -216,7 +216,9 @@ def test_sharded(sharded: Path) -> None:
     assert index.tensors["layers.2.b"].shard == sharded / "model-00002-of-00002.safetensors"
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "a/../../x", "/etc/passwd", "C:\\x", "", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../x.safetensors", "a/../../x", "/etc/passwd", "C:\\x", "", "a\0b", "é" * 200]
+)
 def test_index_may_not_leave_its_folder(sharded: Path, name: str) -> None:
     save_file({"layers.1.a": torch.zeros(1)}, sharded.parent / "x.safetensors")
     edit_index(sharded, lambda weight_map: weight_map.update({"layers.1.a": name}))

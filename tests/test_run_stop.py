@@ -104,6 +104,15 @@ def test_a_stopped_run_stays_stopped(whole: dict[str, Any], model: Path, tmp_pat
     assert {path.name: path.read_bytes() for path in run.path.glob("*.jsonl")} == before
 
 
+def test_without_time_for_spectra_the_step_where_a_stage_ends_has_them(model: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    options = {"stages": "sft", "alarm": "ood_accuracy", "track_budget": "0.0001"}
+    assert invoke(*arguments(model, run.path, **options), "--stop").exit_code == 0
+    assert events(run) == UNTIL_THE_FALL
+    assert list(dict.fromkeys(map(event_of, run.spectra()))) == [("sft", 0), ("sft", 15)]
+    assert all(row["null_draws"] == 8 for row in run.spectra() if row["step"] == 15)
+
+
 @pytest.mark.parametrize(
     ("at", "lost"),
     [(("sft", 10), False), (("sft", 15), False), (("sft", 15), True), (("ppo-from-10", 4), False)],

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -87,6 +91,101 @@ def test_one_matrix_has_the_threads_that_it_has_among_others(entries: int, threa
     assert torch.get_num_threads() == 2
 
 
+def threads_of_new() -> int:
+    """How many threads torch has in a thread that has not asked yet: what was set last in the process."""
+    found: list[int] = []
+    asking = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+    asking.start()
+    asking.join()
+    return found[0]
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("has_computed", [True, False])
+def test_two_threads_of_a_process_leave_each_other_one_thread_for_each_matrix(has_computed: bool) -> None:
+    def of_another() -> None:
+        if has_computed:  # it knows of two threads, and not of one
+            torch.get_num_threads()
+        ready.set()
+        begin.wait()
+        done.append(list(in_order([(SMALL, threads_of_new)] * 3, 2)))
+        with threads_for(SMALL):
+            done.append([threads_of_new()])
+
+    done: list[list[int]] = []
+    ready, begin = threading.Event(), threading.Event()
+    other = threading.Thread(target=of_another)
+    other.start()
+    ready.wait()
+    mine = in_order([(SMALL, threads_of_new)] * 8, 2)
+    found = [next(mine)]
+    begin.set()
+    other.join(0.3)  # as long as its own small jobs could take
+    found += mine
+    other.join()
+    assert found == [1] * 8 and done == [[1] * 3, [1]]
+    assert torch.get_num_threads() == threads_of_new() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_thread_of_a_loader_keeps_its_one_thread_and_ours_theirs() -> None:
+    # As a DataLoader does that pins memory: for its own sake, and the whole process has it.
+    loader = threading.Thread(target=torch.set_num_threads, args=(1,))
+    loader.start()
+    loader.join()
+    assert (torch.get_num_threads(), threads_of_new()) == (2, 1)
+    both_there = threading.Barrier(2, timeout=20)
+    assert len(list(in_order([(SMALL, both_there.wait)] * 2, 2))) == 2
+    assert (torch.get_num_threads(), threads_of_new()) == (2, 1)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_jobs_within_jobs_wait_for_nobody() -> None:
+    def within() -> list[int]:
+        with threads_for(SMALL):
+            return list(in_order([(SMALL, torch.get_num_threads)] * 2, 2))
+
+    results = in_order([(SMALL, within)] * 3, 2)
+    assert next(results) == [1, 1]
+    assert within() == [1, 1]  # while results are handed out
+    assert list(results) == [[1, 1]] * 2
+    assert torch.get_num_threads() == 2
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_child_process_does_not_wait_for_a_thread_that_it_lacks() -> None:
+    results = in_order([(SMALL, lambda: 1)] * 3, 2)
+    holder = threading.Thread(target=next, args=(results,))
+    holder.start()
+    holder.join()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that there are threads
+        child = os.fork()
+    if child == 0:
+        signal.alarm(20)  # kills it where it waits
+        os._exit(0 if list(in_order([(1, lambda: 1)], 1)) == [1] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    results.close()
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_second_interrupt_leaves_as_many_threads_as_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(pool: ThreadPoolExecutor, **options: bool) -> None:
+        ended(pool, **options)
+        if pool._thread_name_prefix == "rlspec-matrix":
+            raise KeyboardInterrupt
+
+    ended = ThreadPoolExecutor.shutdown
+    monkeypatch.setattr(ThreadPoolExecutor, "shutdown", interrupted)
+    results = in_order([(SMALL, lambda: 1)] * 3, 2)
+    next(results)
+    with pytest.raises(KeyboardInterrupt):
+        results.close()
+    assert torch.get_num_threads() == threads_of_new() == 2
+    monkeypatch.undo()
+    assert list(in_order([(SMALL, lambda: 1)], 2)) == [1]
+
+
 def pair(folder: Path) -> tuple[Path, Path]:
     """A base and a tuned model whose matrices are large enough for BLAS to divide them among threads."""
     sizes = {"hidden_size": 256, "intermediate_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
@@ -138,7 +237,8 @@ def test_as_many_at_once_as_the_memory_has_room_for(tmp_path: Path, monkeypatch:
         memory = work * share // 4 + (1 << 25)
         most = side_by_side(plan, memory)
         seen.add(most)
-        assert most == 1 or most * work + pool_bytes(plan, memory) <= memory
+        # Several take more than one each: peaks of up to 1.35 times that were measured.
+        assert most == 1 or 1.35 * most * work + pool_bytes(plan, memory) <= memory
     assert seen == {1, 2}
     assert side_by_side(plan, sys.maxsize) == torch.get_num_threads()
 

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import secrets
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
@@ -34,6 +35,8 @@ _LEFTOVER_SECONDS = 24 * 3600.0  # no file takes that long to write
 
 # Folder -> descriptor of this process's locked file there.
 _mine: dict[Path, int] = {}
+# Held by the one thread of this process that changes the folder.
+changing = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -95,19 +98,20 @@ def _files(folder: Path) -> Iterator[Path]:
 
 def begin_use(folder: Path) -> None:
     """From now on, until this process ends, what it uses in the folder is not removed by any process."""
-    if folder in _mine:
-        return
-    users = folder / "users"
-    users.mkdir(parents=True, exist_ok=True)
-    _in_use_since(folder)  # clears what ended processes left
-    while True:
-        path = users / f"{os.getpid()}-{secrets.token_hex(4)}"
-        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-        fcntl.flock(descriptor, fcntl.LOCK_SH)
-        if os.fstat(descriptor).st_nlink:  # else another process cleared it before it was locked
-            break
-        os.close(descriptor)
-    _mine[folder] = descriptor
+    with changing:
+        if folder in _mine:
+            return
+        users = folder / "users"
+        users.mkdir(parents=True, exist_ok=True)
+        _in_use_since(folder)  # clears what ended processes left
+        while True:
+            path = users / f"{os.getpid()}-{secrets.token_hex(4)}"
+            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+            if os.fstat(descriptor).st_nlink:  # else another process cleared it before it was locked
+                break
+            os.close(descriptor)
+        _mine[folder] = descriptor
 
 
 def mark_used(path: Path) -> None:

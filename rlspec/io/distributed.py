@@ -29,6 +29,8 @@ from rlspec.io.tiling import fault_of
 # One of 64 processes' parts of a model of 80 layers, with its optimizer, has about 30 MiB.
 _LARGEST_METADATA = 1 << 28
 _MOST_PARTS = 1 << 16  # of one tensor
+_MOST_PARTS_IN_ALL = 1 << 22  # looked at in some seconds: one list may be that of any number of tensors
+_LONGEST_NAME = 1 << 12  # in characters: what shares one is again a few bytes
 _DEEPEST = 64  # dictionaries in one another
 
 _DCP = "torch.distributed.checkpoint"
@@ -138,6 +140,7 @@ class _Metadata:
     def __init__(self, folder: Path) -> None:
         self._folder, self._file = folder, folder / METADATA_FILE
         self._file_sizes: dict[Path, int] = {}
+        self._parts_left = _MOST_PARTS_IN_ALL
         fields = self._fields(self._read(), f"{_DCP}.metadata.Metadata")
         self._described = _dict(fields.get("state_dict_metadata"))
         self._paths = _dict(fields.get("planner_data"))
@@ -176,7 +179,7 @@ class _Metadata:
         for key, described in self._described.items():
             if not isinstance(described, Made) or described.kind != _TENSOR or not isinstance(key, str):
                 continue
-            path = self._path(key)
+            path = self._path(self._text(key))
             if not any(_OPTIMIZER.match(part) for part in (key.partition(".")[0], *path[:-1])):
                 within = path[-2] if len(path) > 1 else ""
                 owners.setdefault(strip_wrappers(path[-1]), []).append((within, key))
@@ -201,7 +204,7 @@ class _Metadata:
             return [key]
         if not all(isinstance(part, (str, int)) for part in path):
             return [key]
-        return [str(part) for part in path]
+        return [self._text(str(part)) for part in path]
 
     def tensor(self, key: str) -> DistributedTensor:
         """A tensor by its key.
@@ -214,6 +217,11 @@ class _Metadata:
         chunks = fields.get("chunks")
         if not isinstance(chunks, list) or len(chunks) > _MOST_PARTS:
             raise self._malformed()
+        self._parts_left -= len(chunks)
+        if self._parts_left < 0:
+            raise CheckpointError(
+                f"{self._file}: more than {_MOST_PARTS_IN_ALL} parts, which is not {_WANTED}"
+            )
         parts = []
         for chunk in chunks:
             box = self._fields(chunk, f"{_DCP}.metadata.ChunkStorageMetadata")
@@ -261,7 +269,7 @@ class _Metadata:
         return dtype
 
     def _text(self, value: Any) -> str:
-        if not isinstance(value, str):
+        if not isinstance(value, str) or len(value) > _LONGEST_NAME:
             raise self._malformed()
         return value
 

@@ -20,6 +20,7 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 #: of a checkpoint of torch.distributed.checkpoint, see rlspec.io.distributed
 METADATA_FILE = ".metadata"
+_LONGEST_NAME = 255  # of a file, in bytes
 
 
 @dataclass(frozen=True)
@@ -116,6 +117,10 @@ def file_below(folder: Path, name: str, named_by: Path) -> Path:
         raise CheckpointError(f"{named_by}: names {name!r}, which is not a file below its folder")
     if "\0" in name:
         raise CheckpointError(f"{named_by}: names a file with a NUL byte")
+    if (
+        len(name.encode(errors="surrogatepass")) > _LONGEST_NAME
+    ):  # of which systems say no more than an error number
+        raise CheckpointError(f"{named_by}: names a file {name[:40]!r}... of {len(name)} characters")
     return folder / name
 
 

@@ -7,13 +7,17 @@ need no barriers. One thread also sums in one order, so that bits do not depend 
 
 from __future__ import annotations
 
+import os
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
+
+from rlspec.backend import interpreting
 
 R = TypeVar("R")
 
@@ -21,6 +25,21 @@ R = TypeVar("R")
 SMALL_ENTRIES = 1 << 21
 # Below this it is the interpreter that takes the time, and it runs one thread at a time.
 _TINY_ENTRIES = 1 << 15
+
+# How many threads BLAS has is a setting of the whole process: where two threads of it compute small matrices at a time,
+# the first to be done would set it for the other's. They take turns.
+_turn = threading.Lock()
+_holder: int | None = None  # the thread whose turn it is
+_of_pool = threading.local()  # has ``is_worker`` in a thread that computes for the holder
+
+
+def _forget_turn() -> None:
+    """A child process has none of its parent's threads, and nobody to wait for."""
+    global _turn, _holder
+    _turn, _holder = threading.Lock(), None
+
+
+os.register_at_fork(after_in_child=_forget_turn)
 
 
 def is_small(entries: int) -> bool:
@@ -31,44 +50,82 @@ def is_small(entries: int) -> bool:
 @contextmanager
 def threads_for(entries: int) -> Iterator[None]:
     """Context for the work on one matrix, with as many threads as :func:`in_order` gives it."""
-    threads = torch.get_num_threads()
-    _set_threads(1 if is_small(entries) else threads)
-    try:
+    with ExitStack() as stack:
+        if is_small(entries):
+            stack.enter_context(_one_thread())
         yield
-    finally:
-        _set_threads(threads)
+
+
+@contextmanager
+def _one_thread() -> Iterator[int]:
+    """Context in which torch has one thread, and no other call changes that. Yields how many it had."""
+    global _holder
+    if _holder == threading.get_ident() or hasattr(_of_pool, "is_worker"):
+        threads = torch.get_num_threads()
+        _set_threads(1)
+        try:
+            yield threads
+        finally:
+            _set_threads(threads)
+        return
+    with _turn:
+        # What this thread has is what the process had when the thread first computed, or set it: another's turn, or a
+        # loader's thread that has one to itself, may have changed that since. Both are put back.
+        threads, of_process = torch.get_num_threads(), _in_new_thread(torch.get_num_threads)
+        try:
+            _holder = threading.get_ident()
+            torch.set_num_threads(1)
+            yield max(threads, of_process)
+        finally:
+            _holder = None
+            torch.set_num_threads(threads)
+            if of_process != threads:
+                _in_new_thread(lambda: torch.set_num_threads(of_process))
+
+
+def _in_new_thread(call: Callable[[], R]) -> R:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(call).result()
 
 
 def in_order(jobs: Iterable[tuple[int, Callable[[], R]]], most: int) -> Iterator[R]:
     """The results of jobs, in their order.
 
     Small jobs run side by side, each with one thread. Any other has all of torch's threads, and this thread, to itself.
-    While results are handed out torch may be set to one thread; afterwards it has as many as before.
+    While results are handed out torch may be set to one thread, and small jobs of other threads may wait for these to be
+    done; afterwards it has as many as before.
 
     Args:
         jobs: entries of the matrix at work, see :func:`is_small`, and the job. One is asked for when at most ``most``
             are running or waiting.
-        most: small jobs that run at once; no more than torch has threads do.
+        most: small jobs that run at once; no more than torch has threads do, and one with Triton's interpreter, which
+            knows of one kernel at a time.
 
     Raises:
         Exception: what a job raises, in its turn. Later ones may have run.
     """
-    threads = torch.get_num_threads()
-    most = max(1, min(most, threads))
-    ahead = most if most > 1 else 0  # one more than run, so that none of them waits for this thread
     waiting: deque[Future[R]] = deque()
-    pool = ThreadPoolExecutor(most, thread_name_prefix="rlspec-matrix")
-    try:
+    with ExitStack() as stack:
+        pool: ThreadPoolExecutor | None = None
+        threads = ahead = 0
         for entries, job in jobs:
             if not is_small(entries):
                 while waiting:
                     yield waiting.popleft().result()
-                _set_threads(threads)
+                if pool is not None:
+                    _set_threads(threads)
                 result = job()
                 del job  # and what it holds, before the next one is asked for
                 yield result
                 del result
                 continue
+            if pool is None:
+                threads = stack.enter_context(_one_thread())
+                most = 1 if interpreting() else max(1, min(most, threads))
+                # One more than run, so that none of them waits for this thread.
+                ahead = most if most > 1 else 0
+                pool = ThreadPoolExecutor(most, "rlspec-matrix", initializer=_begin)
+                stack.callback(pool.shutdown, cancel_futures=True)
             _set_threads(1)  # what the workers, too, begin with
             if most == 1 or entries <= _TINY_ENTRIES:
                 waiting.append(_done(job))
@@ -79,9 +136,10 @@ def in_order(jobs: Iterable[tuple[int, Callable[[], R]]], most: int) -> Iterator
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
-        _set_threads(threads)
+
+
+def _begin() -> None:
+    _of_pool.is_worker = True
 
 
 def _done(job: Callable[[], R]) -> Future[R]:

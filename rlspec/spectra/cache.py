@@ -19,7 +19,15 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from rlspec.io.cache_folder import begin_use, default_cache_dir, entry_path, limit_bytes, make_room, mark_used
+from rlspec.io.cache_folder import (
+    begin_use,
+    changing,
+    default_cache_dir,
+    entry_path,
+    limit_bytes,
+    make_room,
+    mark_used,
+)
 from rlspec.io.files import replacing
 from rlspec.linalg.factor import reference_factors
 
@@ -94,13 +102,14 @@ def _load(path: Path, key: str) -> Factors | None:
 
 def _store(folder: Path, key: str, factors: Factors) -> None:
     u, s, vh = (t.contiguous() for t in factors)
-    if not make_room(folder, sum(t.nbytes for t in factors) + _HEADER_BYTES):
-        return
     path = entry_path(folder, key)
-    path.parent.mkdir(parents=True, exist_ok=True)
     metadata = {"key": key, "checksum": _checksum((u, s, vh))}
-    with replacing(path, shared=True) as temporary:
-        save_file({"U": u, "S": s, "Vh": vh}, temporary, metadata=metadata)
+    with changing:  # the room that was made is not another thread's
+        if not make_room(folder, sum(t.nbytes for t in factors) + _HEADER_BYTES):
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, shared=True) as temporary:
+            save_file({"U": u, "S": s, "Vh": vh}, temporary, metadata=metadata)
 
 
 def _checksum(tensors: Factors) -> str:

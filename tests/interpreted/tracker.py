@@ -82,3 +82,19 @@ def test_nulls_and_a_weight_with_nan(monkeypatch: pytest.MonkeyPatch) -> None:
     tuned[name][3, 4] = torch.nan
     with pytest.raises(TensorError, match=name.replace(".", r"\.")):
         measured(base, tuned)
+
+
+def test_threads_of_small_matrices_take_turns_in_the_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It patches Triton's language while a kernel runs, and puts it back, whoever else is in one."""
+    base, tuned = weights(1e-3, torch.float32)
+    on_cpu = measured(base, tuned)
+    monkeypatch.setenv("RLSPEC_BACKEND", "triton")
+    monkeypatch.setattr("rlspec.linalg.workers._TINY_ENTRIES", 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        by_kernel = measured(base, tuned)
+    finally:
+        torch.set_num_threads(threads)
+    for name, values in on_cpu.arrays.items():
+        torch.testing.assert_close(by_kernel.arrays[name], values, rtol=1e-6, atol=1e-9)

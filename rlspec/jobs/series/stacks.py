@@ -15,6 +15,9 @@ from rlspec.spectra.tracker import stack_entries
 # Gram matrix. Above the peaks measured of either engine, with every direction followed and random updates drawn; what is
 # usual, the delta engine and a fifth of the directions, takes half.
 _STACK_BYTES, _GRAM_BYTES = 145, 75
+# Of stacks that are measured side by side, each: a thread's heap keeps some of what is freed in it. Two matrices of
+# 1024x1024 with every direction followed and random updates drawn took 2.1 times what the bytes above come to.
+_HEAP_SHARE = 2.2
 
 
 def stacks(
@@ -51,7 +54,8 @@ def stacks(
         entries = shape[0] * shape[1]
         size = max(1, stack_entries(device) // max(1, entries))
         most = parts if is_small(entries) else 1
-        together = next((n for n in range(most, 1, -1) if stack_bytes(shape, n * size) <= memory), 1)
+        each = _HEAP_SHARE * stack_bytes(shape, size)
+        together = next((n for n in range(most, 1, -1) if n * each <= memory), 1)
         while size > 1 and stack_bytes(shape, size) > memory:
             size -= 1
         size *= together
