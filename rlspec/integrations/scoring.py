@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from rlspec.errors import OptionError
+from rlspec.integrations.borrowed import in_pieces_again, passes_in_step
 from rlspec.io.jsonl import Row
+from rlspec.spectra.processes import Processes, dealt
 from rlspec.tasks.alarm import Alarm, Fall
 from rlspec.tasks.scores import Score, read_scores
-from rlspec.train.texts import read_texts, text_losses
+from rlspec.train.texts import read_texts, scaled_losses, text_tokens, token_loss_sums
 
 Evaluate = Callable[[Any], Mapping[str, Any]]
 TEXT_LOSS = "text_loss"
@@ -58,26 +60,64 @@ class Scoring:
                 found = self._observe(row["step"], Score(row["value"], row["n"], results)) or found
         return found
 
-    def score(self, model: nn.Module, tokenizer: Any, step: int) -> tuple[list[Row], Fall | None]:
+    def score(
+        self, model: nn.Module, tokenizer: Any, step: int, processes: Processes | None = None
+    ) -> tuple[list[Row], Fall | None]:
         """Score the model as it is; call it inside ``undisturbed``.
 
+        Args:
+            processes: that hold the model together and all call this; see ``Processes.apart``.
+
         Returns:
-            A row for each score, and the fall that the alarm finds.
+            A row for each score, and the fall that the alarm finds: what the first process has found, in all.
 
         Raises:
-            OptionError: what the evaluation gave are no scores, the score to be kept is not among them, or there is no
-                tokenizer for the texts.
+            ProcessError: in one process, then in all of them: the evaluation failed or what it gave are no scores, the
+                score to be kept is not among them, there is no tokenizer for the texts, or the model fails on those.
+            GatherError: a process is gone.
         """
+        processes = processes or Processes()
+        in_step = passes_in_step(model)
         scores: dict[str, Score] = {}
-        if self._evaluate is not None:
-            model.eval()
-            with torch.no_grad():
-                scores = read_scores(self._evaluate(model), "evaluate")
-        if self._texts is not None:
-            tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-            if tokenizer is None:
-                raise OptionError("texts= needs the trainer's processing_class, a tokenizer; it has none")
-            scores |= read_scores({TEXT_LOSS: text_losses(model, tokenizer, self._texts)}, "texts")
+        with in_pieces_again(model):
+            if self._evaluate is not None:
+                scores = processes.first(processes.together(lambda: self._evaluated(model, processes.number)))
+            if self._texts is not None:
+                losses = self._text_losses(model, tokenizer, processes, in_step)
+                scores = scores | read_scores({TEXT_LOSS: losses}, "texts")
+        return processes.first(processes.together(lambda: self._judged(scores, step)))
+
+    def _evaluated(self, model: nn.Module, number: int) -> dict[str, Score]:
+        assert self._evaluate is not None
+        model.eval()
+        with torch.no_grad():
+            given = self._evaluate(model)
+        return read_scores(given, "evaluate") if number == 0 else {}
+
+    def _text_losses(
+        self, model: nn.Module, tokenizer: Any, processes: Processes, in_step: bool
+    ) -> list[float]:
+        """As one process has them: each text goes through the model by itself, wherever that is done."""
+        # What a wrapper such as DistributedDataParallel is put around: it has the positions, and no collectives.
+        bare = next((part for part in model.modules() if hasattr(part, "config")), model)
+        ids = processes.first(processes.together(lambda: self._tokens(bare, tokenizer, processes.number)))
+        owners = dealt([len(one) for one in ids], processes.count)
+        mine = [i for i, owner in enumerate(owners) if in_step or owner == processes.number]
+        sums = processes.together(lambda: token_loss_sums(bare, (ids[i] for i in mine)))
+        parts = processes.gathered(dict(zip(mine, sums, strict=True)))
+        found = {i: total for part in reversed(parts) for i, total in part.items()}
+        return scaled_losses(ids, [found[i] for i in range(len(ids))])
+
+    def _tokens(self, model: nn.Module, tokenizer: Any, number: int) -> list[list[int]]:
+        if number > 0:  # the first one's count: in step, all must go through the same
+            return []
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+        if tokenizer is None:
+            raise OptionError("texts= needs the trainer's processing_class, a tokenizer; it has none")
+        assert self._texts is not None
+        return text_tokens(model, tokenizer, self._texts)
+
+    def _judged(self, scores: dict[str, Score], step: int) -> tuple[list[Row], Fall | None]:
         if self._kept is not None and self._kept not in scores:
             raise OptionError(f"alarm={self._kept!r}: no such score; there are {', '.join(scores)}")
         rows = [

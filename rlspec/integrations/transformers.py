@@ -28,7 +28,7 @@ from rlspec.run.budget import Pace, parse_budget
 from rlspec.run.rows import mean
 from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.dealt import DealtTracker
-from rlspec.spectra.processes import GatherError, ProcessError, Processes, told
+from rlspec.spectra.processes import ProcessError, Processes, told
 from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
 from rlspec.tasks.alarm import Fall, describe_fall
 from rlspec.train.callbacks import undisturbed
@@ -125,7 +125,7 @@ class SpectralCallback(TrainerCallback):
         #: why scores ended before the training did; None while all is well
         self.unscored: str | None = None
         self._scoring = Scoring(evaluate, texts, alarm)
-        self._processes = Processes()
+        self._processes = self._scorers = Processes()
         self._tracker: SpectralTracker | DealtTracker | None = None
         self._reference: Path | None = None  # where base=None and the training was resumed
         self._folder: TrackingFolder | None = None
@@ -176,6 +176,8 @@ class SpectralCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._tracker = self._trainer = None  # the factors' memory, and a cycle
+        self._scorers.close()
+        self._scorers = Processes()
 
     # What they come to.
     def _together(self, model: nn.Module, work: Callable[[], None]) -> bool:
@@ -183,16 +185,13 @@ class SpectralCallback(TrainerCallback):
 
         What talks to the other processes in ``work`` must fail in all alike, or in none.
         """
-        failure = None
-        try:
+
+        def isolated() -> None:
             with undisturbed(model):
                 work()
-        except GatherError:  # nobody knows where the others are
-            raise
-        except Exception as error:
-            failure = told(error)
+
         try:
-            self._processes.agree(failure)
+            self._processes.together(isolated)
         except ProcessError as error:
             self.disabled = str(error)
             self._tracker = self._trainer = None
@@ -256,18 +255,18 @@ class SpectralCallback(TrainerCallback):
         """Show the alarm the scores of a resumed training's earlier parts."""
         if not self._scoring:
             return
-        if self._processes.count > 1:
-            self._end_scores(
-                OptionError("evaluate=, texts=: scores are taken in trainings of one process alone")
-            )
-            return
-        rows = [] if self._folder is None else self._folder.read_scores()
-        for record in self.records:
-            record.scores = {row["score"]: row["value"] for row in rows if row["step"] == record.step}
         try:
-            self.fall = self._scoring.begin(rows)
-        except Exception as error:
+            self._scorers = self._processes.together(self._processes.apart)
+            rows = self._scorers.first(self._scorers.together(self._earlier_scores))
+            for record in self.records:
+                record.scores = {row["score"]: row["value"] for row in rows if row["step"] == record.step}
+            self.fall = self._scorers.first(self._scorers.together(lambda: self._scoring.begin(rows)))
+        except ProcessError as error:
             self._end_scores(error)
+
+    def _earlier_scores(self) -> list[Row]:
+        """All that were taken: the first process's, which alone writes them."""
+        return [] if self._folder is None or self._processes.number > 0 else self._folder.read_scores()
 
     def _measure(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """One event: measured, scored, kept, logged."""
@@ -275,35 +274,42 @@ class SpectralCallback(TrainerCallback):
         if tracker is None:
             return
         self._due = False
-        records: list[SpectralRecord] = []
-        # One event for the budget: the next one will take as long with its scores.
+        found: list[SpectralRecord] = []
+        # One event for the budget: the next one will take as long with its scores. Each step by itself: a process that
+        # fails in one must not miss what the others do together in the next.
         with self.pace.spending():
-            if self._together(
-                model, lambda: records.append(tracker.measure(model, step=state.global_step, stage=_STAGE))
-            ):
-                self._together(model, lambda: self._keep(records[0], args, control, **kwargs))
+            (
+                self._together(
+                    model, lambda: found.append(tracker.measure(model, step=state.global_step, stage=_STAGE))
+                )
+                and self._together(model, lambda: self._keep(found[0]))
+                and self._together(model, lambda: self._score(found[0], args, control, **kwargs))
+                and self._together(model, lambda: self._log(found[0].rows, found[0].scores, control))
+            )
 
-    def _keep(self, record: SpectralRecord, args: Any, control: Any, **kwargs: Any) -> None:
+    def _keep(self, record: SpectralRecord) -> None:
         if self._folder is not None and self._processes.number == 0:
             self._folder.append(record.rows)
         self.records.append(record)
-        if self._scoring and self.unscored is None:
-            self._score(record, args, control, **kwargs)
-        self._log(record.rows, record.scores, control)
 
     def _score(self, record: SpectralRecord, args: Any, control: Any, **kwargs: Any) -> None:
+        if not self._scoring or self.unscored is not None:
+            return
         try:
-            rows, fall = self._scoring.score(kwargs["model"], kwargs.get("processing_class"), record.step)
-        except Exception as error:
+            rows, fall = self._scoring.score(
+                kwargs["model"], kwargs.get("processing_class"), record.step, self._scorers
+            )
+        except ProcessError as error:
             self._end_scores(error)
             return
-        if self._folder is not None:
-            self._folder.append_scores(rows)
         record.scores = {row["score"]: row["value"] for row in rows}
+        if self._folder is not None and self._processes.number == 0:
+            self._folder.append_scores(rows)
         if fall is not None and self.fall is None:
             self.fall = fall
             checkpoint = Path(args.output_dir) / f"checkpoint-{fall.peak_step}"
-            _LOG.warning(describe_fall(fall, checkpoint=str(checkpoint) if checkpoint.is_dir() else None))
+            place = str(checkpoint) if checkpoint.is_dir() else None
+            self._warn("%s", describe_fall(fall, checkpoint=place))
             if self.stop:
                 control.should_training_stop = True
 

@@ -6,13 +6,16 @@ told, and then ends the work in all of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from rlspec.errors import RlspecError
+
+T = TypeVar("T")
 
 
 class ProcessError(RlspecError):
@@ -28,16 +31,32 @@ class GatherError(RuntimeError):
 
 @dataclass(frozen=True)
 class Processes:
-    """The default group of torch.distributed, or this process alone. Methods return when all have called them."""
+    """A group of torch.distributed, or this process alone. Methods return when all have called them."""
 
     number: int = 0  #: of this one
     count: int = 1
+    group: Any = None  #: None is the default one, which the training uses too
 
     @classmethod
     def of_training(cls) -> Processes:
         if not (dist.is_available() and dist.is_initialized()):
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
+
+    def apart(self) -> Processes:
+        """The same processes with a group of their own, on the host; :meth:`close` it.
+
+        What is said there never meets a collective of a forward pass that another process is still in: where one fails
+        in it alone the others wait, and nobody takes its words for weights.
+        """
+        if self.count == 1:
+            return self
+        return replace(self, group=dist.new_group(backend="gloo" if dist.is_gloo_available() else None))
+
+    def close(self) -> None:
+        """Let go of a group of their own."""
+        if self.group is not None:
+            dist.destroy_process_group(self.group)
 
     def gathered(self, value: Any) -> list[Any]:
         """The values of all processes, in their order.
@@ -48,15 +67,22 @@ class Processes:
         if self.count == 1:
             return [value]
         found: list[Any] = [None] * self.count
-        try:
-            dist.all_gather_object(found, value)
-        except Exception as error:
-            raise GatherError(f"the {self.count} processes lost each other: {error}") from error
+        with self._reaching():
+            dist.all_gather_object(found, value, group=self.group)
         return found
 
     def first(self, value: Any) -> Any:
-        """The value that the first process has; those of the others are not looked at."""
-        return self.gathered(value if self.number == 0 else None)[0]
+        """The value that the first process has; those of the others are not looked at.
+
+        Raises:
+            GatherError: another process is not there.
+        """
+        if self.count == 1:
+            return value
+        found = [value if self.number == 0 else None]
+        with self._reaching():
+            dist.broadcast_object_list(found, src=0, group=self.group)
+        return found[0]
 
     def agree(self, failure: str | None) -> None:
         """Go on only where none has failed.
@@ -68,6 +94,32 @@ class Processes:
             ProcessError: one has failed; the same message in all.
         """
         raise_failures(self.gathered(failure))
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do one thing in all processes; what it gave this one.
+
+        What talks to the other processes in ``work`` must fail in all alike, or in none.
+
+        Raises:
+            ProcessError: it failed in one process, in all of them.
+            GatherError: a process is gone.
+        """
+        failure, found = None, []
+        try:
+            found.append(work())
+        except GatherError:  # nobody knows where the others are
+            raise
+        except Exception as error:
+            failure = told(error)
+        self.agree(failure)
+        return found[0]
+
+    @contextmanager
+    def _reaching(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            raise GatherError(f"the {self.count} processes lost each other: {error}") from error
 
 
 def raise_failures(failures: list[str | None]) -> None:

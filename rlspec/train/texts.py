@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from rlspec.errors import OptionError
 from rlspec.io.jsonl import numbered_values
+from rlspec.io.module import gathered
 from rlspec.train.limits import position_limit
 from rlspec.train.modes import evaluation_mode
 
@@ -49,19 +50,42 @@ def text_losses(
     Raises:
         OptionError: no text has two tokens.
     """
+    ids = text_tokens(model, tokenizer, texts, max_tokens=max_tokens)
+    return scaled_losses(ids, token_loss_sums(model, ids))
+
+
+def text_tokens(
+    model: Any, tokenizer: Any, texts: Sequence[str], *, max_tokens: int = MAX_TOKENS
+) -> list[list[int]]:
+    """The tokens of each text that count.
+
+    Raises:
+        OptionError: no text has two.
+    """
     limit = position_limit(model)
     most = max_tokens if limit is None else min(max_tokens, limit)
-    device = next(model.parameters()).device
-    sums, tokens = [], 0
+    found = [list(tokenizer(text)["input_ids"][:most]) for text in texts]
+    if all(len(ids) < 2 for ids in found):
+        raise OptionError("no text has two tokens, so none has a loss")
+    return found
+
+
+def token_loss_sums(model: Any, ids: Iterable[Sequence[int]]) -> list[float]:
+    """The sum of each text's token losses, in nats; 0 where nothing is predicted, without a forward pass."""
+    device, sums = next(model.parameters()).device, []
     with torch.no_grad(), evaluation_mode(model):
-        for text in texts:
-            ids = torch.tensor([tokenizer(text)["input_ids"][:most]], device=device)
-            if ids.shape[1] < 2:
+        for one in ids:
+            if len(one) < 2:
                 sums.append(0.0)
                 continue
-            logits = model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-            sums.append(F.cross_entropy(logits, ids[0, 1:], reduction="sum").item())
-            tokens += ids.shape[1] - 1
-    if not tokens:
-        raise OptionError("no text has two tokens, so none has a loss")
+            tokens = torch.tensor([list(one)], device=device)
+            logits = gathered(model(input_ids=tokens, use_cache=False).logits)[0, :-1].float()
+            wanted = tokens[0, 1:].to(logits.device)  # of an offloaded model those are elsewhere
+            sums.append(F.cross_entropy(logits, wanted, reduction="sum").item())
+    return sums
+
+
+def scaled_losses(ids: Sequence[Sequence[int]], sums: Sequence[float]) -> list[float]:
+    """What :func:`text_losses` returns, from the tokens of each text and the sums of their losses."""
+    tokens = sum(len(one) - 1 for one in ids if len(one) > 1)
     return [total * len(sums) / tokens for total in sums]

@@ -1,0 +1,173 @@
+"""Scores in trainings of several processes: those of one, not noticed, and ended in all by a fault in one."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from integration_toys import examples
+from process_toys import held, together
+from train_toys import toy_model, toy_tokenizer
+
+from rlspec.integrations.transformers import SpectralCallback
+from rlspec.io.module import gathered, strip_wrappers
+from rlspec.train.texts import text_losses
+
+LAST = 3
+TEXTS = ["1 2 3 yes", "no again 7 8 9 1 2", "4", "5 6", "yes no 3 3"]
+
+
+def texts_file(folder: Path) -> Path:
+    path = folder / "retain.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    return path
+
+
+def losses_of(model: Any, callback: SpectralCallback | None, number: int, last: int = LAST) -> list[float]:
+    """A loop as people write them, which lets go of the gradients where the next step begins."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    state = SimpleNamespace(global_step=0, max_steps=last, is_world_process_zero=number == 0)
+    given: Any = (SimpleNamespace(world_size=2, output_dir="out"), state, SimpleNamespace())
+    more = {"model": model, "processing_class": toy_tokenizer()}
+    losses = []
+    if callback is not None:
+        callback.on_train_begin(*given, **more)
+    for step in range(last):
+        model.zero_grad()
+        batch = torch.tensor([row["input_ids"] for row in examples()[4 * step + 2 * number :][:2]])
+        loss = model(input_ids=batch, labels=batch).loss
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+        state.global_step = step + 1
+        if callback is not None:
+            callback.on_step_end(*given, **more)
+    if callback is not None:
+        callback.on_train_end(*given, **more)
+    return losses
+
+
+def one_pass(model: Any) -> float:
+    ids = torch.tensor([examples()[0]["input_ids"]])
+    return float(model(input_ids=ids, labels=ids).loss.item())
+
+
+def evaluated(model: Any) -> dict[str, float]:
+    """With a forward pass that all join, random numbers, and a process of its own."""
+    return {
+        "pass": one_pass(model),
+        "process": dist.get_rank(),
+        "random": torch.rand(()).item() + dist.get_rank(),
+    }
+
+
+def raises_in_one(model: Any) -> dict[str, float]:
+    found = {"pass": one_pass(model)}
+    if dist.get_rank() == 1 and stepped(model):
+        raise ZeroDivisionError("a fault")
+    return found
+
+
+def raises_amid_a_pass(model: Any) -> dict[str, float]:
+    def fault(*_: Any) -> None:
+        if stepped(model):
+            raise ZeroDivisionError("a fault")
+
+    hook = getattr(model, "module", model).model.layers[1].mlp.register_forward_hook(fault)
+    try:
+        return {"pass": one_pass(model)}
+    finally:
+        hook.remove()
+
+
+def stepped(model: Any) -> bool:
+    """Not at the start, when there is no gradient yet that a model in the wrong pieces could lose."""
+    return getattr(model, "module", model).model.layers[0].mlp.up_proj.weight.grad is not None
+
+
+EVALUATIONS = {
+    "scored": evaluated,
+    "raises in one": raises_in_one,
+    "raises amid a pass": raises_amid_a_pass,
+}
+
+
+def learns(number: int, out: Path, kind: str) -> None:
+    """The same training without the callback, and with each evaluation."""
+    os.environ["RLSPEC_CACHE"] = str(out / "cache")
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("rlspec").addHandler(handler)
+    found: dict[str, Any] = {}
+    for name in (None, *EVALUATIONS):
+        torch.manual_seed(number)
+        model = held(toy_model(0, attention_dropout=0.2), kind, 2)
+        callback = None
+        if name is not None:
+            callback = SpectralCallback(
+                every=1, out=out / name, texts=out / "retain.jsonl", evaluate=EVALUATIONS[name]
+            )
+        losses = losses_of(model, callback, number)
+        found[str(name)] = {"losses": losses, "random": torch.rand(()).item()}
+        if callback is not None:
+            assert callback.disabled is None, callback.disabled
+            found[str(name)] |= {
+                "unscored": callback.unscored,
+                "scores": [record.scores for record in callback.records],
+                "said": said[:],
+            }
+        said.clear()
+        if name == "scored":
+            whole = {strip_wrappers(k): gathered(v).detach() for k, v in model.named_parameters()}
+            if number == 0:
+                torch.save(
+                    {key.removeprefix("module."): value for key, value in whole.items()}, out / "model.pt"
+                )
+    (out / f"{number}.json").write_text(json.dumps(found))
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
+def test_scores_are_those_of_one_process_and_the_training_does_not_notice_them_nor_their_faults(
+    kind: str, tmp_path: Path
+) -> None:
+    texts_file(tmp_path)
+    assert together(2, learns, tmp_path, kind) == [0, 0]
+    first, second = (json.loads((tmp_path / f"{number}.json").read_text()) for number in range(2))
+    for found in (first, second):
+        for name in EVALUATIONS:
+            assert found[name]["losses"] == found["None"]["losses"], name
+            assert found[name]["random"] == found["None"]["random"], name
+    assert len(set(first["None"]["losses"] + second["None"]["losses"])) == 2 * LAST
+
+    scores = first["scored"]["scores"]
+    assert second["scored"]["scores"] == scores and len(scores) == LAST + 1
+    assert all(one["process"] == 0 and 0 <= one["random"] < 1 for one in scores)
+    model: Any = toy_model(0)
+    model.load_state_dict(torch.load(tmp_path / "model.pt"), strict=False)
+    model.eval()
+    truth = text_losses(model, toy_tokenizer(), TEXTS)
+    assert scores[-1]["text_loss"] == sum(truth) / len(TEXTS) != scores[0]["text_loss"]
+    assert scores[-1]["pass"] == one_pass(model)
+    rows = [json.loads(line) for line in (tmp_path / "scored" / "scores.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["score"]) for row in rows] == [
+        (step, name) for step in range(LAST + 1) for name in ("pass", "process", "random", "text_loss")
+    ]
+    assert rows[-1]["results"] == truth
+
+    assert first["scored"]["unscored"] is None and first["scored"]["said"] == []
+    for name, told in (
+        ("raises in one", "process 1 of 2: ZeroDivisionError: a fault"),
+        ("raises amid a pass", "ZeroDivisionError: a fault"),
+    ):
+        assert first[name]["unscored"] == second[name]["unscored"] == told
+        assert first[name]["said"] == [f"scores end here, the tracking and the training go on: {told}"]
+        assert second[name]["said"] == []
+        assert [sorted(one) for one in first[name]["scores"]] == [["pass", "text_loss"]] + [[]] * LAST
