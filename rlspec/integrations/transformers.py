@@ -74,12 +74,15 @@ class SpectralCallback(TrainerCallback):
         evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
             numbers, or better lists of one number per problem (True and False for solved or not), always of the same
             problems. It may use random numbers, and must change no weight. Scores go to ``out/scores.jsonl``, the
-            records and the loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone.
+            records and the loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone. Several
+            processes all call it, at the same step, and what the first one's call returns counts. Forward passes of
+            FSDP2, and whatever else the processes do together, must be the same in all: one that fails in the middle of
+            them alone leaves the others waiting for it.
         texts: a JSONL file with a ``text`` on each line; the score ``text_loss`` is the model's mean token loss on them,
-            by the trainer's tokenizer.
+            by the trainer's tokenizer. Several processes share the texts out where each holds the whole model.
         alarm: the score to be kept; see ``rlspec.tasks.alarm`` for when it rings and how often for nothing. The first
             fall is warned of and kept in :attr:`fall`.
-        stop: end the training when the alarm rings.
+        stop: end the training when the alarm rings, in all processes at the same step.
 
     Raises:
         OptionError: an argument out of range, an unknown module, no texts, or an alarm without its score.
