@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,10 +18,13 @@ class Told:
 
 
 @contextmanager
-def first_tells(share: Share, out: Path) -> Iterator[Told]:
+def first_tells(share: Share, launch: Callable[[], Path]) -> Iterator[Told]:
     """Context for a command that several processes carry out; errors of rlspec's own end it with their exit code.
 
     What all refuse alike, the first one tells. What one refuses alone, it tells itself: the first one goes on then.
+
+    Args:
+        launch: the file that the first one holds from when on it refuses nothing any more.
     """
     told, began = Told(), time.monotonic()
     try:
@@ -29,14 +32,14 @@ def first_tells(share: Share, out: Path) -> Iterator[Told]:
     except RlspecError as error:
         if share.number == 0:
             raise
-        from rlspec.io.launch import FirstMissingError, ToldByFirstError, staging_folder, wait_for_launch
+        from rlspec.io.launch import FirstMissingError, ToldByFirstError, wait_for_launch
 
         if isinstance(error, ToldByFirstError):
             raise SystemExit(error.exit_code) from None
         if told.joined or isinstance(error, FirstMissingError):
             raise
         try:
-            alone = wait_for_launch(staging_folder(out)[1], began)
+            alone = wait_for_launch(launch(), began)
         except KeyboardInterrupt:  # whoever started the processes has seen the first one end
             alone = False
         if not alone:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
 from rlspec.cli.exits import stopped
+from rlspec.cli.launched import Told, first_tells
 from rlspec.errors import OptionError
 
 if TYPE_CHECKING:
+    from rlspec.io.share import Share
     from rlspec.jobs.series import Series
 
 _FOLDER = click.Path(path_type=Path)
@@ -86,52 +88,91 @@ def command(
     a table of means. What the table holds is not measured again; an interrupted command goes on when it is given again.
     Several processes share the work: `torchrun --nproc-per-node 4 -m rlspec measure ...`, on several machines too where
     all see one file system."""
-    from rlspec.cli.measure_text import Bar, heading, series_lines
+    from rlspec.io.share import Share
 
+    share = Share.of_launch()
+    with first_tells(share, lambda: _launch_file(out)) as told:
+        _check(checkpoints, base, watch, evaluate, texts, alarm, share)
+        if watch:
+            _watch(checkpoints, base, out, table, settings)
+        else:
+            _measure(checkpoints, base, out, table, (evaluate, texts, alarm), settings, share, told)
+
+
+def _launch_file(out: Path) -> Path:
+    from rlspec.jobs.series.parts import launch_file
+
+    return launch_file(out)
+
+
+def _check(
+    checkpoints: tuple[Path, ...],
+    base: Path,
+    watch: bool,
+    evaluate: str | None,
+    texts: Path | None,
+    alarm: str | None,
+    share: Share,
+) -> None:
+    """Refuse before the work what would fail after it."""
     scoring = evaluate is not None or texts is not None
     if watch and scoring:
         raise OptionError("watch=True takes no scores (evaluate=, texts=): give the command again without it")
+    if watch and share.count > 1:
+        raise OptionError("watch=True is for one process; start it without torchrun")
     if alarm is not None and not scoring:
         raise OptionError(f"alarm={alarm!r}: no such score; evaluate= or texts= gives scores")
-    if scoring:  # told before the work
-        from rlspec.jobs.series.scores import MARKER
-        from rlspec.tasks.commands import check_command
-        from rlspec.train.texts import read_texts
+    if scoring:
+        from rlspec.jobs.series.scores import check_scoring
 
-        if evaluate is not None:
-            check_command(evaluate, MARKER, "evaluate")
-        if texts is not None:
-            read_texts(texts)
+        check_scoring(evaluate, texts)
+
+
+def _measure(
+    checkpoints: tuple[Path, ...],
+    base: Path,
+    out: Path,
+    table: Path | None,
+    scoring: tuple[str | None, Path | None, str | None],
+    settings: dict[str, Any],
+    share: Share,
+    told: Told,
+) -> None:
+    from rlspec.cli.measure_text import Bar, heading, series_lines
+    from rlspec.jobs.series import measure
+
+    evaluate, texts, alarm = scoring
+    first = share.number == 0
     bar = Bar()
     lines: list[str] = []
-    try:
-        if watch:
-            if _share().count > 1:
-                raise OptionError("watch=True is for one process; start it without torchrun")
-            _watch(checkpoints, base, out, table, bar, settings)
-            return
-        from rlspec.jobs.series import measure
 
-        share = _share()
-        first = share.number == 0
-        series = measure(
-            base, checkpoints, out=out, on_matrix=bar if first else None, share=share, **settings
-        )
+    def on_matrix(done: int, total: int, label: str, name: str) -> None:
+        told.joined = True
+        if first:
+            bar(done, total, label, name)
+
+    try:
+        series = measure(base, checkpoints, out=out, on_matrix=on_matrix, share=share, **settings)
         if not first:
             return
         bar.close()
-        if scoring:
+        if evaluate is not None or texts is not None:
             lines = _scores(series, base, out, evaluate, texts, alarm, settings["device"])
     except KeyboardInterrupt as stop:
         bar.close()
-        click.echo("Stopped; what is measured is kept, the same command goes on", err=True)
-        raise SystemExit(stopped(stop)) from None
+        _stopped(stop, tell=first)
     finally:
         bar.close()
     if table is not None:
         series.to_csv(table)
     for line in (*series_lines(series), heading(), *lines):
         click.echo(line)
+
+
+def _stopped(stop: KeyboardInterrupt, *, tell: bool) -> NoReturn:
+    if tell:
+        click.echo("Stopped; what is measured is kept, the same command goes on", err=True)
+    raise SystemExit(stopped(stop)) from None
 
 
 def _scores(
@@ -156,30 +197,26 @@ def _scores(
     return lines
 
 
-def _share() -> Any:
-    from rlspec.io.share import Share
-
-    return Share.of_launch()
-
-
 def _watch(
     paths: tuple[Path, ...],
     base: Path,
     out: Path,
     table: Path | None,
-    bar: Any,
     settings: dict[str, Any],
 ) -> None:
-    from rlspec.cli.measure_text import series_lines
+    from rlspec.cli.measure_text import Bar, series_lines
     from rlspec.jobs.series.job import Job
     from rlspec.jobs.series.watch import watch
+
+    bar = Bar()
 
     def warn(message: str) -> None:
         bar.close()
         click.echo(f"passed over: {message}", err=True)
 
-    job = Job.open(base, out=out, **settings)
+    job = None
     try:
+        job = Job.open(base, out=out, **settings)
         for added in watch(job, paths, on_matrix=bar, warn=warn):
             bar.close()
             if table is not None:
@@ -188,5 +225,10 @@ def _watch(
                 spectra for spectra in job.table.series() if spectra.checkpoint in added
             ):
                 click.echo(line)
+    except KeyboardInterrupt as stop:
+        bar.close()
+        _stopped(stop, tell=True)
     finally:
-        job.table.close()
+        bar.close()
+        if job is not None:
+            job.table.close()

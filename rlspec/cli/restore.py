@@ -68,9 +68,10 @@ def command(
         return
     if out is None:
         raise click.UsageError("Missing option '--out'.")
+    from rlspec.io.launch import launch_file
     from rlspec.restore.target import Target
 
-    with first_tells(share, out) as told:
+    with first_tells(share, lambda: launch_file(out)) as told:
         options = RestoreOptions(**settings)
         target = Target(out, base, tuned, resume=resume, overwrite=overwrite)
         _check_report_file(report_file, base, tuned, out)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 from uuid import uuid4
 
-from rlspec.errors import CheckpointError, RlspecError, TensorError
+from rlspec.errors import CheckpointError, RlspecError, RunFolderError, TensorError
 from rlspec.io.files import write_error
 from rlspec.io.jsonl import append_rows, read_rows
 from rlspec.io.share import APART, LOOK, Share, is_held, take
@@ -30,7 +30,7 @@ class ToldByFirstError(CheckpointError):
     """Another process is at fault, or all are alike: the first one says so."""
 
 
-class FirstMissingError(CheckpointError):
+class FirstMissingError(CheckpointError, RunFolderError):
     """The first process has not come."""
 
 
@@ -40,13 +40,19 @@ def staging_folder(out: Path) -> tuple[Path, Path]:
     return out, out.parent / f".{out.name}.rlspec-partial"
 
 
-def wait_for_launch(folder: Path, began: float) -> bool:
+def launch_file(out: Path) -> Path:
+    """What the first of the processes that write an output holds as long as it goes on."""
+    return staging_folder(out)[1] / _NAME
+
+
+def wait_for_launch(launch: Path, began: float) -> bool:
     """Wait until the first process is there and lets others in; False: it is not within the time.
 
     Args:
+        launch: the file that it holds then.
         began: ``time.monotonic()`` when this process did.
     """
-    while not is_held(folder / _NAME):
+    while not is_held(launch):
         if time.monotonic() - began > APART:
             return False
         time.sleep(LOOK)
@@ -90,7 +96,7 @@ class Launch:
         self._token = uuid4().hex
         self._began = time.monotonic()
         about = {"token": self._token, "fingerprint": fingerprint, "count": count}
-        self._lock: IO[bytes] | None = _locked(folder / _NAME, json.dumps(about).encode())
+        self._lock: IO[bytes] | None = locked(folder / _NAME, json.dumps(about).encode())
 
     def look(self) -> None:
         """Go on only where no process has failed.
@@ -179,7 +185,7 @@ class JoinedStaging:
         self.checkpoint = self.folder / "checkpoint"
         self._share = share
         self._path = self.folder / f"process-{share.number}.jsonl"
-        if not wait_for_launch(self.folder, time.monotonic()):
+        if not wait_for_launch(self.folder / _NAME, time.monotonic()):
             raise FirstMissingError(
                 f"{self.out}: process 0 of {share.count} has not begun to write it in {APART:.0f} s; do all see one "
                 "file system?"
@@ -200,7 +206,7 @@ class JoinedStaging:
                 )
             # What a process of this number has finished before it in the same launch stays so.
             before = self._path.read_bytes() if self._path.exists() else b""
-            self._lock: IO[bytes] | None = _locked(self._path, before[: before.rfind(b"\n") + 1])
+            self._lock: IO[bytes] | None = locked(self._path, before[: before.rfind(b"\n") + 1])
         except OSError as error:
             raise write_error(error.filename or self.folder, error) from None
 
@@ -251,8 +257,12 @@ class JoinedStaging:
             self._lock = None
 
 
-def _locked(path: Path, content: bytes) -> IO[bytes]:
-    """Give a new file its name once it has its content and is locked."""
+def locked(path: Path, content: bytes) -> IO[bytes]:
+    """Give a new file its name once it has its content and is locked, until what is returned is closed.
+
+    Raises:
+        OSError: it cannot be written.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.unlink(missing_ok=True)
     file = temporary.open("xb")

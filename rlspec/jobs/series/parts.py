@@ -2,6 +2,7 @@
 
 ::
 
+    .launch                  the first process holds its lock while the others may come and measure
     spectra.part-2.jsonl     rows of process 2, which holds the file's lock as long as it lives
 """
 
@@ -17,6 +18,11 @@ from rlspec.errors import RunFolderError
 from rlspec.io.share import APART, LOOK, take
 
 _PATTERN = "spectra.part-*.jsonl"
+
+
+def launch_file(folder: Path) -> Path:
+    """What the first of several processes holds from when on it refuses nothing any more."""
+    return folder / ".launch"
 
 
 def take_part(folder: Path, number: int) -> IO[bytes]:

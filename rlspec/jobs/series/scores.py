@@ -29,6 +29,17 @@ BASE = "base"
 TEXT_LOSS, FORGETTING = "text_loss", "forgetting"
 
 
+def check_scoring(evaluate: str | None, texts: str | Path | None) -> list[str] | None:
+    """Refuse what :func:`score_series` would; the texts, None where none are asked for.
+
+    Raises:
+        OptionError: no texts, or a command without ``{checkpoint}``.
+    """
+    if evaluate is not None:
+        check_command(evaluate, MARKER, "evaluate")
+    return None if texts is None else read_texts(texts)
+
+
 def score_series(
     series: Series,
     base: str | Path,
@@ -56,9 +67,7 @@ def score_series(
         OptionError: no texts, a command without ``{checkpoint}``, or one that fails or prints no scores.
         CheckpointError: transformers cannot load a checkpoint, or the rows cannot be written.
     """
-    if evaluate is not None:
-        check_command(evaluate, MARKER, "evaluate")
-    found = None if texts is None else read_texts(texts)
+    found = check_scoring(evaluate, texts)
     known = read_json_object(Path(out) / "measure.json")["checkpoints"]
     table = _Scores(Path(out) / "scores.jsonl")
     places = [

@@ -13,20 +13,22 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from rlspec.errors import CheckpointError, RunFolderError
 from rlspec.io.files import read_json_object, write_atomically, write_error
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_rows
+from rlspec.io.launch import FirstMissingError, locked
 from rlspec.io.share import ALONE, APART, LOOK, Share, is_held
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, in_order, labels
-from rlspec.jobs.series.parts import ended, parts, take_part
+from rlspec.jobs.series.parts import ended, launch_file, parts, take_part
 from rlspec.jobs.series.result import CheckpointSpectra, Series
 from rlspec.run.lock import take_lock
 
 _VERSION = 1
+T = TypeVar("T")
 
 
 class SpectraTable:
@@ -52,6 +54,7 @@ class SpectraTable:
         self._known: dict[str, dict[str, Any]] = {}  # label -> path and files
         self._rows: dict[str, dict[str, Row]] = {}  # label -> matrix -> row
         self._lock: IO[bytes] | None = None
+        self._launch: IO[bytes] | None = None
         self._share = share
         self._opened = time.monotonic()
         if folder is not None and share.number == 0:
@@ -76,6 +79,7 @@ class SpectraTable:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._lock = take_lock(folder)
+            launch_file(folder).unlink(missing_ok=True)  # of a launch that was killed
         except OSError as error:
             raise write_error(folder, error) from None
         try:
@@ -133,7 +137,7 @@ class SpectraTable:
         """Hold this process's part, once the first process has entered the same checkpoints, and read what is there.
 
         Raises:
-            RunFolderError: it does not come, or the part is in use.
+            RunFolderError: it does not come (FirstMissingError), or the part is in use.
         """
         folder = self._folder
         assert folder is not None
@@ -144,7 +148,7 @@ class SpectraTable:
                 if all(self._known.get(label) == entry for label, entry in wanted.items()):
                     break
             if not came and time.monotonic() - self._opened > APART:
-                raise RunFolderError(
+                raise FirstMissingError(
                     f"{folder}: process 0 of {self._share.count} has not entered the checkpoints in {APART:.0f} s; do "
                     "all see one file system?"
                 )
@@ -158,6 +162,11 @@ class SpectraTable:
 
     def close(self) -> None:
         """Let other processes write to the folder."""
+        if self._launch is not None:
+            assert self._folder is not None
+            launch_file(self._folder).unlink(missing_ok=True)
+            self._launch.close()
+            self._launch = None
         if self._lock is not None:
             self._lock.close()
             self._lock = None
@@ -195,11 +204,13 @@ class SpectraTable:
             found.append(label)
         if self._share.number > 0:
             self._join({label: self._known[label] for label in found})
-        elif self._folder is not None:
+        elif (folder := self._folder) is not None:
             about = {"version": _VERSION, "settings": self._settings, "checkpoints": self._known}
             self._writing(
                 lambda: write_atomically(self._about, (json.dumps(about, indent=2) + "\n").encode())
             )
+            if self._share.count > 1 and self._launch is None:
+                self._launch = self._writing(lambda: locked(launch_file(folder), b""))
         return found
 
     def is_whole(self, checkpoint: Checkpoint, files: Files) -> bool:
@@ -252,9 +263,9 @@ class SpectraTable:
                 self._writing(lambda: write_rows(self._path, wanted))
         return series
 
-    def _writing(self, write: Any) -> None:
+    def _writing(self, write: Callable[[], T]) -> T:
         try:
-            write()
+            return write()
         except OSError as error:
             assert self._folder is not None
             raise write_error(self._folder, error) from None
