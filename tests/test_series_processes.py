@@ -11,13 +11,19 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner, Result
 from restore_toys import save_model, tune
+from safetensors.torch import load_file, save_file
 
 import rlspec
+from rlspec.cli.main import main
 from rlspec.errors import OptionError, RunFolderError
-from rlspec.io.share import Share
+from rlspec.io import launch
+from rlspec.io.launch import locked
+from rlspec.io.share import Share, is_held
 from rlspec.jobs.series import job as jobs
 from rlspec.jobs.series import parts, table
+from rlspec.jobs.series.parts import launch_file
 from rlspec.spectra.processes import ProcessError
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -40,7 +46,9 @@ def contents(out: Path) -> dict[str, bytes]:
 
 _KILLED = """
 import os, signal, sys
+from rlspec.io import launch
 from rlspec.jobs.series import job
+launch.APART = job.APART = float(os.environ["APART"])
 right, calls = job.Job._rows, []
 def killed(self, *args):
     calls.append(1)
@@ -53,8 +61,10 @@ main(sys.argv[1:])
 """
 
 
-def start(number: int, count: int, run: Path, out: Path, kill_at: int = 0) -> subprocess.Popen[str]:
-    told = {"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "KILL_AT": kill_at}
+def start(
+    number: int, count: int, run: Path, out: Path, kill_at: int = 0, apart: float = 60.0
+) -> subprocess.Popen[str]:
+    told = {"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "KILL_AT": kill_at, "APART": apart}
     # As many threads as the one process has: sums of products depend on them.
     told |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), torch.get_num_threads())
     command = [sys.executable, "-c", _KILLED, "measure", run, "--base", run.parent / "base", "--out", out]
@@ -151,3 +161,87 @@ def test_processes_without_a_folder_and_broken_launches_are_refused(run: Path) -
     for broken in ({"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "x", "WORLD_SIZE": "4"}):
         with pytest.raises(OptionError, match="no launch"):
             Share.of_launch(broken)
+
+
+def command(number: int, run: Path, *more: str, monkeypatch: pytest.MonkeyPatch) -> Result:
+    """One of two processes of the command, in this one."""
+    for name, value in (("RANK", number), ("LOCAL_RANK", number), ("WORLD_SIZE", 2)):
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setattr(launch, "APART", 0.1)
+    words = ["measure", str(run), "--base", str(run.parent / "base"), "--out", str(run.parent / "out"), *more]
+    return CliRunner().invoke(main, words)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (("--base", "nowhere"), "nowhere"),
+        (("--rank", "7.5"), "rank"),
+        (("nowhere",), "nowhere"),
+        (("--watch",), "is for one process"),
+        (("--alarm", "ood"), "no such score"),
+        (("--texts", "nowhere"), "no such file"),
+        (("--nonsense",), "No such option"),
+    ],
+)
+def test_what_all_refuse_is_told_once(
+    more: tuple[str, ...], told: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (command(number, run, *more, monkeypatch=monkeypatch) for number in range(2))
+    assert first.exit_code == second.exit_code == 2
+    assert told in first.stderr and "Traceback" not in first.stderr and first.stdout == ""
+    assert second.output == ""
+
+
+def test_a_checkpoint_that_all_refuse_once_the_first_has_the_folder_is_told_once(run: Path) -> None:
+    (file,) = (run / "checkpoint-2").glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name in tensors if "q_proj" in name)
+    save_file(tensors | {name: tensors[name][1:].clone()}, file, metadata={"format": "pt"})
+    out = run.parent / "refused"
+    (code, said, told), *others = ended([start(number, 3, run, out, apart=3.0) for number in range(2)])
+    assert code == 2 and said == "" and told.count("\n") == 1 and "is that its base?" in told
+    assert others == [(2, "", "")]
+    assert not launch_file(out).exists()
+
+
+def test_what_one_process_refuses_alone_it_tells(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine that does not see the inputs, say."""
+    (run.parent / "out").mkdir()
+    with locked(launch_file(run.parent / "out"), b""):  # as the first one does that goes on
+        second = command(1, run, "nowhere", monkeypatch=monkeypatch)
+    assert second.exit_code == 2 and second.stderr.startswith("Error: process 1 of 2: ")
+    assert "nowhere" in second.stderr and second.stderr.count("\n") == 1
+
+
+def test_the_first_process_holds_the_launch_from_when_on_it_refuses_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = run.parent / "first"
+    out.mkdir()
+    launch_file(out).write_bytes(b"")  # of a launch that was killed
+    seen = []
+    for name in ("_checked", "_rows"):
+        right = getattr(jobs.Job, name)
+
+        def looked(self: Any, *args: Any, name: str = name, right: Any = right) -> Any:
+            seen.append((name, is_held(launch_file(out))))
+            return right(self, *args)
+
+        monkeypatch.setattr(jobs.Job, name, looked)
+    monkeypatch.setattr(jobs, "APART", 0.0)
+    with pytest.raises(ProcessError):
+        rlspec.measure(run.parent / "base", run, out=out, share=Share(0, 2), **OPTIONS)
+    assert set(seen) == {("_checked", False), ("_rows", True)} and not launch_file(out).exists()
+    rlspec.measure(run.parent / "base", run, out=out, **OPTIONS)
+    assert contents(out) == contents(run.parent / "alone")
+
+
+def test_a_stop_is_told_of_by_the_first_process_alone(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(self: Any, *args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.Job, "measure", stopped)
+    first, second = (command(number, run, monkeypatch=monkeypatch) for number in range(2))
+    assert first.exit_code == second.exit_code == 130
+    assert first.stderr.startswith("Stopped; what is measured is kept") and second.stderr == ""

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from distributed_toys import save
 from train_toys import save_toy_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlspec.cli.main import main
-from rlspec.errors import OptionError
-from rlspec.jobs.series.scores import run_command
+from rlspec.errors import CheckpointError, OptionError
+from rlspec.jobs.series.scores import check_loadable, run_command
 from rlspec.train.texts import text_losses
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -111,3 +112,46 @@ def test_wrong_flags_are_told_before_the_work(more: tuple[str, ...], run: Path) 
     result = measure(run, *more)
     assert isinstance(result.exception, OptionError) or result.exit_code == 2
     assert not (run / "out").exists()
+
+
+def test_checkpoints_that_transformers_cannot_load_are_told_before_the_work(run: Path) -> None:
+    texts = ("--texts", str(run / "retain.jsonl"))
+    shutil.copytree(run / "run", run / "kept")
+    place = run / "run" / "checkpoint-40"
+    save(AutoModelForCausalLM.from_pretrained(run / "base").state_dict(), place)
+    whole = run / "run" / "checkpoint-30"
+    for broken, told in [
+        (place, f"{place}: a checkpoint of torch.distributed.checkpoint"),
+        (whole, f"{whole}: no config.json in it"),
+    ]:
+        result = measure(run, *texts)
+        assert result.exit_code == 2 and not (run / "out").exists()
+        assert result.stderr.startswith(f"Error: --texts '{run / 'retain.jsonl'}' wants checkpoints that")
+        assert told in result.stderr and result.stderr.count("\n") == 1
+        if broken == place:
+            shutil.rmtree(place)
+            (whole / "config.json").unlink()
+    shutil.rmtree(run / "run")
+    shutil.copytree(run / "kept", run / "run")
+    (single,) = whole.glob("*.safetensors")
+    words = ["measure", str(single), "--base", str(run / "base"), "--out", str(run / "out"), *texts]
+    result = CliRunner().invoke(main, words)
+    assert result.exit_code == 2 and f"{single}: a file; give the folder" in result.stderr
+    assert not (run / "out").exists()
+    assert measure(run, *texts).exit_code == 0
+    (whole / "config.json").unlink()
+    given: Any = (run / "base", [run / "run"])
+    check_loadable(*given, run / "out", run / "retain.jsonl")  # its scores are there: it is not loaded again
+    with pytest.raises(CheckpointError, match=r"checkpoint-30: no config\.json"):
+        check_loadable(*given, run / "other", run / "retain.jsonl")
+
+
+def test_a_command_of_the_user_s_may_read_what_transformers_cannot_load(run: Path) -> None:
+    shutil.rmtree(run / "run")
+    save(AutoModelForCausalLM.from_pretrained(run / "base").state_dict(), run / "run" / "checkpoint-10")
+    text = (
+        "import pathlib\nprint(json.dumps({'files': len(list(pathlib.Path(sys.argv[1]).glob('*.distcp')))}))"
+    )
+    result = measure(run, "--eval", script(run, text))
+    assert result.exit_code == 0, result.output
+    assert [(row["score"], row["value"]) for row in rows(run)] == [("files", 1.0)]

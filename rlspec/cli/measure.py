@@ -92,7 +92,7 @@ def command(
 
     share = Share.of_launch()
     with first_tells(share, lambda: _launch_file(out)) as told:
-        _check(checkpoints, base, watch, evaluate, texts, alarm, share)
+        _check(checkpoints, base, out, watch, evaluate, texts, alarm, share)
         if watch:
             _watch(checkpoints, base, out, table, settings)
         else:
@@ -108,6 +108,7 @@ def _launch_file(out: Path) -> Path:
 def _check(
     checkpoints: tuple[Path, ...],
     base: Path,
+    out: Path,
     watch: bool,
     evaluate: str | None,
     texts: Path | None,
@@ -123,9 +124,11 @@ def _check(
     if alarm is not None and not scoring:
         raise OptionError(f"alarm={alarm!r}: no such score; evaluate= or texts= gives scores")
     if scoring:
-        from rlspec.jobs.series.scores import check_scoring
+        from rlspec.jobs.series.scores import check_loadable, check_scoring
 
         check_scoring(evaluate, texts)
+        if texts is not None:
+            check_loadable(base, checkpoints, out, texts)
 
 
 def _measure(

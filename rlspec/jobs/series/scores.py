@@ -6,7 +6,7 @@ They lie beside the spectra, in ``scores.jsonl``: one row per checkpoint and sco
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +14,12 @@ from typing import Any
 import torch
 
 from rlspec.backend import choose_device
-from rlspec.errors import OptionError
+from rlspec.errors import CheckpointError, OptionError, RunFolderError
+from rlspec.io.adapter import is_adapter
 from rlspec.io.files import read_json_object, write_error
 from rlspec.io.jsonl import Row, read_rows, write_rows
-from rlspec.jobs.loading import load_model, load_tokenizer
+from rlspec.jobs.loading import load_model, load_tokenizer, model_folder
+from rlspec.jobs.series.checkpoints import find_checkpoints
 from rlspec.jobs.series.result import Series
 from rlspec.tasks.alarm import Fall, standing_fall
 from rlspec.tasks.commands import check_command, last_json, run, words_for
@@ -38,6 +40,39 @@ def check_scoring(evaluate: str | None, texts: str | Path | None) -> list[str] |
     if evaluate is not None:
         check_command(evaluate, MARKER, "evaluate")
     return None if texts is None else read_texts(texts)
+
+
+def check_loadable(
+    base: str | Path, checkpoints: Iterable[str | Path], out: str | Path, texts: str | Path
+) -> None:
+    """Refuse, before they are measured, checkpoints whose texts :func:`score_series` could not score.
+
+    Raises:
+        CheckpointError: transformers does not load the base or a checkpoint that has no such scores yet: it lies in a
+            single file, has no config.json, or is of torch.distributed.checkpoint.
+    """
+    about = Path(out) / "measure.json"
+    known = read_json_object(about, RunFolderError).get("checkpoints", {}) if about.exists() else {}
+    labels = {entry["path"]: label for label, entry in known.items()}
+    table = _Scores(Path(out) / "scores.jsonl")
+    found = find_checkpoints(checkpoints)
+    places = [(BASE, Path(base)), *((labels.get(str(c.path.resolve()), ""), c.path) for c in found)]
+    for label, place in places:
+        if table.has(label, _by_texts(texts)) or is_adapter(place):
+            continue
+        try:
+            if place.is_file():
+                raise CheckpointError(f"{place}: a file; give the folder with its config.json")
+            model_folder(str(place))
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"texts={str(texts)!r} wants checkpoints that transformers loads: {error}"
+            ) from None
+
+
+def _by_texts(texts: str | Path) -> str:
+    """What rows call the texts that they are of."""
+    return f"texts {Path(texts).resolve()}"
 
 
 def score_series(
@@ -74,7 +109,7 @@ def score_series(
         (spectra.checkpoint, spectra.step, Path(known[spectra.checkpoint]["path"])) for spectra in series
     ]
     if found is not None:
-        by = f"texts {Path(texts or '').resolve()}"
+        by = _by_texts(texts or "")
         start: float | None = None
         for label, step, place in [(BASE, None, Path(base)), *places]:
             if not table.has(label, by):
