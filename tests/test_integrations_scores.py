@@ -16,6 +16,7 @@ from train_toys import toy_tokenizer
 from transformers import TrainerCallback
 
 from rlspec.errors import OptionError
+from rlspec.integrations import scoring
 from rlspec.integrations.transformers import SpectralCallback
 from rlspec.run.budget import Pace
 from rlspec.train.texts import text_losses
@@ -106,6 +107,18 @@ def test_an_evaluation_that_fails_ends_the_scores_alone(
     assert [r.getMessage() for r in caplog.records if "scores end here" in r.getMessage()] == [
         "scores end here, the tracking and the training go on: KeyError: 'deal'"
     ]
+
+
+def test_a_loss_that_is_no_number_ends_the_scores_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scoring, "token_loss_sums", lambda model, ids: [float("nan") for _ in ids])
+    callback = SpectralCallback(every=2, texts=texts_file(tmp_path))
+    trainer = plain_trainer(tmp_path, [callback])
+    trainer.processing_class = trainer.callback_handler.processing_class = toy_tokenizer()
+    trainer.train()
+    assert callback.disabled is None and [record.step for record in callback.records] == [0, 2, 4]
+    assert callback.unscored is not None and "is nan, wanted a finite number" in callback.unscored
 
 
 def falling() -> Any:

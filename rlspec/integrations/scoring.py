@@ -84,7 +84,7 @@ class Scoring:
                 scores = processes.first(processes.together(lambda: self._evaluated(model, processes.number)))
             if self._texts is not None:
                 losses = self._text_losses(model, tokenizer, processes, in_step)
-                scores = scores | read_scores({TEXT_LOSS: losses}, "texts")
+                scores |= processes.together(lambda: read_scores({TEXT_LOSS: losses}, "texts"))
         return processes.first(processes.together(lambda: self._judged(scores, step)))
 
     def _evaluated(self, model: nn.Module, number: int) -> dict[str, Score]:

@@ -55,7 +55,7 @@ class Processes:
 
     def close(self) -> None:
         """Let go of a group of their own."""
-        if self.group is not None:
+        if self.group is not None and dist.is_initialized():  # else it went with the default one
             dist.destroy_process_group(self.group)
 
     def gathered(self, value: Any) -> list[Any]:
