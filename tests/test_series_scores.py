@@ -17,7 +17,7 @@ from train_toys import save_toy_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlspec.cli.main import main
-from rlspec.errors import CheckpointError, OptionError
+from rlspec.errors import OptionError
 from rlspec.jobs.series.scores import check_loadable, run_command
 from rlspec.train.texts import text_losses
 
@@ -142,7 +142,7 @@ def test_checkpoints_that_transformers_cannot_load_are_told_before_the_work(run:
     (whole / "config.json").unlink()
     given: Any = (run / "base", [run / "run"])
     check_loadable(*given, run / "out", run / "retain.jsonl")  # its scores are there: it is not loaded again
-    with pytest.raises(CheckpointError, match=r"checkpoint-30: no config\.json"):
+    with pytest.raises(OptionError, match=r"checkpoint-30: no config\.json"):
         check_loadable(*given, run / "other", run / "retain.jsonl")
 
 

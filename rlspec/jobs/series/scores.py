@@ -48,8 +48,9 @@ def check_loadable(
     """Refuse, before they are measured, checkpoints whose texts :func:`score_series` could not score.
 
     Raises:
-        CheckpointError: transformers does not load the base or a checkpoint that has no such scores yet: it lies in a
-            single file, has no config.json, or is of torch.distributed.checkpoint.
+        OptionError: transformers does not load the base or a checkpoint that has no such scores yet: it lies in a single
+            file, has no config.json, or is of torch.distributed.checkpoint.
+        CheckpointError: no checkpoint at a path.
     """
     about = Path(out) / "measure.json"
     known = read_json_object(about, RunFolderError).get("checkpoints", {}) if about.exists() else {}
@@ -65,7 +66,7 @@ def check_loadable(
                 raise CheckpointError(f"{place}: a file; give the folder with its config.json")
             model_folder(str(place))
         except CheckpointError as error:
-            raise CheckpointError(
+            raise OptionError(
                 f"texts={str(texts)!r} wants checkpoints that transformers loads: {error}"
             ) from None
 
