@@ -151,7 +151,9 @@ def test_values_at_fault_are_told_once_and_leave_nothing(
     owners = shard_owners(plan_restore(*checkpoints, RestoreOptions(**OPTIONS)), 2)
     first, second = together(2, checkpoints, tmp_path / "out")
     assert first.code == 2 and f"{shard}: {name}" in first.err and first.err.count("\n") == 1
-    assert second.err == "" and second.code in ((0, 2) if owners[shard] == 0 else (2,))
+    # On a busy machine the second may come when the first has told of its own values, and gone.
+    late = owners[shard] == 0 and "has not begun to write it" in second.err
+    assert (second.err == "" or late) and second.code in ((0, 2) if owners[shard] == 0 else (2,))
     assert left(tmp_path) == {"tuned"}
 
 
