@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -241,6 +242,25 @@ def test_as_many_at_once_as_the_memory_has_room_for(tmp_path: Path, monkeypatch:
         assert most == 1 or 1.35 * most * work + pool_bytes(plan, memory) <= memory
     assert seen == {1, 2}
     assert side_by_side(plan, sys.maxsize) == torch.get_num_threads()
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize("names", ["q", "qk"])
+def test_a_stack_alone_is_measured_by_this_thread(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(*arguments: Any) -> Any:
+        seen.append(threading.current_thread() is threading.main_thread())
+        return right(*arguments)
+
+    seen: list[bool] = []
+    right = SpectralTracker._measured
+    tensors = {
+        f"model.layers.0.self_attn.{name}_proj.weight": torch.eye(8, 8 + i) for i, name in enumerate(names)
+    }
+    tracker = SpectralTracker(SpectralBasis.from_tensors(tensors, modules=list(names)))
+    monkeypatch.setattr("rlspec.linalg.workers._TINY_ENTRIES", 0)
+    monkeypatch.setattr(SpectralTracker, "_measured", measured)
+    assert len(tracker.measure(tensors, step=0).rows) == len(names)
+    assert seen == ([True] if len(names) == 1 else [False, False])
 
 
 def test_a_reader_has_room_for_all_stacks_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -163,7 +163,8 @@ class SpectralTracker:
         small = max((size for size, entries in zip(sizes, single) if is_small(entries)), default=0)
         largest = max(sizes, default=0)
         room = max(READ_AHEAD_BYTES, 2 * largest) - largest
-        return max(1, room // small - 2) if small else 1
+        # One alone stays with this thread, in whose heap there is room that was freed.
+        return max(1, min(len(sizes), room // small - 2)) if small else 1
 
     def _jobs(
         self,
