@@ -10,7 +10,7 @@ import pytest
 
 from rlspec.study.cells import Cell, Study
 from rlspec.study.findings.choice import choice_sections
-from rlspec.study.findings.duration import duration_sections
+from rlspec.study.findings.duration import _what_spectra_add, duration_sections
 from rlspec.study.findings.prevention import prevention_sections
 from rlspec.study.findings.recovery import crossing, recoveries, resampled, shares
 from rlspec.study.findings.section import Section
@@ -90,8 +90,41 @@ def test_the_findings_of_duration_are_plain() -> None:
     assert "From SFT step 212 on" in no_return.text or "From SFT step 213 on" in no_return.text
     values = {cells[0]: cells[1] for cells in no_return.rows}
     assert values["KL to the base"] == "2.12" or values["KL to the base"] == "2.13"
-    assert "Spectra add nothing" not in prediction.text or "(|ρ| 1.00 against 1.00)" in prediction.text
+    # KL and rotation both grow with the steps, and rank the shares alike.
+    assert (
+        "Spectra add nothing here that could be told from chance: the best |ρ| differ by +0.00"
+        in prediction.text
+    )
+    assert "So it does from" not in no_return.text
     assert "further from the base in 10 of 10" in weights.text
+
+
+@pytest.mark.parametrize(
+    ("noise", "told"),
+    [
+        (("kl_nats",), "Rotation ranks better than everything else here"),
+        (("rotation_rad", "rotation_beyond_random"), "Rotation ranks worse than simpler figures here"),
+        ((), "Spectra add nothing here that could be told from chance"),
+    ],
+)  # fmt: skip
+def test_what_spectra_add_is_told_by_an_interval(noise: tuple[str, ...], told: str) -> None:
+    """Of figures that rank the shares of 40 pairs perfectly, but for those that are noise."""
+    draw = np.random.default_rng(0)
+    points: list[tuple[dict[str, Any], float]] = []
+    for share in np.linspace(0, 1, 40):
+        figures = {"kl_nats": share, "rotation_rad": share}
+        points.append(({n: draw.random() if n in noise else v for n, v in figures.items()}, float(share)))
+    strength = dict.fromkeys(("kl_nats", "rotation_rad"), 1.0)
+    assert _what_spectra_add(points, strength).startswith(told)
+
+
+def test_steps_that_fell_under_one_half_before_are_told() -> None:
+    rows = duration_rows()
+    for each in rows:
+        if (each["what"], each["sft_step"]) == ("ppo", STEPS[0]):
+            each.update(ood=0.15, ood_outcomes=outcomes(30))
+    (_, no_return, *_) = duration_sections(rows)
+    assert f"So it does from {STEPS[0]}, between steps that won back more" in no_return.text
 
 
 def choice_row(what: str, select: int, report: int, *, keeps: float = 0.9, **more: Any) -> dict[str, Any]:

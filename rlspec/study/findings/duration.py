@@ -9,7 +9,7 @@ import numpy as np
 from rlspec.report.chart import Series, line_chart
 from rlspec.study.findings.recovery import LEAST_LOSS, Recovery, crossing, recoveries, resampled, shares
 from rlspec.study.findings.section import Row, Section, between, pooled
-from rlspec.study.statistics import auc, auc_interval, interval, spearman_interval
+from rlspec.study.statistics import auc, auc_interval, bootstrap, interval, spearman_interval
 from rlspec.tasks.stats import spearman
 
 #: What is known when RL starts -> in words. The last three are of the weights' spectra.
@@ -104,6 +104,9 @@ def _no_return(rows: Sequence[Row], found: list[Recovery], replicates: list[list
         f"From SFT step {at:.0f} on {between(interval(known), '.0f')} PPO brings back less than half of what was lost "
         f"(so in {share:.0%} of the bootstrap replicates)."
     )
+    early = [str(step) for step, value in zip(steps, shares(found)) if step < at and value < 0.5]
+    if early:
+        text += f" So it does from {', '.join(early)}, between steps that won back more: single runs scatter."
     return Section(title, text, ("there", "value", "95 % interval"), told)
 
 
@@ -131,16 +134,9 @@ def _prediction(rows: Sequence[Row], found: list[Recovery]) -> Section:
     if not strength:
         return Section(title, "Too few shares are known to say.")
     best = max(strength, key=strength.__getitem__)
-    plain = max(value for name, value in strength.items() if name not in SPECTRAL)
-    spectral = max((value for name, value in strength.items() if name in SPECTRAL), default=0.0)
-    adds = (
-        "Rotation ranks better than everything else here"
-        if spectral > plain
-        else "Spectra add nothing here to what simpler figures tell"
-    )
     text = (
         f"The best rank correlation with the share is that of {PREDICTORS[best]} (|ρ| = {strength[best]:.2f}). "
-        f"{adds} (|ρ| {spectral:.2f} against {plain:.2f})."
+        f"{_what_spectra_add(points, strength)}"
     )
     note = (
         f"Spearman's ρ over {len(points)} pairs of seed and step, and the AUC of telling shares of a half or more by "
@@ -148,6 +144,34 @@ def _prediction(rows: Sequence[Row], found: list[Recovery]) -> Section:
         "the intervals are too narrow rather than too wide."
     )
     return Section(title, text, ("at the start of PPO", "Spearman ρ", "AUC"), cells, note=note)
+
+
+def _what_spectra_add(points: Sequence[tuple[Row, float]], strength: dict[str, float]) -> str:
+    """Whether the best of the weights' spectra ranks the shares better than the best of what is simpler.
+
+    Both bests are chosen anew in each resample, so that choosing among several counts on both sides.
+    """
+    kinds = (
+        [name for name in strength if name in SPECTRAL],
+        [name for name in strength if name not in SPECTRAL],
+    )
+    if not all(kinds):
+        return "There is nothing to compare spectra with."
+
+    def strongest(drawn: Sequence[tuple[Row, float]], names: Sequence[str]) -> float:
+        y = [share for _, share in drawn]
+        return max(abs(spearman([float(row[name]) for row, _ in drawn], y) or 0.0) for name in names)
+
+    def gain(drawn: Sequence[tuple[Row, float]]) -> float:
+        return strongest(drawn, kinds[0]) - strongest(drawn, kinds[1])
+
+    low, high = interval(bootstrap(points, gain))
+    told = f"the best |ρ| differ by {gain(points):+.2f} {between((low, high), '+.2f')}"
+    if low > 0:
+        return f"Rotation ranks better than everything else here: {told}."
+    if high < 0:
+        return f"Rotation ranks worse than simpler figures here: {told}."
+    return f"Spectra add nothing here that could be told from chance: {told}."
 
 
 def _way_of_the_weights(rows: Sequence[Row]) -> Section:
