@@ -25,6 +25,7 @@ from rlspec.restore import restore_matrix
 from rlspec.restore.estimate import pool_bytes, side_by_side, working_bytes
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import plan_restore
+from rlspec.spectra.cache import cached_factors
 
 SMALL, LARGE = SMALL_ENTRIES, SMALL_ENTRIES + 1
 
@@ -256,8 +257,16 @@ def test_a_stack_alone_is_measured_by_this_thread(names: str, monkeypatch: pytes
     tensors = {
         f"model.layers.0.self_attn.{name}_proj.weight": torch.eye(8, 8 + i) for i, name in enumerate(names)
     }
-    tracker = SpectralTracker(SpectralBasis.from_tensors(tensors, modules=list(names)))
     monkeypatch.setattr("rlspec.linalg.workers._TINY_ENTRIES", 0)
+    here: list[bool] = []
+
+    def decomposed(weight: Tensor, cache_dir: Any) -> Any:
+        here.append(threading.current_thread() is threading.main_thread())
+        return cached_factors(weight, cache_dir)
+
+    monkeypatch.setattr("rlspec.spectra.basis.cached_factors", decomposed)
+    tracker = SpectralTracker(SpectralBasis.from_tensors(tensors, modules=list(names)))
+    assert here == ([True] if len(names) == 1 else [False, False])
     monkeypatch.setattr(SpectralTracker, "_measured", measured)
     assert len(tracker.measure(tensors, step=0).rows) == len(names)
     assert seen == ([True] if len(names) == 1 else [False, False])

@@ -149,7 +149,9 @@ class SpectralBasis:
                 devices[projection.name] = _place(device, found, source)
                 yield projection, found
 
-        for done, matrix in enumerate(reference_matrices(placed(), rule, cache_dir), start=1):
+        for done, matrix in enumerate(
+            reference_matrices(placed(), rule, cache_dir, count=len(projections)), start=1
+        ):
             matrices.append(matrix)
             if progress is not None:
                 progress(done, len(projections))
@@ -174,15 +176,22 @@ class SpectralBasis:
 
 
 def reference_matrices(
-    weights: Iterable[tuple[Projection, Tensor]], rank: Rank, cache_dir: str | Path | None = None
+    weights: Iterable[tuple[Projection, Tensor]],
+    rank: Rank,
+    cache_dir: str | Path | None = None,
+    *,
+    count: int,
 ) -> Iterator[MatrixBasis]:
     """Decompose matrices (m, n), on any device, small ones side by side; what is kept of them are copies on the host.
+
+    Args:
+        count: how many there are. One alone is decomposed by the calling thread, in whose heap there is room.
 
     Raises:
         TensorError: one holds NaN or infinity; names it.
     """
     jobs = (_job(projection.name, weight, rank, cache_dir) for projection, weight in weights)
-    return in_order(jobs, torch.get_num_threads())
+    return in_order(jobs, min(count, torch.get_num_threads()))
 
 
 def _job(

@@ -125,7 +125,8 @@ class DealtTracker:
         def work(stack: _Stack, matrices: _Matrices) -> None:
             devices = {p.name: self._device or matrices[p.name][0].device for p in stack.projections}
             weights = ((p, matrices.pop(p.name)[0]) for p in stack.projections)
-            basis = reference_matrices(weights, self._rank, self._cache_dir)
+            count = len(stack.projections)
+            basis = reference_matrices(weights, self._rank, self._cache_dir, count=count)
             reference = SpectralBasis(stack.projections, basis, self._rank, devices=devices)
             stack.tracker = SpectralTracker(reference, arrays=False, factors="host")
 

@@ -264,7 +264,7 @@ class Job:
             time.sleep(LOOK)
 
     def _basis(self, stack: Sequence[Projection]) -> SpectralBasis:
-        matrices = reference_matrices(self.weights.stream(stack), self.rank, self.cache_dir)
+        matrices = reference_matrices(self.weights.stream(stack), self.rank, self.cache_dir, count=len(stack))
         devices = {p.name: self.device for p in stack}
         return SpectralBasis(stack, matrices, self.rank, devices=devices)
 
