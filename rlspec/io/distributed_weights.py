@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -59,17 +60,10 @@ class DistributedWeights(Weights):
         places = {name: (str(part.file), part.start) for name, part in firsts.items()}
         return sorted(projections, key=lambda projection: places.get(projection.tensor, ("", -1)))
 
-    def _parts(
-        self,
-        name: str,
-        stored: Tensor,
-        projections: Sequence[Projection],
-        places: Sequence[int],
-        *,
-        add: bool,
-    ) -> dict[int, Tensor]:
+    @contextmanager
+    def _file_named(self, name: str) -> Iterator[None]:
         try:
-            return super()._parts(name, stored, projections, places, add=add)
+            yield
         except TensorError as error:
             raise TensorError(f"{self._index.path}: {error}") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -174,16 +174,21 @@ class Weights:
         Args:
             add: to the tensor what adapters add, also where :meth:`_update` can tell it apart.
         """
-        whole = self._decoded(name, stored)
-        if add or self._adds(name) is None:
-            whole = self._adapted(name, whole)
-        if whole.ndim != 2 or not whole.is_floating_point():
-            raise TensorError(
-                f"{name}: expected a floating-point matrix, found {whole.dtype} {tuple(whole.shape)}"
-            )
+        with self._file_named(name):
+            whole = self._decoded(name, stored)
+            if add or self._adds(name) is None:
+                whole = self._adapted(name, whole)
+            if whole.ndim != 2 or not whole.is_floating_point():
+                raise TensorError(
+                    f"{name}: expected a floating-point matrix, found {whole.dtype} {tuple(whole.shape)}"
+                )
         copied = self._copies_parts and len(places) > 1
         parts = ((place, projections[place].take(whole)) for place in places)
         return {place: part.clone() if copied else part for place, part in parts}
+
+    def _file_named(self, name: str) -> AbstractContextManager[None]:
+        """Context that puts the file in front of a TensorError about a tensor, where the weights lie in one."""
+        return nullcontext()
 
     def _names(self) -> Collection[str]:
         raise NotImplementedError
@@ -368,18 +373,6 @@ class CheckpointWeights(Weights):
         with TensorStream(self._index, names, memory_bytes=memory) as stream:
             for _ in names:
                 yield next(stream).tensor  # which no name here keeps while the next one is asked for
-
-    def _parts(
-        self,
-        name: str,
-        stored: Tensor,
-        projections: Sequence[Projection],
-        places: Sequence[int],
-        *,
-        add: bool,
-    ) -> dict[int, Tensor]:
-        with self._file_named(name):
-            return super()._parts(name, stored, projections, places, add=add)
 
 
 WeightSource = nn.Module | Mapping[str, Tensor] | str | Path | Weights

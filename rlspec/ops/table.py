@@ -50,22 +50,25 @@ def _kernel_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
     return "nothing to compute" if 0 in shape else None
 
 
+def _stack_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
+    """Of kernels that give each matrix a row of the grid; ``shape`` begins with L."""
+    if shape[0] > _MOST_MATRICES:
+        return f"the kernel takes up to {_MOST_MATRICES} matrices, not {shape[0]}"
+    return _kernel_misfit(dtypes, shape)
+
+
 def _product_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
     """``dtypes`` of W, W_ref and the block; ``shape`` (L, m, n, c)."""
     if dtypes[-1] != torch.float32:
         return f"the kernel multiplies float32 blocks, not {_name(dtypes[-1])}"
-    if shape[0] > _MOST_MATRICES:
-        return f"the kernel takes up to {_MOST_MATRICES} matrices, not {shape[0]}"
-    return _kernel_misfit(dtypes, shape)
+    return _stack_misfit(dtypes, shape)
 
 
 def _rounding_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
     """``dtypes`` of the weight, the change or its factors, and the result; ``shape`` begins with (L, m, n)."""
     if dtypes[1] != torch.float32:
         return f"the kernel adds float32 changes, not {_name(dtypes[1])}"
-    if shape[0] > _MOST_MATRICES:
-        return f"the kernel takes up to {_MOST_MATRICES} matrices, not {shape[0]}"
-    return _kernel_misfit(dtypes, shape)
+    return _stack_misfit(dtypes, shape)
 
 
 def _float32_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
@@ -73,9 +76,7 @@ def _float32_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
     for dtype in dtypes:
         if dtype != torch.float32:
             return f"the kernel takes float32, not {_name(dtype)}"
-    if shape[0] > _MOST_MATRICES:
-        return f"the kernel takes up to {_MOST_MATRICES} matrices, not {shape[0]}"
-    return _kernel_misfit(dtypes, shape)
+    return _stack_misfit(dtypes, shape)
 
 
 #: operation -> its implementations, the preferred first; the last one takes everything

@@ -129,14 +129,20 @@ def _lines(build: _Builder, trunk: str, step: int) -> None:
         build.restore(trunk, step, "line", strength=strength)
 
 
-def _rank(options: StudyOptions, seed: int) -> list[Cell]:
-    """Restorations of one tuned model, and their controls."""
+def _one_tuned(options: StudyOptions, seed: int) -> tuple[_Builder, str, int]:
+    """The base, one tuned model and the straight line between them: the builder, the model's cell and its step."""
     build = _Builder(options, seed, selection=options.deals)
     step = options.sft_steps
     trunk = build.sft([step])
     build.measure(None, None, full=False)
     build.measure(trunk, step, full=False)
     _lines(build, trunk, step)
+    return build, trunk, step
+
+
+def _rank(options: StudyOptions, seed: int) -> list[Cell]:
+    """Restorations of one tuned model, and their controls."""
+    build, trunk, step = _one_tuned(options, seed)
     quick = options.quick
     modules = ("q,k,v", "attn,mlp") if quick else ("q,k,v", "attn", "mlp", "attn,mlp")
     ranks = (0.2, 0.5) if quick else (0.05, 0.1, 0.2, 0.3, 0.5)
@@ -164,12 +170,7 @@ def _rank(options: StudyOptions, seed: int) -> list[Cell]:
 
 def _layers(options: StudyOptions, seed: int) -> list[Cell]:
     """First, middle and last thirds of the layers, directions and copies."""
-    build = _Builder(options, seed, selection=options.deals)
-    step = options.sft_steps
-    trunk = build.sft([step])
-    build.measure(None, None, full=False)
-    build.measure(trunk, step, full=False)
-    _lines(build, trunk, step)
+    build, trunk, step = _one_tuned(options, seed)
     for layers in ("0:34%", "34%:67%", "67%:100%", None):
         for modules in ("q,k,v", "attn,mlp"):
             place = {"layers": layers, "modules": modules}
