@@ -8,7 +8,7 @@ import importlib.util
 import math
 import mmap
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -78,6 +78,29 @@ def shuffle_programs(monkeypatch: pytest.MonkeyPatch, seed: int) -> None:
         ordinary(interpreter_builder, place // (ny * nz), place // nz % ny, place % nz)
 
     monkeypatch.setattr(interpreter_builder, "set_grid_idx", set_grid_idx, raising=False)
+
+
+def assert_order_does_not_matter(
+    monkeypatch: pytest.MonkeyPatch, run: Callable[[], Tensor | Sequence[Tensor]]
+) -> None:
+    """What ``run`` gives has the same bits in three other orders of the programs."""
+
+    def results() -> list[Tensor]:
+        found = run()
+        return [found] if isinstance(found, Tensor) else list(found)
+
+    ordered = results()
+    with monkeypatch.context() as patch:
+        for seed in range(3):
+            shuffle_programs(patch, seed)
+            assert all(torch.equal(mine, theirs) for mine, theirs in zip(results(), ordered, strict=True))
+
+
+def assert_caught(faulty: ModuleType, gates: Iterable[Callable[[ModuleType], None]]) -> None:
+    """Some gate notices a faulty kernel by a wrong number, not by an exception of another kind."""
+    with results_in_halo(), pytest.raises(AssertionError):
+        for gate in gates:
+            gate(faulty)
 
 
 def with_fault(kernel: ModuleType, right: str, wrong: str, folder: Path, *imported: ModuleType) -> ModuleType:
