@@ -30,7 +30,7 @@ def environment() -> dict[str, str]:
     from rlspec.backend import backend_for, cpu_capabilities
     from rlspec.cli.main import installed_version
     from rlspec.io.cache_folder import default_cache_dir
-    from rlspec.linalg import solvers
+    from rlspec.linalg import coarse, solvers
     from rlspec.ops.table import TABLE, summary
 
     facts = {
@@ -48,6 +48,7 @@ def environment() -> dict[str, str]:
     facts["backends"] = ", ".join(f"{device}: {_told(backend_for, device)}" for device in devices)
     for device in devices:
         facts |= {f"{op} on {device}": _told(partial(summary, op), device) for op in TABLE}
+        facts[f"coarse products on {device}"] = coarse.summary(device)
         facts[f"small solves on {device}"] = _told(solvers.summary, device)
     facts["extension"] = _extension()
     facts["cache"] = str(default_cache_dir())

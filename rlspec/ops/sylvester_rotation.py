@@ -10,6 +10,9 @@ from torch import Tensor
 
 from rlspec.ops.table import choose
 
+# Entries solved at once: temporaries that stay in a processor's cache, and enough to keep a device busy.
+_BLOCK, _DEVICE_BLOCK = 1 << 16, 1 << 26
+
 
 def sylvester_rotation(
     tail: Tensor, leading: Tensor, left: Tensor, right: Tensor, *, floor: float
@@ -31,7 +34,20 @@ def sylvester_rotation(
         return sylvester_rotation_triton(tail, leading, left, right, floor)
     s2 = tail.to(left.dtype).unsqueeze(-1)
     s1 = leading.to(left.dtype).unsqueeze(-2)
-    denominator = torch.maximum((s1 - s2) * (s1 + s2), floor * s1.square())
+    least = floor * s1.square()
+    most = _BLOCK if left.device.type == "cpu" else _DEVICE_BLOCK
+    rows = max(1, most // max(left.shape[0] * left.shape[-1], 1))
+    if rows >= left.shape[-2]:
+        return _solved(s1, s2, left, right, least)
+    p, q = (left.new_empty(left.shape) for _ in range(2))
+    for start in range(0, left.shape[-2], rows):
+        block = slice(start, start + rows)
+        p[:, block], q[:, block] = _solved(s1, s2[:, block], left[:, block], right[:, block], least)
+    return p, q
+
+
+def _solved(s1: Tensor, s2: Tensor, left: Tensor, right: Tensor, least: Tensor) -> tuple[Tensor, Tensor]:
+    denominator = torch.maximum((s1 - s2) * (s1 + s2), least)
     return (s2 * left + s1 * right) / denominator, (s1 * left + s2 * right) / denominator
 
 

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlspec.linalg.coarse import coarse_matmul
 from rlspec.linalg.dense import core_svd, on_host, singular_values, small_gram, values_of_gram
-from rlspec.linalg.products import transposed_product
+from rlspec.linalg.products import product, transposed_product
 from rlspec.perturb.batch import put, take
 from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import Reference
@@ -29,20 +30,26 @@ class Side:
     ``lead`` (L, w, c) float64: along the leading w reference vectors. These entries are near the
     identity's, and float32 would round the singular values with them. ``tail`` (L, r - w, c) and
     ``outside`` (L, dim, c; None where the reference vectors span everything) are as small as the rotation,
-    and stay in the dtype of the factors.
+    and stay in the dtype of the factors. ``standard`` says that ``lead`` is the identity.
     """
 
     lead: Tensor
     tail: Tensor
     outside: Tensor | None
+    standard: bool = False
 
     def __matmul__(self, right: Tensor) -> Side:
         return self.times(right.double(), right.to(self.tail.dtype))
 
-    def times(self, right: Tensor, narrow: Tensor) -> Side:
-        """The columns times ``right``, given in float64 and in the dtype of the factors."""
-        outside = None if self.outside is None else self.outside @ narrow
-        return Side(self.lead @ right, self.tail @ narrow, outside)
+    def times(self, right: Tensor, narrow: Tensor, *, coarse: bool = False) -> Side:
+        """The columns times ``right``, given in float64 and in the dtype of the factors.
+
+        Args:
+            coarse: round what is small, and ``narrow``, to bfloat16.
+        """
+        multiply = coarse_matmul if coarse else torch.matmul
+        outside = None if self.outside is None else multiply(self.outside, narrow)
+        return Side(right if self.standard else self.lead @ right, multiply(self.tail, narrow), outside)
 
     def __sub__(self, other: Side) -> Side:
         outside = None if self.outside is None or other.outside is None else self.outside - other.outside
@@ -108,18 +115,30 @@ class Pair:
         return Pair(left, right, sigma)
 
 
-def diagonalise(left: Side, right: Side, core: Tensor, grams: tuple[Tensor, Tensor] | None = None) -> Pair:
+def diagonalise(
+    left: Side,
+    right: Side,
+    core: Tensor,
+    grams: tuple[Tensor, Tensor] | None = None,
+    *,
+    coarse: bool = False,
+) -> Pair:
     """Orthonormalise two bases and diagonalise the core between them.
 
     Args:
         left, right: bases of w columns, linearly independent, nearly orthonormal.
         core: (L, w, w) leftᵀ W right, float64.
         grams: Gram matrices of both, (L, w, w) float64, where they are known already.
+        coarse: turn what the bases have beyond the leading coordinates in bfloat16.
     """
     gram_left, gram_right = grams if grams is not None else (left.dot(left), right.dot(right))
     # On the host: a card may have no float64 to speak of, and its batched decompositions are loops.
     turn_left, sigma, turn_right = on_host(_diagonalising, core, gram_left, gram_right)
-    return Pair(left @ turn_left, right @ turn_right, sigma)
+    turned = [
+        side.times(turn, turn.to(side.tail.dtype), coarse=coarse)
+        for side, turn in ((left, turn_left), (right, turn_right))
+    ]
+    return Pair(turned[0], turned[1], sigma)
 
 
 def _diagonalising(core: Tensor, gram_left: Tensor, gram_right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +171,7 @@ def apply(reference: Reference, delta: Delta, side: Side, *, transpose: bool = F
     if transpose:
         u, v = v, u
     w, r = side.lead.shape[-2], u.shape[-1]
-    x = v @ torch.cat([side.lead.to(v.dtype), side.tail], dim=-2)
+    x = product(v, torch.cat([side.lead.to(v.dtype), side.tail], dim=-2))
     if side.outside is not None:
         x = x + side.outside
     moved = delta.rmatmul(x) if transpose else delta.matmul(x)

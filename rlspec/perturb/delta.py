@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rlspec.linalg.coarse import coarse_matmul, coarse_rmatmul
 from rlspec.linalg.products import transposed_product
 from rlspec.linalg.transfer import to_host
 from rlspec.ops.delta_matmul import delta_matmul, delta_rmatmul, in_kernel
@@ -61,7 +62,7 @@ class Delta(Protocol):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the products: float32 or float64."""
+        """Of the products: float32 or float64, or bfloat16 where factors are rounded to it."""
 
     @property
     def device(self) -> torch.device: ...
@@ -77,7 +78,8 @@ class Delta(Protocol):
         """Eᵀ y for y (L, m, c): (L, n, c)."""
 
     def to(self, dtype: torch.dtype) -> Delta:
-        """The same with products in another dtype."""
+        """The same with products in another dtype. In bfloat16, E and the block are rounded to it and products come in
+        float32 (``linalg.coarse``), where E is stored; elsewhere products stay as they are."""
 
     def select(self, positions: Sequence[int]) -> Delta:
         """The matrices of the given positions, which do not repeat; all of them without a copy."""
@@ -91,7 +93,7 @@ class Delta(Protocol):
 
 @dataclass(frozen=True)
 class DenseDelta:
-    """E stored, (L, m, n) float32 or float64, with the weights that it is the difference of.
+    """E stored, (L, m, n) float32, float64 or bfloat16, with the weights that it is the difference of.
 
     ``current`` (L, m, n) is W in its own dtype, or None: then W is ``reference`` + E.
     """
@@ -128,10 +130,11 @@ class DenseDelta:
         return self.values.device
 
     def matmul(self, x: Tensor) -> Tensor:
-        return self.values @ x
+        return coarse_matmul(self.values, x) if self.dtype == torch.bfloat16 else self.values @ x
 
     def rmatmul(self, y: Tensor) -> Tensor:
-        return transposed_product(self.values, y)
+        coarse = self.dtype == torch.bfloat16
+        return coarse_rmatmul(self.values, y) if coarse else transposed_product(self.values, y)
 
     def to(self, dtype: torch.dtype) -> DenseDelta:
         return self if dtype == self.values.dtype else replace(self, values=self.values.to(dtype))
@@ -182,7 +185,7 @@ class PairDelta:
         return delta_rmatmul(self.current, self.reference, y.to(self.dtype))
 
     def to(self, dtype: torch.dtype) -> PairDelta:
-        return self if dtype == self.dtype else PairDelta(self.current, self.reference, dtype)
+        return self if dtype in (self.dtype, torch.bfloat16) else PairDelta(self.current, self.reference, dtype)
 
     def select(self, positions: Sequence[int]) -> PairDelta:
         if len(positions) == self.current.shape[0]:
@@ -237,7 +240,7 @@ class LowRankDelta:
         return self.A.mT @ ((self.B.mT @ y) * self.scale)
 
     def to(self, dtype: torch.dtype) -> LowRankDelta:
-        return self if dtype == self.dtype else replace(self, B=self.B.to(dtype), A=self.A.to(dtype))
+        return self if dtype in (self.dtype, torch.bfloat16) else replace(self, B=self.B.to(dtype), A=self.A.to(dtype))
 
     def select(self, positions: Sequence[int]) -> LowRankDelta:
         if len(positions) == self.B.shape[0]:

@@ -12,19 +12,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlspec.ops.sylvester_rotation import rotation_of_images
+from rlspec.linalg.coarse import coarse_cross, coarse_matmul, coarse_rmatmul
+from rlspec.ops.sylvester_rotation import rotation_of_images, sylvester_rotation
 from rlspec.perturb.coordinates import Side
 from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import FLOOR, Reference
 
 
 def first_order(
-    reference: Reference, delta: Delta
+    reference: Reference, delta: Delta, *, coarse: bool = False
 ) -> tuple[Side, Side, Tensor, tuple[Tensor, Tensor], Tensor]:
     """First-order bases and second-order core of W_ref + E.
 
     Args:
         delta: E, with products in the dtype of the factors.
+        coarse: round factors to bfloat16 (``linalg.coarse``) wherever that moves the subspaces at random by no more than
+            some 2^-8 of their rotation, and the values not at all: all products but E V1 and U1ᵀ E V1.
 
     Returns:
         left, right: bases ``[I; Q]``, ``[I; P]`` with their outside parts.
@@ -36,23 +39,35 @@ def first_order(
     s1, narrow1, narrow2 = reference.S[..., :w], reference.narrow[..., :w], reference.narrow[..., w:]
     m, n = reference.shape
     r = reference.S.shape[-1]
-    a, b = delta.matmul(v[..., :w]), delta.rmatmul(u[..., :w])
-    f, g21, p, q = rotation_of_images(u, reference.Vh, reference.S, a, b, floor=FLOOR)
+    matmul, cross = (coarse_matmul, coarse_cross) if coarse else (torch.matmul, _cross)
+    a = delta.matmul(v[..., :w])
+    b = (delta.to(torch.bfloat16) if coarse else delta).rmatmul(u[..., :w])
+    if coarse:
+        f = torch.cat([u[..., :w].mT @ a, coarse_rmatmul(u[..., w:], a)], dim=-2)
+        g21 = coarse_matmul(reference.Vh[..., w:, :], b)
+        p, q = sylvester_rotation(reference.S[..., w:], s1, f[..., w:, :], g21, floor=FLOOR)
+    else:
+        f, g21, p, q = rotation_of_images(u, reference.Vh, reference.S, a, b, floor=FLOOR)
     f11, f21 = f[..., :w, :], f[..., w:, :]
     scale = narrow1.unsqueeze(-2)
-    left_out = (a - u @ f) / scale if m > r else None
-    right_out = (b - v @ torch.cat([f11.mT, g21], dim=-2)) / scale if n > r else None
+    left_out = (a - matmul(u, f)) / scale if m > r else None
+    right_out = (b - matmul(v, torch.cat([f11.mT, g21], dim=-2))) / scale if n > r else None
     # Sums with float64 terms are float64, whatever the dtype of the products that come in.
     block = f11.double()
-    gram_left, gram_right = q.mT @ q, p.mT @ p
-    core = torch.diag_embed(s1) + block
-    core = core + (q.mT @ (narrow2.unsqueeze(-1) * p + f21) + g21.mT @ p)
+    gram_left, gram_right = cross(q, q).double(), cross(p, p).double()
+    core = block + (cross(q, narrow2.unsqueeze(-1) * p + f21) + cross(g21, p))
     if left_out is not None:
-        outer = left_out.mT @ left_out
-        gram_left, core = gram_left.double() + outer, core + outer * s1.unsqueeze(-2)
+        outer = cross(left_out, left_out)
+        gram_left, core = gram_left + outer, core + outer * s1.unsqueeze(-2)
     if right_out is not None:
-        outer = right_out.mT @ right_out
-        gram_right, core = gram_right.double() + outer, core + s1.unsqueeze(-1) * outer
+        outer = cross(right_out, right_out)
+        gram_right, core = gram_right + outer, core + s1.unsqueeze(-1) * outer
+    for square, diagonal in ((core, s1), (gram_left, 1.0), (gram_right, 1.0)):
+        square.diagonal(dim1=-2, dim2=-1).add_(diagonal)
     eye = torch.eye(w, dtype=torch.float64, device=p.device).expand(p.shape[0], w, w)
-    left, right = Side(eye, q, left_out), Side(eye, p, right_out)
-    return left, right, core, (eye + gram_left, eye + gram_right), block
+    left, right = Side(eye, q, left_out, standard=True), Side(eye, p, right_out, standard=True)
+    return left, right, core, (gram_left, gram_right), block
+
+
+def _cross(a: Tensor, b: Tensor) -> Tensor:
+    return a.mT @ b

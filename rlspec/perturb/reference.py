@@ -15,6 +15,7 @@ from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.sample import Sample
 
 _CHOICE = 4  # widths to choose a gap from
+_WIDE = 0.5  # of the widest gap: every column costs
 #: Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would
 #: turn into each other many times over, and a first-order formula has nothing to say about them.
 FLOOR = 0.02
@@ -129,8 +130,8 @@ class Reference:
     def width(self) -> int:
         """w: the k columns followed and a guard band past the cut.
 
-        It ends where the smallest gap over the stack is largest; among multiples of `ALIGNED` where there is a choice
-        of them, since gaps in a flat spectrum differ little.
+        It ends at the first of the wide gaps, those at least half as wide as the widest, of the smallest over the stack;
+        among multiples of `ALIGNED` where there is a choice of them, since gaps in a flat spectrum differ little.
         """
         k, s = self.k, self.values
         floor = s[..., :1] * max(self.shape) * torch.finfo(torch.float32).eps
@@ -142,7 +143,8 @@ class Reference:
         widths = [w for w in range(low, high + 1) if w % ALIGNED == 0]
         if len(widths) < _CHOICE:
             widths = list(range(low, high + 1))
-        return max(widths, key=lambda w: drop[w - low])
+        widest = max(drop[w - low] for w in widths)
+        return next(w for w in widths if drop[w - low] >= _WIDE * widest)
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -34,7 +34,8 @@ class Solution:
 
     ``delta`` is E with products in the dtype of the factors, ``block`` is U1ᵀ E V1 (L, w, w) float64. On the host:
     ``settled`` (L,) bool says which are good enough, ``left_over`` what each pair leaves over; estimated errors, (L,)
-    float64: ``subspace`` as a share of ``rotation``, the Frobenius norm of the sines; ``sigma`` relative.
+    float64: ``subspace`` as a share of ``rotation``, the Frobenius norm of the sines; ``sigma`` relative. ``coarse``:
+    whether the first order's factors were rounded.
     """
 
     pair: Pair
@@ -44,13 +45,16 @@ class Solution:
     left_over: Residual
     subspace: Tensor
     sigma: Tensor
+    coarse: bool = False
 
     @property
     def rotation(self) -> Tensor:
         return torch.maximum(self.left_over.rotated_left, self.left_over.rotated_right)
 
 
-def solve(reference: Reference, delta: Delta, *, subspace_tolerance: float = 1.0) -> Solution:
+def solve(
+    reference: Reference, delta: Delta, *, subspace_tolerance: float = 1.0, coarse: bool = False
+) -> Solution:
     """The leading subspaces of W_ref + E, where :func:`is_perturbation`.
 
     On a device the host waits twice, for the cores and for what decides, and as often again in each sweep.
@@ -58,10 +62,12 @@ def solve(reference: Reference, delta: Delta, *, subspace_tolerance: float = 1.0
     Args:
         subspace_tolerance: error of the subspaces to reach, as a share of their rotation, Frobenius norms. Angles
             need no more than what is asked for anyway; a restored weight is as wrong as the subspaces are.
+        coarse: take the first order from factors rounded to bfloat16, see :func:`first_order`. What that leaves over is
+            measured without rounding, as ever, and refined where it is too much.
     """
     delta = delta.to(reference.U.dtype)
-    left, right, core, grams, block = first_order(reference, delta)
-    pair = diagonalise(left, right, core, grams)
+    left, right, core, grams, block = first_order(reference, delta, coarse=coarse)
+    pair = diagonalise(left, right, core, grams, coarse=coarse)
     left_over = residual(reference, delta, pair)
     found = remaining_error(reference.sample, left_over)
     settled = (found.spectrum <= _SPECTRUM) & (found.subspace <= subspace_tolerance) & (found.sigma <= _SIGMA)
@@ -81,7 +87,7 @@ def solve(reference: Reference, delta: Delta, *, subspace_tolerance: float = 1.0
         settled[pending] = good | (stalled & rounding)
         error[pending], sigma[pending] = found.subspace, found.sigma
         pending = [pending[i] for i in positions_of(~good & ~stalled)]
-    return Solution(pair, delta, block, settled, left_over, error, sigma)
+    return Solution(pair, delta, block, settled, left_over, error, sigma, coarse)
 
 
 def is_perturbation(reference: Reference, delta: Delta, largest: float) -> Tensor:

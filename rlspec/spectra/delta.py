@@ -15,6 +15,7 @@ import math
 import torch
 from torch import Tensor
 
+from rlspec.linalg.coarse import coarse_refusal
 from rlspec.linalg.dense import values_of_gram
 from rlspec.linalg.transfer import to_host
 from rlspec.perturb.batch import positions_of, take
@@ -59,7 +60,9 @@ def _perturbative(
     reference: Reference, delta: Delta, positions: list[int]
 ) -> list[tuple[list[int], Measurement]]:
     """Measurements of matrices with the positions that they have in the whole stack."""
-    solution = solve(reference, delta)
+    m, n = reference.shape
+    coarse = coarse_refusal(reference.device, reference.U.dtype, m * n) is None
+    solution = solve(reference, delta, coarse=coarse)
     kept, rest = positions_of(solution.settled), positions_of(~solution.settled)
     parts = []
     if kept:
@@ -89,7 +92,7 @@ def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list
             _longest_projection(pair.left, labels, k),
             block[..., :k, :k],
             labels,
-            *krylov_moments(delta),
+            *krylov_moments(delta.to(torch.bfloat16) if solution.coarse else delta),
             *(beyond(side, k) for side, dim in ((pair.left, m), (pair.right, n)) if k < dim),
         ]
     )
@@ -122,9 +125,13 @@ def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list
         sigma_error_bound=torch.where(same, zero, bounds.sigma),
         angle_error_bound_rad=torch.where(same, zero, angle),
         engine=("delta",) * len(kept),
-        arithmetic=(str(solution.delta.dtype).removeprefix("torch."),) * len(kept),
+        arithmetic=(_arithmetic(solution),) * len(kept),
         notes=(None,) * len(kept),
     )
+
+
+def _arithmetic(solution: Solution) -> str:
+    return "bfloat16" if solution.coarse else str(solution.delta.dtype).removeprefix("torch.")
 
 
 def _longest_projection(side: Side, labels: Tensor, k: int) -> Tensor:
@@ -163,10 +170,10 @@ def krylov_moments(delta: Delta, *, columns: int = 8, passes: int = 6) -> tuple[
     matrices, m, n = delta.shape
     columns = min(columns, m, n)
     start = torch.randn(n, columns, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    start = start.to(delta.dtype)
+    start = start.to(torch.float64 if delta.dtype == torch.float64 else torch.float32)
     blocks = [(start / start.norm(dim=-2)).to(delta.device).expand(matrices, -1, -1)]
     images = [delta.matmul(blocks[0])]
-    tiny = torch.finfo(delta.dtype).tiny
+    tiny = torch.finfo(start.dtype).tiny
     for _ in range(passes - 1):
         block = delta.rmatmul(images[-1])
         blocks.append(block / block.norm(dim=-2, keepdim=True).clamp_min(tiny))

@@ -80,7 +80,8 @@ COLUMNS: dict[str, str] = {
     "null_random_percentile": "percentage of those random updates that turn less than the measured one",
     "null_draws": "how many random updates",
     "engine": "delta or exact",
-    "arithmetic": "float32 or float64, of the products with ΔW, whatever precision torch is set to",
+    "arithmetic": "of the products with ΔW, whatever precision torch is set to: float32 or float64; bfloat16 where "
+    "the CPU has units for it, but for what values depend on at first order, and for error bounds",
     "note": "why a value is missing, or what was done",
 }
 
