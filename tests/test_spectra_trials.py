@@ -78,8 +78,12 @@ LARGE = [(400, 400), (400, 640), (640, 400), (512, 512), (400, 400), (800, 800)]
 REFERENCES, UPDATES_EACH = 18, 6
 
 
-def test_bounds_hold_at_the_sizes_of_models_with_float32_factors() -> None:
+@pytest.mark.parametrize("products", ["float32", "bfloat16"])
+def test_bounds_hold_at_the_sizes_of_models_with_float32_factors(
+    monkeypatch: pytest.MonkeyPatch, products: str
+) -> None:
     """Against LAPACK in float64; each reference is decomposed once and measured under several updates."""
+    monkeypatch.setenv("RLSPEC_PRODUCTS", products)
     draw, g = random.Random(1), torch.Generator().manual_seed(1)
     sigma_slack, angle_slack = [], []
     for i in range(REFERENCES):
@@ -106,7 +110,7 @@ def test_bounds_hold_at_the_sizes_of_models_with_float32_factors() -> None:
             assert sigma <= float(found.sigma_error_bound), case
             assert angle <= float(found.angle_error_bound_rad), case
             if found.engine == ("delta",):
-                assert found.arithmetic == ("float32",)
+                assert found.arithmetic == (products,)
                 sigma_slack.append(float(found.sigma_error_bound) / max(sigma, 1e-300))
                 angle_slack.append(float(found.angle_error_bound_rad) / max(angle, 1e-300))
     assert len(sigma_slack) > REFERENCES * UPDATES_EACH / 2  # the delta form did most of them

@@ -185,7 +185,9 @@ class PairDelta:
         return delta_rmatmul(self.current, self.reference, y.to(self.dtype))
 
     def to(self, dtype: torch.dtype) -> PairDelta:
-        return self if dtype in (self.dtype, torch.bfloat16) else PairDelta(self.current, self.reference, dtype)
+        return (
+            self if dtype in (self.dtype, torch.bfloat16) else PairDelta(self.current, self.reference, dtype)
+        )
 
     def select(self, positions: Sequence[int]) -> PairDelta:
         if len(positions) == self.current.shape[0]:
@@ -240,7 +242,11 @@ class LowRankDelta:
         return self.A.mT @ ((self.B.mT @ y) * self.scale)
 
     def to(self, dtype: torch.dtype) -> LowRankDelta:
-        return self if dtype in (self.dtype, torch.bfloat16) else replace(self, B=self.B.to(dtype), A=self.A.to(dtype))
+        return (
+            self
+            if dtype in (self.dtype, torch.bfloat16)
+            else replace(self, B=self.B.to(dtype), A=self.A.to(dtype))
+        )
 
     def select(self, positions: Sequence[int]) -> LowRankDelta:
         if len(positions) == self.B.shape[0]:
