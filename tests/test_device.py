@@ -119,7 +119,7 @@ def test_rows_are_those_of_the_cpu_where_the_device_solves_for_itself():
         for column in COLUMNS:
             if isinstance(row[column], float):
                 # Bounds are of residuals, which are rounding here, and other bases round otherwise.
-                near = 0.2 if "bound" in column else 1e-6
+                near = 0.6 if "bound" in column else 1e-6
                 assert mine[column] == pytest.approx(row[column], rel=near, abs=1e-12), column
 
 

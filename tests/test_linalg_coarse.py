@@ -48,10 +48,10 @@ def test_the_diagonal_of_a_cross_product_is_not_rounded() -> None:
 @pytest.mark.parametrize(
     ("choice", "amx", "dtype", "entries", "refusal"),
     [
-        ("auto", True, torch.float32, 1 << 20, None),
-        ("auto", True, torch.float32, 1 << 10, "the matrices are small"),
+        ("auto", True, torch.float32, 1 << 22, None),
+        ("auto", True, torch.float32, 1 << 21, "the matrices are small"),
         ("auto", True, F64, 1 << 20, "float64 is asked for"),
-        ("auto", False, torch.float32, 1 << 20, "the CPU has no AMX"),
+        ("auto", False, torch.float32, 1 << 22, "the CPU has no AMX"),
         ("bfloat16", False, torch.float32, 1 << 10, None),
         ("bfloat16", False, F64, 1 << 20, "float64 is asked for"),
         ("float32", True, torch.float32, 1 << 20, "RLSPEC_PRODUCTS=float32"),

@@ -25,14 +25,15 @@ from rlspec.errors import OptionError
 
 VARIABLE = "RLSPEC_PRODUCTS"
 CHOICES = ("auto", "float32", "bfloat16")
-# From this many entries on a product by AMX takes less time than it takes to round its factors.
-_ENTRIES = 1 << 16
+# From this many entries of a matrix on (2048 by 2048) an event is faster for it: below, rounding and turning factors take
+# what the products save.
+_ENTRIES = 1 << 22
 # Entries whose products stay in a processor's cache.
 _CACHED = 1 << 17
 
 
 def coarse_refusal(device: torch.device, dtype: torch.dtype, entries: int = _ENTRIES) -> str | None:
-    """Why nothing is rounded in products of matrices of ``dtype`` with so many entries, or None where it is.
+    """Why nothing is rounded in products of matrices of ``dtype`` with so many entries each, or None where it is.
 
     Raises:
         OptionError: ``RLSPEC_PRODUCTS`` holds an unknown name.

@@ -15,7 +15,6 @@ from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.sample import Sample
 
 _CHOICE = 4  # widths to choose a gap from
-_WIDE, _LARGE = 0.5, 1024  # share of the widest gap that is wide, and values from which columns are saved
 #: Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would
 #: turn into each other many times over, and a first-order formula has nothing to say about them.
 FLOOR = 0.02
@@ -36,7 +35,6 @@ class Reference:
     S: Tensor
     Vh: Tensor
     k: int
-    frugal: bool = False  # see `width`
 
     @classmethod
     def of(
@@ -45,14 +43,12 @@ class Reference:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
-        frugal: bool = False,
     ) -> Reference:
         """The factors of matrices of one shape, weight dtype and k, stacked.
 
         Args:
             device: where to.
             dtype: of U and Vh; default their own.
-            frugal: a guard band no wider than angles need, see :attr:`width`.
         """
 
         def moved(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -65,7 +61,6 @@ class Reference:
             S=moved([m.S for m in matrices]),
             Vh=moved([m.Vh for m in matrices], dtype),
             k=matrices[0].k,
-            frugal=frugal,
         )
         made.__dict__["values"] = stack([m.S for m in matrices])
         return made
@@ -76,7 +71,7 @@ class Reference:
             return self
         names = tuple(self.names[i] for i in positions)
         w, u, s, vh = (take(t, positions) for t in (self.W, self.U, self.S, self.Vh))
-        chosen = Reference(names, w, u, s, vh, self.k, self.frugal)
+        chosen = Reference(names, w, u, s, vh, self.k)
         # A stack has one width; nothing that is known already is asked of the device again.
         chosen.__dict__.update(
             width=self.width, combinations=self.combinations, values=take(self.values, positions)
@@ -88,7 +83,7 @@ class Reference:
         if torch.device(device) == self.device:
             return self
         w, u, s, vh = (t.to(device) for t in (self.W, self.U, self.S, self.Vh))
-        moved = Reference(self.names, w, u, s, vh, self.k, self.frugal)
+        moved = Reference(self.names, w, u, s, vh, self.k)
         moved.__dict__.update(width=self.width, values=self.values)
         return moved
 
@@ -135,9 +130,7 @@ class Reference:
         """w: the k columns followed and a guard band past the cut.
 
         It ends where the smallest gap over the stack is largest; among multiples of `ALIGNED` where there is a choice
-        of them, since gaps in a flat spectrum differ little. Of large matrices, whose columns cost most and whose spectra
-        are flat, a frugal reference takes the first gap at least half as wide as the largest: first order leaves over a
-        third more, which is little beside what angles are told to.
+        of them, since gaps in a flat spectrum differ little.
         """
         k, s = self.k, self.values
         floor = s[..., :1] * max(self.shape) * torch.finfo(torch.float32).eps
@@ -149,9 +142,7 @@ class Reference:
         widths = [w for w in range(low, high + 1) if w % ALIGNED == 0]
         if len(widths) < _CHOICE:
             widths = list(range(low, high + 1))
-        share = _WIDE if self.frugal and s.shape[-1] >= _LARGE else 1.0
-        widest = max(drop[w - low] for w in widths)
-        return next(w for w in widths if drop[w - low] >= share * widest)
+        return max(widths, key=lambda w: drop[w - low])
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

@@ -74,7 +74,7 @@ class _Group:
         return self.kept if self.kept is not None else self.placed()
 
     def placed(self) -> Reference:
-        return Reference.of(self.matrices, device=self.device, dtype=self.dtype, frugal=True)
+        return Reference.of(self.matrices, device=self.device, dtype=self.dtype)
 
 
 class SpectralTracker:
