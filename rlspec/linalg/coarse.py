@@ -10,7 +10,7 @@ kernels there choose for themselves.
 
 ``RLSPEC_PRODUCTS`` overrides the choice: ``float32`` rounds nowhere, ``bfloat16`` on every CPU, fast or not.
 
-Axes: ``L`` matrices, ``m`` by ``n``; ``c``, ``d`` columns of blocks.
+Axes: ``L`` matrices, ``m`` by ``n``; ``c`` columns of a block.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rlspec.backend import cpu_capabilities
 from rlspec.errors import OptionError
+from rlspec.ops.blocks import row_blocks
 
 VARIABLE = "RLSPEC_PRODUCTS"
 CHOICES = ("auto", "float32", "bfloat16")
@@ -82,8 +83,7 @@ def coarse_cross(a: Tensor, b: Tensor) -> Tensor:
 def _column_dots(a: Tensor, b: Tensor) -> Tensor:
     """(L, c) float64 inner products of the columns of a and b (L, m, c), some rows at a time."""
     matrices, m, c = a.shape
-    rows = max(1, _CACHED // max(matrices * c, 1))
     sums = torch.zeros(matrices, c, dtype=torch.float64, device=a.device)
-    for start in range(0, m, rows):
-        sums += (a[:, start : start + rows] * b[:, start : start + rows]).sum(-2)
+    for rows in row_blocks(m, matrices * c, _CACHED):
+        sums += (a[:, rows] * b[:, rows]).sum(-2)
     return sums

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rlspec.ops.add_rounded import ChangeSums, add_rounded, keys_of
+from rlspec.ops.blocks import row_blocks
 from rlspec.ops.draws import Draws
 from rlspec.ops.table import choose
 
@@ -54,10 +55,10 @@ def add_low_rank(
         return weight[0], ChangeSums.of(sums[0])
     weight = torch.empty(m, n, dtype=dtype, device=tuned.device)
     sums = ChangeSums()
-    rows = max(1, _BLOCK // max(n, 1))
-    for start in range(0, m, rows):
-        block = slice(start, start + rows)
+    for block in row_blocks(m, n, _BLOCK):
         product = change.left[block] @ change.right.mT
-        weight[block], part = add_rounded(tuned[block], product, strength, dtype, draws=draws, first=start)
+        weight[block], part = add_rounded(
+            tuned[block], product, strength, dtype, draws=draws, first=block.start
+        )
         sums.add(part)
     return weight, sums

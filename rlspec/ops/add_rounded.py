@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlspec.ops.blocks import row_blocks
 from rlspec.ops.draws import Draws
 from rlspec.ops.table import choose
 
@@ -83,12 +84,10 @@ def add_rounded(
         return weight[0], ChangeSums.of(sums[0])
     weight = torch.empty(m, n, dtype=dtype, device=tuned.device)
     sums = torch.zeros(4, dtype=torch.float64, device=tuned.device)
-    rows = max(1, (_DEVICE_BLOCK if tuned.is_cuda else _BLOCK) // max(n, 1))
-    for start in range(0, m, rows):
-        block = slice(start, start + rows)
+    for block in row_blocks(m, n, _DEVICE_BLOCK if tuned.is_cuda else _BLOCK):
         before = tuned[block].double()
         step = strength * change[block].double()
-        draw = None if draws is None else draws.uniform(first + start, len(before), n).to(tuned.device)
+        draw = None if draws is None else draws.uniform(first + block.start, len(before), n).to(tuned.device)
         after = rounded(tuned[block], before + step, dtype, draw)
         weight[block] = after
         moved = after.double() - before

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import TensorError
+from rlspec.ops.blocks import row_blocks
 from rlspec.ops.table import choose
 
 # Entries of E formed at once.
@@ -37,7 +38,7 @@ def delta_matmul(weight: Tensor, reference: Tensor, x: Tensor) -> Tensor:
 
         return delta_matmul_triton(weight, reference, x)
     out = x.new_empty(*weight.shape[:-1], x.shape[-1])
-    for rows in _row_blocks(weight):
+    for rows in _blocks(weight):
         out[:, rows] = (weight[:, rows].to(x.dtype) - reference[:, rows].to(x.dtype)) @ x
     return out
 
@@ -50,7 +51,7 @@ def delta_rmatmul(weight: Tensor, reference: Tensor, y: Tensor) -> Tensor:
 
         return delta_rmatmul_triton(weight, reference, y)
     out = y.new_zeros(weight.shape[0], weight.shape[-1], y.shape[-1])
-    for rows in _row_blocks(weight):
+    for rows in _blocks(weight):
         out += (weight[:, rows].to(y.dtype) - reference[:, rows].to(y.dtype)).mT @ y[:, rows]
     return out
 
@@ -72,7 +73,6 @@ def _check(weight: Tensor, reference: Tensor, block: Tensor, name: str, rows: in
         )
 
 
-def _row_blocks(weight: Tensor) -> Iterator[slice]:
+def _blocks(weight: Tensor) -> Iterator[slice]:
     matrices, m, n = weight.shape
-    rows = max(1, _BLOCK // max(matrices * n, 1))
-    return (slice(start, start + rows) for start in range(0, m, rows))
+    return row_blocks(m, matrices * n, _BLOCK)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rlspec.ops.blocks import row_blocks
 from rlspec.ops.table import choose
 
 # Entries solved at once: temporaries that stay in a processor's cache, and enough to keep a device busy.
@@ -36,13 +37,12 @@ def sylvester_rotation(
     s1 = leading.to(left.dtype).unsqueeze(-2)
     least = floor * s1.square()
     most = _BLOCK if left.device.type == "cpu" else _DEVICE_BLOCK
-    rows = max(1, most // max(left.shape[0] * left.shape[-1], 1))
-    if rows >= left.shape[-2]:
+    blocks = list(row_blocks(left.shape[-2], left.shape[0] * left.shape[-1], most))
+    if len(blocks) <= 1:
         return _solved(s1, s2, left, right, least)
     p, q = (left.new_empty(left.shape) for _ in range(2))
-    for start in range(0, left.shape[-2], rows):
-        block = slice(start, start + rows)
-        p[:, block], q[:, block] = _solved(s1, s2[:, block], left[:, block], right[:, block], least)
+    for rows in blocks:
+        p[:, rows], q[:, rows] = _solved(s1, s2[:, rows], left[:, rows], right[:, rows], least)
     return p, q
 
 

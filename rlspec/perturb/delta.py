@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 from rlspec.linalg.coarse import coarse_matmul, coarse_rmatmul
 from rlspec.linalg.products import transposed_product
 from rlspec.linalg.transfer import to_host
+from rlspec.ops.blocks import row_blocks
 from rlspec.ops.delta_matmul import delta_matmul, delta_rmatmul, in_kernel
 from rlspec.ops.delta_stats import DeltaStats, delta_dtype, delta_stats
 from rlspec.perturb.batch import take
@@ -267,9 +268,7 @@ class LowRankDelta:
         sums = torch.zeros(4, matrices, dtype=torch.float64, device=self.B.device)
         factors = self.to(dtype)
         most = _BLOCK if self.B.device.type == "cpu" else _DEVICE_BLOCK
-        rows = max(1, min(m, most // max(matrices * n, 1)))
-        for start in range(0, m, rows):
-            block = slice(start, start + rows)
+        for block in row_blocks(m, matrices * n, most):
             e = (factors.B[:, block] * self.scale) @ factors.A
             ref = self.reference[:, block].to(dtype)
             w = ref + e

@@ -32,9 +32,7 @@ class Measurement:
     sigma_error_bound: Tensor  # (L,) absolute, on every one of sigma
     angle_error_bound_rad: Tensor  # (L,) on every principal angle of both sides
     engine: tuple[str, ...]  # per matrix: "exact" or "delta"
-    arithmetic: tuple[
-        str, ...
-    ]  # per matrix, of the products with the update: "float32", "float64", "bfloat16"
+    arithmetic: tuple[str, ...]  # per matrix: "float32", "float64" or "bfloat16", see ``table.COLUMNS``
     notes: tuple[str | None, ...]  # per matrix
 
     def with_notes(self, note: str) -> Measurement:
