@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -110,3 +111,12 @@ def choose_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def row_blocks(rows: int, width: int, most: int) -> Iterator[slice]:
+    """Rows some at a time, so that temporaries stay in a processor's cache, or keep a device busy.
+
+    Slices of ``rows`` rows of ``width`` entries each, in order: up to ``most`` entries at once, but a row at least.
+    """
+    step = max(1, most // max(width, 1))
+    return (slice(start, min(start + step, rows)) for start in range(0, rows, step))

@@ -20,9 +20,8 @@ import os
 import torch
 from torch import Tensor
 
-from rlspec.backend import cpu_capabilities
+from rlspec.backend import cpu_capabilities, row_blocks
 from rlspec.errors import OptionError
-from rlspec.ops.blocks import row_blocks
 
 VARIABLE = "RLSPEC_PRODUCTS"
 CHOICES = ("auto", "float32", "bfloat16")

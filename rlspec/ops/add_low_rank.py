@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlspec.backend import row_blocks
 from rlspec.ops.add_rounded import ChangeSums, add_rounded, keys_of
-from rlspec.ops.blocks import row_blocks
 from rlspec.ops.draws import Draws
 from rlspec.ops.table import choose
 

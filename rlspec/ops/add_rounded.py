@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rlspec.ops.blocks import row_blocks
+from rlspec.backend import row_blocks
 from rlspec.ops.draws import Draws
 from rlspec.ops.table import choose
 

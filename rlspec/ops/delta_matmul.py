@@ -10,8 +10,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rlspec.backend import row_blocks
 from rlspec.errors import TensorError
-from rlspec.ops.blocks import row_blocks
 from rlspec.ops.table import choose
 
 # Entries of E formed at once.

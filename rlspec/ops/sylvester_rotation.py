@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlspec.ops.blocks import row_blocks
+from rlspec.backend import row_blocks
 from rlspec.ops.table import choose
 
 # Entries solved at once: temporaries that stay in a processor's cache, and enough to keep a device busy.

@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from rlspec.backend import row_blocks
 from rlspec.linalg.coarse import coarse_matmul, coarse_rmatmul
 from rlspec.linalg.products import transposed_product
 from rlspec.linalg.transfer import to_host
-from rlspec.ops.blocks import row_blocks
 from rlspec.ops.delta_matmul import delta_matmul, delta_rmatmul, in_kernel
 from rlspec.ops.delta_stats import DeltaStats, delta_dtype, delta_stats
 from rlspec.perturb.batch import take
