@@ -42,6 +42,12 @@ class BackendError(RlspecError):
     """A backend was asked for that cannot run here."""
 
 
+class JobError(RlspecError):
+    """A process or a cluster's job that worked on a part of something ended without a result."""
+
+    exit_code = 1
+
+
 class MissingPackageError(RlspecError, ImportError):
     """A package is not installed that few need, so that it does not come with rlspec."""
 

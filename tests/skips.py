@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import pytest
 from browser import browser
+from slurm_toy import without_slurm
 
 
 class Meant(NamedTuple):
@@ -56,6 +57,10 @@ def _without_backend_flags() -> bool:
     return not flags.has_backend_flags()
 
 
+def _without_submitit() -> bool:
+    return importlib.util.find_spec("submitit") is None
+
+
 def _without_nvcc() -> bool:
     return shutil.which("nvcc") is None
 
@@ -96,7 +101,11 @@ MEANT: dict[str, tuple[Meant, ...]] = {
         Meant("no headers of cuSOLVER", lambda: True),
     ),
     "test_study.py::test_jobs_of_a_cluster_change_no_result": (
-        Meant("submitit is not installed", lambda: importlib.util.find_spec("submitit") is None),
+        Meant("submitit is not installed", _without_submitit),
+    ),
+    "test_study_slurm.py": (
+        Meant("submitit is not installed", _without_submitit),
+        Meant("no Slurm, or not root's", without_slurm),
     ),
 }
 

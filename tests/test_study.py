@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from study_toys import TINY, table, tiny_study
 from train_toys import save_toy_model
 
 from rlspec.cli.main import main
@@ -27,16 +28,6 @@ from rlspec.study.plans import PLANS, StudyOptions, make_study
 from rlspec.study.repairs import above_noise, restored
 from rlspec.study.runner import run_study
 from rlspec.tasks import evaluation_problems, get_task
-
-TINY: dict[str, Any] = {
-    "quick": True,
-    "deals": 4,
-    "sft_steps": 4,
-    "batch_size": 2,
-    "ppo_updates": 1,
-    "turns_per_update": 4,
-    "turns": 1,
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -53,8 +44,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def arguments(model: Path) -> list[str]:
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in TINY.items() if name != "quick"]
-    return ["study", "duration", "--quick", "--threads=1", f"--model={model}", *flags]
+    return tiny_study(model)
 
 
 @pytest.fixture(scope="module")
@@ -68,10 +58,6 @@ def whole(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def invoke(*arguments: str) -> Result:
     return CliRunner().invoke(main, list(arguments))
-
-
-def table(folder: Path) -> bytes:
-    return (folder / "table.csv").read_bytes()
 
 
 def test_a_killed_study_goes_on_to_the_same_table(arguments: list[str], whole: Path, tmp_path: Path) -> None:
@@ -97,6 +83,23 @@ def test_a_killed_study_goes_on_to_the_same_table(arguments: list[str], whole: P
 
 def test_workers_change_no_result(arguments: list[str], whole: Path, tmp_path: Path) -> None:
     assert invoke(*arguments, f"--out={tmp_path / 's'}", "--workers=2").exit_code == 0
+    assert table(tmp_path / "s") == table(whole)
+
+
+def test_a_killed_worker_is_one_clear_error_and_the_study_goes_on(
+    arguments: list[str], whole: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "rlspec", *arguments, f"--out={tmp_path / 's'}", "--workers=2"]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert driver.stderr is not None
+    driver.stderr.readline()  # one cell is done, so there are workers
+    children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()
+    workers = [c for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+    os.kill(int(workers[0]), signal.SIGKILL)
+    _, told = driver.communicate(timeout=300)
+    assert driver.returncode == 1 and "Traceback" not in told
+    assert "a worker was killed at" in told and "the same command" in told
+    assert invoke(*arguments, f"--out={tmp_path / 's'}").exit_code == 0
     assert table(tmp_path / "s") == table(whole)
 
 

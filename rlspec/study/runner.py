@@ -8,9 +8,11 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Protocol
 
+from rlspec.errors import JobError
 from rlspec.run.lock import take_lock
 from rlspec.run.progress import Progress, eta_text
 from rlspec.study.cells import Cell, Study
@@ -98,6 +100,7 @@ def run_study(
 
     Raises:
         RunFolderError: another process runs this study, or the folder holds another one.
+        JobError: a worker or a cluster's job ended without finishing its cell.
         RlspecError: what a cell raised; the others that were running are stopped.
     """
     folder.check(study)
@@ -119,7 +122,13 @@ def run_study(
                     running[place.submit(folder.path, cell)] = cell
             for job in place.ended(running):
                 cell = running.pop(job)
-                job.result()
+                try:
+                    job.result()
+                except BrokenProcessPool as error:
+                    raise JobError(
+                        f"a worker was killed at {describe(folder, cell)} or beside it, for want of memory perhaps "
+                        f"(--workers {place.slots}); what is finished is kept. To go on: the same command"
+                    ) from error
                 done = len(study.cells) - len(waiting) - len(running)
                 progress.step(done)
                 left = pace.left([*waiting, *running.values()], place.slots)
@@ -152,8 +161,8 @@ class _Pace:
 
 
 def describe(folder: StudyFolder, cell: Cell) -> str:
-    """A finished cell in one line."""
+    """A cell in one line, with what was found if it is finished."""
     shown = [f"{name} {value}" for name, value in cell.labels.items() if value is not None]
-    result = folder.result(cell.digest)
+    result = folder.result(cell.digest) if folder.finished(cell.digest) else {}
     figures = [f"{name.upper()} {result[name]:.1%}" for name in ("id", "ood") if name in result]
     return "  ".join([cell.work, *shown, *figures])

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 
+from rlspec.errors import RunFolderError
 from rlspec.jobs.loading import load_model
 from rlspec.run.lock import take_lock
 from rlspec.signals import interrupt
@@ -35,14 +37,15 @@ Row = dict[str, Any]
 def run_cell(path: Path | str, digest: str, threads: int) -> None:
     """Do a cell of the study in a folder, unless it is finished.
 
+    Where another process is at it, which then was started by a study that is no more, its end is waited for.
+
     Raises:
-        RunFolderError: another process is at it.
         KeyboardInterrupt: Ctrl-C or SIGTERM; training goes on from its last state when the cell is run again.
     """
     folder = StudyFolder(path)
     cell = next(cell for cell in folder.study().cells if cell.digest == digest)
     folder.cell(digest).mkdir(parents=True, exist_ok=True)
-    lock = take_lock(folder.cell(digest))
+    lock = _wait_for_lock(folder.cell(digest))
     try:
         if folder.finished(digest):
             return
@@ -53,6 +56,19 @@ def run_cell(path: Path | str, digest: str, threads: int) -> None:
         remove_resume_point(folder.cell(digest) / "resume")
     finally:
         lock.close()
+
+
+def _wait_for_lock(folder: Path) -> IO[bytes]:
+    told = False
+    while True:
+        try:
+            return take_lock(folder)
+        except RunFolderError:
+            if not told:
+                line = f"{folder}: waiting for a process that an earlier run of this study left at work"
+                print(line, file=sys.stderr, flush=True)
+            told = True
+            time.sleep(1)
 
 
 def _start(folder: StudyFolder, cell: Cell, context: Context) -> Any:

@@ -10,6 +10,7 @@ from rlspec.restore.options import ELEMENTWISE, RestoreOptions
 
 #: Attention and MLP: where the first candidates lie. The straight line takes every tensor, as WiSE-FT does.
 MATRICES, EVERYTHING = "attn,mlp", ".*"
+LAST = "67%:100%"
 
 
 @dataclass(frozen=True)
@@ -39,14 +40,17 @@ def straight_line(share: float) -> Candidate:
 
 
 def coarse() -> list[Candidate]:
-    """The first round. It alternates, so that a small budget holds restorations and controls both."""
+    """The first round. It alternates, so that a small budget holds restorations and controls both. Which layers are
+    restored can decide everything (README, `rlspec study layers`), so the last ones are tried beside all of them."""
     return [
         directions(0.2),
         straight_line(0.5),
-        directions(0.1),
+        directions(0.2).but(layers=LAST),
         directions(0.5),
         straight_line(0.25),
+        directions(0.5).but(layers=LAST),
         straight_line(0.75),
+        directions(0.1),
         directions(0.2, "q,k,v"),
         Candidate({"mode": "copy", "modules": "attn"}),
     ]
@@ -54,9 +58,9 @@ def coarse() -> list[Candidate]:
 
 def around(best: Candidate) -> list[Candidate]:
     """The second round: the best restoration with one setting changed at a time."""
-    found = [best.but(mode=mode) for mode in ("both", "directions", "values")]
+    found = [best.but(layers=layers) for layers in (LAST, "33%:67%", "0:33%")]
+    found += [best.but(mode=mode) for mode in ("both", "directions", "values")]
     found += [best.but(modules=modules) for modules in ("attn", "mlp", "all")]
-    found += [best.but(layers=layers) for layers in ("0:33%", "33%:67%", "67%:100%")]
     return [*found, best.but(part="tail")]
 
 
