@@ -114,9 +114,18 @@ def fine_tune(
     help="Texts, and answers; half of them confirm.",
 )
 @click.option("--budget", default="30", show_default=True, help="Of the search: evaluations, or 20m, 2h.")
+@click.option("--dtype", default="auto", show_default=True, help="Of the search's losses.")
 @click.option("--only-tune", is_flag=True, help="Without the search.")
 def main(
-    out: Path, seed: int, steps: int, batch: int, rate: float, rows: int, budget: str, only_tune: bool
+    out: Path,
+    seed: int,
+    steps: int,
+    batch: int,
+    rate: float,
+    rows: int,
+    budget: str,
+    dtype: str,
+    only_tune: bool,
 ) -> None:
     out.mkdir(parents=True, exist_ok=True)
     base, tuned = out / "base", out / f"tuned-{seed}"
@@ -131,7 +140,7 @@ def main(
     from rlspec.cli.main import main as command
 
     line = ["study", "rank", "--base", base, "--tuned", tuned, "--retain", texts, "--task-data", answers]
-    line += ["--out", out / f"repair-{seed}", "--budget", budget]
+    line += ["--out", out / f"repair-{seed}", "--budget", budget, "--dtype", dtype]
     click.echo(json.dumps([str(word) for word in line]), file=sys.stderr)
     command([str(word) for word in line], prog_name="rlspec")
 

@@ -35,6 +35,13 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600}
 @click.option("--budget", default="30", show_default=True, help="Evaluations, or a time: 600s, 20m, 2h.")
 @click.option("--tolerance", default=0.05, show_default=True, help="Share of the task's gain to give up.")
 @click.option("--device", default="auto", show_default=True, help="Where losses are computed.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["auto", "float32", "stored"]),
+    default="auto",
+    show_default=True,
+    help="Of losses: float32, the checkpoint's own, or auto: the checkpoint's own on a GPU.",
+)
 def rank_any(
     base: Path,
     tuned: Path,
@@ -51,6 +58,7 @@ def rank_any(
     budget: str,
     tolerance: float,
     device: str,
+    dtype: str,
 ) -> None:
     """Search the restoration of TUNED that wins the most general score back for the least of the task's.
 
@@ -90,6 +98,7 @@ def rank_any(
             confirm_retain=confirm_retain,
             confirm_task=confirm_task,
             device=device,
+            dtype=dtype,
         )
 
     def on_trial(trial: Trial) -> None:

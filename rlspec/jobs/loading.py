@@ -61,8 +61,11 @@ def check_checkpoint(folder: Path, modules: Sequence[str] = ()) -> None:
         find_projections(shapes, modules, read_config(index.path))
 
 
-def load_model(folder: Path, device: torch.device) -> nn.Module:
+def load_model(folder: Path, device: torch.device, *, stored: bool = False) -> nn.Module:
     """The causal LM of ``folder`` with float32 weights on ``device``, every one of them finite.
+
+    Args:
+        stored: leave the weights in the dtype of the checkpoint, which its products then have too.
 
     Raises:
         CheckpointError: transformers cannot load it, weights are missing from it, or it keeps them quantised.
@@ -73,9 +76,11 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
+    # From 5.0 on weights are loaded as they are stored unless one asks for something else.
+    as_stored = {"torch_dtype": "auto"} if int(transformers.__version__.partition(".")[0]) < 5 else {}
     try:
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, local_files_only=True, output_loading_info=True
+            folder, local_files_only=True, output_loading_info=True, **as_stored
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {_one_line(error)}") from error
@@ -96,7 +101,7 @@ def load_model(folder: Path, device: torch.device) -> nn.Module:
                 f"{folder}: {name} is loaded as {parameter.dtype}, quantised; training and evaluation need weights of 16 "
                 "or 32 bits: give a checkpoint that is not quantised"
             )
-    model = model.float().to(device)
+    model = (model if stored else model.float()).to(device)
     for name, parameter in model.named_parameters():
         check_finite(name, parameter.detach())
         # As loaded, weights lie in the mapped file at any address. Products of unaligned rows are slower and

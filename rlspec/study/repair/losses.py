@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rlspec.backend import choose_device
-from rlspec.errors import CheckpointError
+from rlspec.errors import CheckpointError, OptionError
 from rlspec.io.adapter import is_adapter
 from rlspec.io.stream import read_tensor, stream_pairs
 from rlspec.jobs.loading import load_model, load_tokenizer, model_folder
@@ -28,6 +28,7 @@ from rlspec.train.forward import answer_logits, answer_tokens, forward_passes
 from rlspec.train.modes import evaluation_mode
 from rlspec.train.traces import Trace
 
+DTYPES = ("auto", "float32", "stored")
 _ROWS = 8  # of a forward pass
 
 
@@ -42,10 +43,12 @@ class LossScores:
         task: what was tuned for, whose loss is to stay.
         confirm_retain, confirm_task: files for the confirmation.
         device: where the model is evaluated: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of the weights and products of a forward pass: "float32"; "stored", that of the tuned checkpoint, which
+            takes half of the memory; or "auto", stored on a device and float32 on a CPU.
 
     Raises:
         CheckpointError: a model or tokenizer that cannot be loaded.
-        OptionError: texts that cannot be read.
+        OptionError: texts that cannot be read, or no such dtype.
     """
 
     can_confirm = can_randomise = True
@@ -60,12 +63,16 @@ class LossScores:
         confirm_retain: Path | None = None,
         confirm_task: Path | None = None,
         device: str = "auto",
+        dtype: str = "auto",
         cache_dir: Path | None = None,
     ) -> None:
+        if dtype not in DTYPES:
+            raise OptionError(f"dtype={dtype!r}: unknown; valid: {', '.join(DTYPES)}")
         if is_adapter(tuned):
             raise CheckpointError(f"{tuned}: an adapter; losses need it merged into its base, or give eval=")
         self._base, self._tuned, self._cache = model_folder(str(base)), model_folder(str(tuned)), cache_dir
         self._device = choose_device(device)
+        self._stored = dtype == "stored" or (dtype == "auto" and self._device.type != "cpu")
         tokenizer = load_tokenizer(self._tuned)
         self._traces: dict[bool, dict[str, list[Trace]]] = {False: {}, True: {}}
         digest = hashlib.blake2b(digest_size=12)
@@ -75,14 +82,14 @@ class LossScores:
                 searched, confirmed = read_traces(path, tokenizer), read_traces(other, tokenizer)
             self._traces[False][name], self._traces[True][name] = searched, confirmed
             digest.update(repr((searched, confirmed)).encode())
-        self.identity = f"losses {digest.hexdigest()}"
-        self._model: Any = load_model(self._tuned, self._device)
+        self.identity = f"losses {digest.hexdigest()}" + (" in the stored dtype" if self._stored else "")
+        self._model: Any = load_model(self._tuned, self._device, stored=self._stored)
         self._pad = pad_id(self._model, tokenizer)
 
     def base(self, *, confirm: bool = False) -> Costs:
         names = [name for name, _ in self._model.named_parameters()]
         # Loaded as the tuned one was: what a checkpoint leaves out (a tied head) transformers fills in.
-        there = dict(load_model(self._base, torch.device("cpu")).named_parameters())
+        there = dict(load_model(self._base, torch.device("cpu"), stored=self._stored).named_parameters())
         with self._holding({name: there[name].data for name in names}):
             return self._score(confirm)
 
