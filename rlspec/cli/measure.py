@@ -49,6 +49,11 @@ _FOLDER = click.Path(path_type=Path)
     is_flag=True,
     help="Take every singular value, for the power law of the spectrum's tail (alpha).",
 )
+@click.option(
+    "--locking",
+    is_flag=True,
+    help="Say of each checkpoint how much of its leading subspaces is that of the last one.",
+)
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
     "--memory-gib", default=4.0, show_default=True, help="Memory for tensors and decompositions, GiB."
@@ -92,6 +97,11 @@ def command(
 
     share = Share.of_launch()
     with first_tells(share, lambda: _launch_file(out)) as told:
+        if watch and settings["locking"]:
+            raise OptionError(
+                "watch=True follows a series that has no last checkpoint yet for locking=True to compare with: give the "
+                "command again without it"
+            )
         _check(checkpoints, base, out, watch, evaluate, texts, alarm, share)
         if watch:
             _watch(checkpoints, base, out, table, settings)
