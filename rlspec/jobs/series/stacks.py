@@ -15,8 +15,9 @@ from rlspec.spectra.tracker import stack_entries
 # Gram matrix. Above the peaks measured of either engine, with every direction followed and random updates drawn; what is
 # usual, the delta engine and a fifth of the directions, takes half.
 _STACK_BYTES, _GRAM_BYTES = 145, 75
-# For each entry of a stack whose subspaces are compared with others': both weights', and float64 copies for the products.
-_SUBSPACE_BYTES = 96
+# For each entry of a stack whose subspaces are compared with others', which are held meanwhile: with every direction
+# followed 3 numbers of float64, and 2 for their Gram matrices. The comparison needs less than the measurement before it.
+_SUBSPACE_BYTES = 40
 # Of stacks that are measured side by side, each: a thread's heap keeps some of what is freed in it. Two matrices of
 # 1024x1024 with every direction followed and random updates drawn took 2.1 times what the bytes above come to.
 _HEAP_SHARE = 2.2
