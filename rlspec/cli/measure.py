@@ -31,7 +31,7 @@ _FOLDER = click.Path(path_type=Path)
     show_default=True,
     help="Directions of each matrix: a share (1.0 is all), a count (1 is one), energy:0.9 or gap:0.2.",
 )
-@click.option("--per-head", is_flag=True, help="Measure each attention head of q, k and v by itself.")
+@click.option("--per-head", is_flag=True, help="Measure each attention head of q, k, v and o by itself.")
 @click.option(
     "--engine",
     default="delta",

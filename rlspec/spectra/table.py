@@ -34,7 +34,7 @@ COLUMNS: dict[str, str] = {
     "name": "projection",
     "module": "q, k, v, o, mlp, embed or lm_head",
     "layer": "layer index",
-    "head": "attention head, of k and v the key-value head; none for a whole matrix",
+    "head": "attention head, of k and v the key-value head, of o the query head; none for a whole matrix",
     "rows": "m",
     "cols": "n",
     "rank": "k, leading directions followed",
