@@ -10,8 +10,8 @@ import torch
 from restore_toys import bytes_of, tensors_of
 
 import rlspec
+from rlspec.io.stream import aligned
 from rlspec.restore import RestoreOptions, checkpoint, tensors
-from rlspec.restore.tensors import aligned
 
 
 def test_float32_holds_what_bfloat16_loses(llama_bf16: tuple[Path, Path], tmp_path: Path) -> None:
