@@ -28,6 +28,7 @@ from rlspec.errors import CheckpointError, TensorError
 from rlspec.io.distributed_model import DistributedModel
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.writer import CheckpointWriter
+from rlspec.restore import checkpoint
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -124,6 +125,15 @@ def test_dtypes_are_those_of_the_parts_and_shards_those_of_the_base(tmp_path: Pa
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert index["metadata"]["total_size"] == sum(4 * tensor.numel() for tensor in found.values())
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto") is not None
+
+
+def test_row_blocks_of_any_size_give_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, tuned, parts = trio(tmp_path, dtype=torch.bfloat16)
+    options: dict[str, Any] = {"mode": "interpolate", "strength": 0.3, "modules": "q,mlp"}
+    rlspec.restore_checkpoint(base, tuned, tmp_path / "right", **options)
+    monkeypatch.setattr(checkpoint, "pool_bytes", lambda plan, memory: 1 << 17)
+    rlspec.restore_checkpoint(base, parts, tmp_path / "cut", **options)
+    assert_same_output(tmp_path / "cut", tmp_path / "right")
 
 
 def saves(number: int, out: Path, kind: str) -> None:
