@@ -19,6 +19,7 @@ from rlspec.cli.main import main
 from rlspec.errors import CheckpointError, RunFolderError, TensorError
 from rlspec.jobs.series import job as jobs
 from rlspec.jobs.series.job import Job
+from rlspec.run.folder import RunFolder
 from rlspec.spectra import SpectralTracker
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -212,6 +213,21 @@ def test_several_processes_write_the_bytes_of_one(run: Path) -> None:
     assert [code for code, _, _ in said] == [0, 0], said
     alone, together = (run.parent / place / "spectra.jsonl" for place in ("alone", "together"))
     assert alone.read_bytes() == together.read_bytes()
+
+
+def test_the_checkpoints_of_a_tracked_run_are_such_a_series(finished: tuple[RunFolder, Any]) -> None:
+    folder, _ = finished
+    places = folder.path / "checkpoints"
+    series = rlspec.measure(places / "sft-0", places, locking=True)
+    assert [one.checkpoint for one in series] == [
+        *(f"sft-{step}" for step in (0, 5, 10, 15, 20, 22)), *(f"ppo-{step}" for step in (2, 4, 6)),
+    ]  # fmt: skip
+    end = tensors_of(places / "ppo-6")
+    for row in series.rows:
+        now = tensors_of(places / row["checkpoint"])[row["name"]]
+        for column, right in zip(COLUMNS, shared(now, end[row["name"]], row["rank"]), strict=False):
+            assert abs(row[column] - right) <= row["locking_error_bound"]
+    assert series[0].rows[0]["locking_right"] < series[-1].rows[0]["locking_right"] == 1.0
 
 
 def invoke(run: Path, *flags: str) -> Any:

@@ -140,7 +140,7 @@ def test_products_in_the_dtype_of_the_factors_would_not_tell_them_apart(
         a, b = (replace(side, tail=side.tail.float()) for side in (a, b))
         return a.dot(b)
 
-    monkeypatch.setattr(subspaces, "_products", narrow)
+    monkeypatch.setattr(subspaces, "_product", narrow)
     with pytest.raises(AssertionError):
         test_neighbours_far_from_the_reference_are_told_apart()
 

@@ -97,12 +97,7 @@ def command(
 
     share = Share.of_launch()
     with first_tells(share, lambda: _launch_file(out)) as told:
-        if watch and settings["locking"]:
-            raise OptionError(
-                "watch=True follows a series that has no last checkpoint yet for locking=True to compare with: give the "
-                "command again without it"
-            )
-        _check(checkpoints, base, out, watch, evaluate, texts, alarm, share)
+        _check(checkpoints, base, out, watch, settings["locking"], evaluate, texts, alarm, share)
         if watch:
             _watch(checkpoints, base, out, table, settings)
         else:
@@ -120,6 +115,7 @@ def _check(
     base: Path,
     out: Path,
     watch: bool,
+    locking: bool,
     evaluate: str | None,
     texts: Path | None,
     alarm: str | None,
@@ -129,6 +125,11 @@ def _check(
     scoring = evaluate is not None or texts is not None
     if watch and scoring:
         raise OptionError("watch=True takes no scores (evaluate=, texts=): give the command again without it")
+    if watch and locking:
+        raise OptionError(
+            "watch=True follows a series that has no last checkpoint yet for locking=True to compare with: give the "
+            "command again without it"
+        )
     if watch and share.count > 1:
         raise OptionError("watch=True is for one process; start it without torchrun")
     if alarm is not None and not scoring:

@@ -62,7 +62,7 @@ class DistributedModel:
         model._take(base, tie)
         left = set(weights.tensors) - set(model._names.values())
         if tie is not None and not tie.stored and tie.embed in model.entries:
-            head = counterpart(tie.head, left)
+            head = next((own for own in left if _is_head(own, weights.tensors[own].shape)), None)
             if head is not None and model._equal(model._names[tie.embed], head):
                 left.discard(head)
                 told = f"{head}: a copy of {tie.embed}, which the base stores once for both; written once"
@@ -98,9 +98,9 @@ class DistributedModel:
 
     def _head(self, entry: TensorEntry) -> str | None:
         """The only head, for a head: transformers calls GPT-NeoX's one thing in memory and another on disk."""
-        if modules_in(entry.name, entry.shape) != ("lm_head",):
+        if not _is_head(entry.name, entry.shape):
             return None
-        heads = [own for own, t in self._weights.tensors.items() if modules_in(own, t.shape) == ("lm_head",)]
+        heads = [own for own, tensor in self._weights.tensors.items() if _is_head(own, tensor.shape)]
         return heads[0] if len(heads) == 1 else None
 
     def _refuse(self, what: str, of_base: str, base: CheckpointIndex) -> NoReturn:
@@ -154,6 +154,10 @@ class DistributedModel:
 def is_distributed_model(tuned: Path) -> bool:
     """Whether a path holds one, or several, of which ``open`` tells."""
     return bool(distributed_places(tuned))
+
+
+def _is_head(name: str, shape: tuple[int, ...]) -> bool:
+    return modules_in(name, shape) == ("lm_head",)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ Axes: ``L`` matrices, ``k`` columns; see :class:`rlspec.perturb.coordinates.Side
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -75,10 +75,8 @@ class Subspaces:
     @cached_property
     def lowers(self) -> tuple[Tensor | None, Tensor | None]:
         """Cholesky factors (L, k, k) float64 of both sides' Gram matrices, on the host."""
-        left, right = (
-            None if side is None else torch.linalg.cholesky(_products(side, side))
-            for side in (self.left, self.right)
-        )
+        grams = _products(((self.left, self.left), (self.right, self.right)))
+        left, right = (None if gram is None else torch.linalg.cholesky(gram) for gram in grams)
         return left, right
 
 
@@ -101,17 +99,17 @@ def locking(now: Subspaces, end: Subspaces) -> Locking:
     Args:
         now, end: subspaces of the same matrices, against one reference.
     """
-    sides = ((now.left, end.left), (now.right, end.right))
+    crosses = _products(((now.left, end.left), (now.right, end.right)))
     found = [
-        None if a is None or b is None or over is None or under is None else _shared(a, b, over, under)
-        for (a, b), over, under in zip(sides, now.lowers, end.lowers, strict=True)
+        None if cross is None or over is None or under is None else _shared(cross, over, under)
+        for cross, over, under in zip(crosses, now.lowers, end.lowers, strict=True)
     ]
     return Locking(found[0], found[1], _error(found, now.error + end.error))
 
 
-def _shared(a: Side, b: Side, lower_a: Tensor, lower_b: Tensor) -> Tensor:
-    """(L,) mean squared cosine between the spans of two bases, whose Gram matrices have these Cholesky factors."""
-    cross = _products(a, b)
+def _shared(cross: Tensor, lower_a: Tensor, lower_b: Tensor) -> Tensor:
+    """(L,) mean squared cosine between the spans of two bases, from inner products (L, k, k) and the Cholesky factors
+    of both Gram matrices."""
     half = torch.linalg.solve_triangular(lower_a, cross, upper=False)
     core = torch.linalg.solve_triangular(lower_b, half.mT, upper=False)
     return (core.square().sum((-2, -1)) / core.shape[-1]).clamp_max(1.0)
@@ -130,13 +128,18 @@ def _error(found: Sequence[Tensor | None], angle: Tensor) -> Tensor:
     return (most + _ROUNDING).clamp_max(1.0)
 
 
-def _products(a: Side, b: Side) -> Tensor:
-    """(L, k, k) inner products on the host, all in float64: the factors' dtype would round them by a share of the squared
-    rotation from the reference, and two checkpoints may differ by less."""
+def _products(pairs: Iterable[tuple[Side | None, Side | None]]) -> tuple[Tensor | None, ...]:
+    """(L, k, k) inner products of each pair on the host, after one transfer; None where a side is missing."""
+    return to_host([None if a is None or b is None else _product(a, b) for a, b in pairs])
+
+
+def _product(a: Side, b: Side) -> Tensor:
+    """All in float64: the factors' dtype would round it by a share of the squared rotation from the reference, and two
+    checkpoints may differ by less."""
     found = a.lead.mT @ b.lead + a.tail.double().mT @ b.tail.double()
     if a.outside is not None and b.outside is not None:
         found = found + a.outside.double().mT @ b.outside.double()
-    return to_host([found])[0]
+    return found
 
 
 def _leading(side: Side, k: int, same: Tensor) -> Side:

@@ -237,8 +237,9 @@ class SpectraTable:
         On disk they stay until others are there in their place.
         """
         for label in labels:
-            rows = self._rows.get(label, {})
-            self._rows[label] = {name: row for name, row in rows.items() if row.get("locking_end") == end}
+            if rows := self._rows.get(label):
+                kept = {name: row for name, row in rows.items() if row.get("locking_end") == end}
+                self._rows[label] = kept
 
     def is_whole(self, checkpoint: Checkpoint, files: Files) -> bool:
         """Whether all rows of a checkpoint, with these files, are there."""
