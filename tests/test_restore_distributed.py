@@ -307,6 +307,23 @@ def test_codes_in_the_base_and_numbers_in_the_parts_have_no_layout_in_common(tmp
         rlspec.restore_checkpoint(base, parts, tmp_path / "out")
 
 
+def test_tensors_without_rows_and_of_other_kinds_are_copied_too(tmp_path: Path) -> None:
+    base, tuned, parts = trio(tmp_path)
+    more = {
+        "extra.empty": torch.empty(0, 4),
+        "extra.scalar": torch.tensor(7),
+        "extra.mask": torch.tensor([True, False, True]),
+        "extra.columns": torch.arange(12.0).reshape(3, 4).T,
+    }
+    for folder in (base, tuned):
+        saved = tensors_of(folder) | {name: tensor.contiguous() for name, tensor in more.items()}
+        save_file(saved, folder / "model.safetensors", metadata={"format": "pt"})
+    saved_otherwise(parts, lambda state: state.update(tensors_of(tuned) | more))
+    rlspec.restore_checkpoint(base, tuned, tmp_path / "right")
+    rlspec.restore_checkpoint(base, parts, tmp_path / "out")
+    assert_same_output(tmp_path / "out", tmp_path / "right")
+
+
 def test_the_base_itself_must_be_safetensors(tmp_path: Path) -> None:
     base, _, parts = trio(tmp_path)
     with pytest.raises(CheckpointError, match=f"not read here; {WAY}"):

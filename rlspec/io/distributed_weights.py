@@ -72,7 +72,7 @@ class DistributedWeights(Weights):
         )
 
     def rows(self, name: str, *, memory_bytes: int) -> Iterator[tuple[int, Tensor]]:
-        """A tensor in blocks of rows, as ``stream_rows`` gives them; whole where its parts are no rows of it.
+        """A tensor in blocks of rows, as ``stream_rows`` gives them; whole where its parts are no rows of it, or none.
 
         Args:
             memory_bytes: bound on what is read and held; the whole that is made of parts that are no rows comes on top.
@@ -82,7 +82,7 @@ class DistributedWeights(Weights):
         """
         tensor = self._index.tensors[name]
         placed = [_placed(name, tensor, part) for part in sorted(tensor.parts, key=lambda part: part.offsets)]
-        if self.has_rows(name) and all(one.is_contiguous for one in placed):
+        if placed and self.has_rows(name) and all(one.is_contiguous for one in placed):
             blocks = []
             for one in placed:
                 entry = replace(one.entry, shape=one.part.shape)
