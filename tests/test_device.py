@@ -77,6 +77,34 @@ def test_waits_and_launches_of_an_event(case: str):
         assert report.of(operation) == 0, f"{operation} ran on the device"
 
 
+@pytest.mark.parametrize("shape", [(64, 64), (64, 96), (96, 64)], ids=str)
+def test_subspaces_are_compared_where_they_are(shape: tuple[int, int]):
+    """Those of small updates there, those of whole decompositions come back; two transfers, the end's apart."""
+    base, tuned = weights(shape, 4, 1e-2)
+    _, end = weights(shape, 4, 2e-2)
+    for name in list(end)[:2]:
+        end[name] = (end[name].float() * 3).bfloat16()  # too far to solve for
+    for name in list(tuned)[1:3]:
+        tuned[name] = base[name]
+    here = SpectralTracker(SpectralBasis.from_tensors(base, modules="q"))
+    right = here.measure(tuned, step=1, end=here.subspaces(end)).rows
+    with pretend_device() as report:
+        tracker = SpectralTracker(SpectralBasis.from_tensors(there(base), modules="q"))
+        ends = tracker.subspaces(there(end))
+        now = there(tuned)
+        tracker.measure(now, step=1, end=ends)
+        waits = []
+        for options in ({}, {"end": ends}):
+            report.syncs.clear()
+            found = tracker.measure(now, step=1, **options).rows
+            waits.append(len(report.syncs))
+    assert waits[1] - waits[0] == 2
+    for row, on_cpu in zip(found, right, strict=True):
+        for side in ("left", "right"):
+            bound = row["locking_error_bound"] + on_cpu["locking_error_bound"]
+            assert abs(row[f"locking_{side}"] - on_cpu[f"locking_{side}"]) <= bound < 1e-3
+
+
 def test_more_matrices_are_not_more_launches():
     few, many = (event(*weights((64, 64), count, 1e-3))[1] for count in (4, 12))
     assert many.launches - few.launches <= 2  # a concatenation of more parts

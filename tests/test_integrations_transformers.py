@@ -156,11 +156,11 @@ def test_a_base_folder_is_the_reference(tmp_path: Path) -> None:
 
 
 def test_heads_are_measured_by_themselves(tmp_path: Path) -> None:
-    callback = SpectralCallback(every=4, modules="q", per_head=True, out=tmp_path / "out")
+    callback = SpectralCallback(every=4, modules="q,o", per_head=True, out=tmp_path / "out")
     trainer = plain_trainer(tmp_path / "t", [callback])
     trainer.train()
     assert callback.disabled is None
-    basis = SpectralBasis.from_model(toy_model(), modules="q", per_head=True)
+    basis = SpectralBasis.from_model(toy_model(), modules="q,o", per_head=True)
     truth = SpectralTracker(basis).measure(trainer.model, step=4, stage="train").rows
     assert callback.records[-1].rows == truth and {row["head"] for row in truth} > {0, 1}
 

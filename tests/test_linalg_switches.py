@@ -129,6 +129,7 @@ class Entries:
         self.base = {Q: planted(SIDE, g), V: planted(SIDE // 2, g)}
         noise = {name: torch.randn(w.shape, generator=g) for name, w in self.base.items()}
         self.tuned = {name: w + 1e-3 * noise[name] for name, w in self.base.items()}
+        self.end = {name: w + 3e-3 * noise[name] for name, w in self.base.items()}
         self.basis = rlspec.SpectralBasis.from_tensors(self.base, modules="q,v")
         for name, weights in (("base", self.base), ("tuned", self.tuned)):
             (folder / name).mkdir()
@@ -155,6 +156,15 @@ class Entries:
         record = rlspec.SpectralTracker(self.basis, engine="exact").measure(self.tuned, step=1)
         assert {(row["engine"], row["arithmetic"]) for row in record.rows} == {("exact", "float64")}
         return [*record.arrays.values(), json.dumps(record.rows)]
+
+    def measure_against_an_end(self) -> list[Any]:
+        found = []
+        for engine in ("delta", "exact"):
+            tracker = rlspec.SpectralTracker(self.basis, engine=engine)  # type: ignore[arg-type]
+            record = tracker.measure(self.tuned, step=1, end=tracker.subspaces(self.end))
+            assert all(0.99 < row["locking_right"] < 1.0 for row in record.rows)
+            found.append(json.dumps(record.rows))
+        return found
 
     def measure_dealt(self) -> list[Any]:
         tracker = DealtTracker(Projections(self.base), modules="q,v")

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 
 from rlspec.cli.main import main
 from rlspec.errors import RunFolderError
+from rlspec.report.curves import spectral_curves
 from rlspec.report.html import write_report
 from rlspec.report.series import checkpoints, read_series, sentence
 
@@ -55,6 +56,25 @@ def test_random_updates_stand_beside_the_rotation(tmp_path: Path) -> None:
     chance = {"null_random_rad": 0.05, "null_random_percentile": 100.0, "null_rounding_rad": 1e-4}
     told = sentence(read_series(write(tmp_path / "spectra", rows(**chance))))
     assert "Random updates of the same size turn them by 0.05 rad" in told and "in 4 of 4 matrices" in told
+
+
+def test_subspace_locking_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
+    """By the mean of both sides, or of the one that has it."""
+    content = rows()
+    for row in content:
+        row |= {"locking_left": 1.0 if row["step"] == 300 else 0.8, "locking_right": None}
+        row |= {"locking_right": row["locking_left"] - 0.1} if row["module"] == "q" else {}
+    drawn = dict(spectral_curves(read_series(write(tmp_path / "locked", content))))
+    title = "Leading subspaces that are not yet the last checkpoint's"
+    found = drawn[title]
+    assert found is not None and [line.label for line in found.lines] == ["q", "v"]
+    shares = {"q": ("25 %", "25 %", "5 %"), "v": ("20 %", "20 %", "0 %")}
+    assert [dot.text for line in found.lines for dot in line.dots] == [
+        f"{module}, step {100 * (i + 1)}: {share}"
+        for module, row in shares.items()
+        for i, share in enumerate(row)
+    ]
+    assert dict(spectral_curves(read_series(write(tmp_path / "plain", rows()))))[title] is None
 
 
 def test_checkpoints_without_a_step_stand_in_the_order_of_the_table(tmp_path: Path) -> None:

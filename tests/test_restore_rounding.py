@@ -10,8 +10,9 @@ import torch
 from restore_toys import bytes_of, tensors_of
 
 import rlspec
+from rlspec.io import stream
+from rlspec.io.stream import aligned
 from rlspec.restore import RestoreOptions, checkpoint, tensors
-from rlspec.restore.tensors import aligned
 
 
 def test_float32_holds_what_bfloat16_loses(llama_bf16: tuple[Path, Path], tmp_path: Path) -> None:
@@ -60,7 +61,7 @@ def test_row_blocks_of_any_size_give_the_same(
             cuts.append((first, len(there)))
             yield first, there, here
 
-    monkeypatch.setattr(checkpoint, "aligned", recorded)
+    monkeypatch.setattr(stream, "aligned", recorded)
     monkeypatch.setattr(checkpoint, "pool_bytes", lambda plan, memory: 1 << 17)
     monkeypatch.setattr(tensors, "BLOCK_ENTRIES", 500)
     rlspec.restore_checkpoint(*pairs, tmp_path / "cut", **options)

@@ -198,7 +198,7 @@ def test_without_the_rule_the_copy_stays_behind(
     copies: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The broken twin, and what transformers makes of it: a model whose head is the tuned one."""
-    monkeypatch.setattr(planning, "_tied_steps", lambda like, steps: {})
+    monkeypatch.setattr(planning, "_tied_steps", lambda like, steps, model: {})
     rlspec.restore_checkpoint(*copies, tmp_path / "out", modules="embed")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)

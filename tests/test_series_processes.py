@@ -62,14 +62,20 @@ main(sys.argv[1:])
 
 
 def start(
-    number: int, count: int, run: Path, out: Path, kill_at: int = 0, apart: float = 60.0
+    number: int,
+    count: int,
+    run: Path,
+    out: Path,
+    kill_at: int = 0,
+    apart: float = 60.0,
+    locking: bool = False,
 ) -> subprocess.Popen[str]:
     told = {"RANK": number, "WORLD_SIZE": count, "LOCAL_RANK": number, "KILL_AT": kill_at, "APART": apart}
     # As many threads as the one process has: sums of products depend on them.
     told |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), torch.get_num_threads())
     command = [sys.executable, "-c", _KILLED, "measure", run, "--base", run.parent / "base", "--out", out]
     return subprocess.Popen(
-        [*map(str, command), "--modules", OPTIONS["modules"]],
+        [*map(str, command), "--modules", OPTIONS["modules"], *(["--locking"] if locking else [])],
         env=os.environ | {name: str(value) for name, value in told.items()},
         text=True,
         stdout=subprocess.PIPE,

@@ -31,7 +31,7 @@ _FOLDER = click.Path(path_type=Path)
     show_default=True,
     help="Directions of each matrix: a share (1.0 is all), a count (1 is one), energy:0.9 or gap:0.2.",
 )
-@click.option("--per-head", is_flag=True, help="Measure each attention head of q, k and v by itself.")
+@click.option("--per-head", is_flag=True, help="Measure each attention head of q, k, v and o by itself.")
 @click.option(
     "--engine",
     default="delta",
@@ -48,6 +48,11 @@ _FOLDER = click.Path(path_type=Path)
     "--full-spectrum",
     is_flag=True,
     help="Take every singular value, for the power law of the spectrum's tail (alpha).",
+)
+@click.option(
+    "--locking",
+    is_flag=True,
+    help="Say of each checkpoint how much of its leading subspaces is that of the last one.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, …")
 @click.option(
@@ -92,7 +97,7 @@ def command(
 
     share = Share.of_launch()
     with first_tells(share, lambda: _launch_file(out)) as told:
-        _check(checkpoints, base, out, watch, evaluate, texts, alarm, share)
+        _check(checkpoints, base, out, watch, settings["locking"], evaluate, texts, alarm, share)
         if watch:
             _watch(checkpoints, base, out, table, settings)
         else:
@@ -110,6 +115,7 @@ def _check(
     base: Path,
     out: Path,
     watch: bool,
+    locking: bool,
     evaluate: str | None,
     texts: Path | None,
     alarm: str | None,
@@ -119,6 +125,11 @@ def _check(
     scoring = evaluate is not None or texts is not None
     if watch and scoring:
         raise OptionError("watch=True takes no scores (evaluate=, texts=): give the command again without it")
+    if watch and locking:
+        raise OptionError(
+            "watch=True follows a series that has no last checkpoint yet for locking=True to compare with: give the "
+            "command again without it"
+        )
     if watch and share.count > 1:
         raise OptionError("watch=True is for one process; start it without torchrun")
     if alarm is not None and not scoring:

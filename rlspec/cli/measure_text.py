@@ -19,6 +19,8 @@ _MEANS = {
     "random rad": "null_random_rad",
     "sigma change": "sigma_change_rel_mean",
     "update": "delta_relative",
+    "left locked": "locking_left",
+    "right locked": "locking_right",
 }
 
 
@@ -49,7 +51,8 @@ def heading() -> str:
     """What the lines of :func:`series_lines` hold."""
     return (
         "means over the matrices: rotation of the leading left and right singular vectors, beside that of random updates "
-        "of the same norm where they were drawn; relative change of the singular values; ||dW|| / ||W||"
+        "of the same norm where they were drawn; relative change of the singular values; ||dW|| / ||W||; the share of "
+        "the leading left and right subspaces that is the last checkpoint's, where that was asked for"
     )
 
 

@@ -25,7 +25,10 @@ _FOLDER = click.Path(path_type=Path)
 @click.command("restore", short_help="Put a base's singular directions back into a tuned checkpoint.")
 @click.option("--base", type=_FOLDER, required=True, help="The reference: a safetensors folder or file.")
 @click.option(
-    "--tuned", type=_FOLDER, required=True, help="The fine-tuned checkpoint, or a LoRA adapter on the base."
+    "--tuned",
+    type=_FOLDER,
+    required=True,
+    help="The fine-tuned checkpoint: safetensors, a LoRA adapter on the base, or FSDP's of torch.distributed.checkpoint.",
 )
 @click.option("--out", type=_FOLDER, help="Folder to write.  [required unless --dry-run]")
 @options_of(RestoreOptions)

@@ -150,7 +150,9 @@ def _plan_row(step: Step, plan: Plan) -> tuple[str, ...]:
 
 
 def _totals(plan: Plan) -> list[str]:
-    counts = {action: len(plan.chosen(action)) for action in ("restore", "merge", "tied", "scale", "keep")}
+    counts = {
+        action: len(plan.chosen(action)) for action in ("restore", "merge", "tied", "scale", "copy", "keep")
+    }
     text = ", ".join(f"{action} {count}" for action, count in counts.items() if count)
     return [f"{len(plan.steps)} tensors: {text}; {_size(plan_bytes(plan))} to write"]
 

@@ -65,7 +65,7 @@ class SpectralCallback(TrainerCallback):
         base: the reference: a safetensors checkpoint folder; None for the weights when the training begins.
         modules: which projections, see ``SpectralBasis.from_model``.
         rank: leading directions to follow, see ``Rank``.
-        per_head: each attention head of q, k and v is a matrix of its own.
+        per_head: each attention head of q, k, v and o is a matrix of its own.
         out: folder for the rows; None keeps them in memory alone. A resumed training goes on in it and measures no step
             twice; with ``base=None`` it is also where the reference is kept, so such a training needs it to be resumed.
             A training that starts anew sets the files of the one before aside, under names with a number.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from rlspec.io.fused import Config
 from rlspec.io.index import TensorEntry
 from rlspec.io.projections import Projection, read_config
 from rlspec.io.saved import SavedTensor, find_saved
-from rlspec.io.stream import TensorStream
+from rlspec.io.stream import TensorStream, row_blocks, stream_blocks
 from rlspec.io.weights import Weights, read_ahead_bytes
 
 
@@ -28,6 +29,12 @@ class _Placed:
     part: Part
     saved: SavedTensor
     entry: TensorEntry  #: the storage
+
+    @property
+    def is_contiguous(self) -> bool:
+        """Whether its values lie row by row."""
+        sizes = (*self.saved.shape[1:], 1)
+        return self.saved.strides == tuple(prod(sizes[axis:]) for axis in range(len(self.saved.shape)))
 
 
 class DistributedWeights(Weights):
@@ -46,6 +53,63 @@ class DistributedWeights(Weights):
     def __init__(self, folder: Path) -> None:
         self._index = DistributedIndex.open(folder)
         self.where = f"the checkpoint {folder}"
+
+    @property
+    def folder(self) -> Path:
+        """The one with ``.metadata``."""
+        return self._index.path
+
+    @property
+    def tensors(self) -> Mapping[str, DistributedTensor]:
+        """Every tensor of the model by its name, and where its parts lie."""
+        return self._index.tensors
+
+    def has_rows(self, name: str) -> bool:
+        """Whether each part of a tensor is some of its rows."""
+        tensor = self._index.tensors[name]
+        return bool(tensor.shape) and all(
+            not any(part.offsets[1:]) and part.shape[1:] == tensor.shape[1:] for part in tensor.parts
+        )
+
+    def rows(self, name: str, *, memory_bytes: int) -> Iterator[tuple[int, Tensor]]:
+        """A tensor in blocks of rows, as ``stream_rows`` gives them; whole where its parts are no rows of it, or none.
+
+        Args:
+            memory_bytes: bound on what is read and held; the whole that is made of parts that are no rows comes on top.
+
+        Raises:
+            CheckpointError: as in iteration of other weights. MemoryBoundError: a row, or such a part, is too large.
+        """
+        tensor = self._index.tensors[name]
+        placed = [_placed(name, tensor, part) for part in sorted(tensor.parts, key=lambda part: part.offsets)]
+        if placed and self.has_rows(name) and all(one.is_contiguous for one in placed):
+            blocks = []
+            for one in placed:
+                entry = replace(one.entry, shape=one.part.shape)
+                first = one.part.offsets[0]
+                blocks += [(first + at, block) for at, block in row_blocks(entry, memory_bytes)]
+            yield from stream_blocks(blocks, memory_bytes)
+            return
+        with TensorStream.of_entries([one.entry for one in placed], memory_bytes=memory_bytes) as stream:
+            yield 0, _assembled(tensor, placed, stream)
+
+    def pairs(
+        self, others: Sequence[TensorEntry], names: Sequence[str], memory_bytes: int
+    ) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Tensors of another checkpoint beside these, in the order given: the name there, that one, this one."""
+        placed = [
+            [_placed(name, self._index.tensors[name], part) for part in self._index.tensors[name].parts]
+            for name in names
+        ]
+        entries = []
+        for other, parts in zip(others, placed, strict=True):
+            entries += [other, *(one.entry for one in parts)]
+        with TensorStream.of_entries(entries, memory_bytes=memory_bytes) as stream:
+            for other, name, parts in zip(others, names, placed):
+                there = next(stream).tensor
+                here = _assembled(self._index.tensors[name], parts, stream)
+                yield other.name, there, here
+                del there, here  # before the next ones are asked for
 
     def config(self) -> Config | None:
         """That of the folder, or of the one above it, where trainers put it."""

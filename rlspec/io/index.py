@@ -222,6 +222,14 @@ def only_measured(folder: Path) -> str | None:
     place = next(iter(distributed_places(folder)), None)
     if place is None:
         return None
+    return (
+        f"{place}: a checkpoint of torch.distributed.checkpoint, which is measured and restored as it is, but not read "
+        f"here; {merged_first(place)}"
+    )
+
+
+def merged_first(place: Path) -> str:
+    """How to make safetensors of a folder that torch.distributed.checkpoint wrote."""
     if place.name.startswith("pytorch_model_fsdp"):
         way = f"accelerate merge-weights {place} OUT"
     else:  # an optimizer may lie in it too, which that command cannot leave out
@@ -229,10 +237,7 @@ def only_measured(folder: Path) -> str | None:
             f"python -m torch.distributed.checkpoint.format_utils dcp_to_torch {place} FILE, and save_pretrained of the "
             "model that has loaded what torch.load finds there"
         )
-    return (
-        f"{place}: a checkpoint of torch.distributed.checkpoint, which is measured as it is, but not read here; write "
-        f"its weights as safetensors first: {way}"
-    )
+    return f"write its weights as safetensors first: {way}"
 
 
 def _nothing_to_read(folder: Path) -> str:

@@ -53,24 +53,35 @@ class Projection:
     layer: int | None  #: index of the decoder layer; None for embed and lm_head
     rows: Rows | None = None  #: the output rows of a fused tensor that are this matrix, in order
     transposed: bool = False  #: stored as (in, out), as GPT-2's Conv1D does
-    head: int | None = None  #: which attention head it is of q, k or v; None for a whole matrix
+    head: int | None = None  #: which attention head it is of q, k, v or o; None for a whole matrix
+    columns: slice | None = None  #: the input columns that are this matrix, as of a head of o
 
     def shape(self, stored: Shape) -> tuple[int, int]:
         """(out, in) of the matrix whose tensor is stored in the shape given."""
         rows, columns = reversed(stored) if self.transposed else stored
-        return rows if self.rows is None else sum(_length(s) for s in self._slices()), columns
+        return (
+            rows if self.rows is None else sum(_length(s) for s in self._slices()),
+            columns if self.columns is None else _length(self.columns),
+        )
 
     def take(self, tensor: Tensor) -> Tensor:
         """This matrix (out, in) from its whole tensor; a view unless its rows are scattered."""
-        whole = tensor.mT if self.transposed else tensor
+        return self.rows_of(self.columns_of(tensor.mT if self.transposed else tensor))
+
+    def rows_of(self, whole: Tensor) -> Tensor:
+        """The rows of this matrix from a tensor (out, …) that has those of all; a view unless they are scattered."""
         if self.rows is None:
             return whole
         parts = [whole[rows] for rows in self._slices()]
         return parts[0] if len(parts) == 1 else torch.cat(parts)
 
+    def columns_of(self, whole: Tensor) -> Tensor:
+        """The columns of this matrix from a tensor (…, in) that has those of all; a view."""
+        return whole if self.columns is None else whole[:, self.columns]
+
     def put(self, tensor: Tensor, matrix: Tensor) -> None:
         """Write the matrix (out, in) into its place in the whole tensor; nothing else there is touched."""
-        whole = tensor.mT if self.transposed else tensor
+        whole = self.columns_of(tensor.mT if self.transposed else tensor)
         if self.rows is None:
             whole.copy_(matrix)
             return

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from math import prod
@@ -263,15 +263,23 @@ def stream_rows(
         CheckpointError: the checkpoint lacks it, or the file cannot be read.
         MemoryBoundError: a row is too large.
     """
-    entry = _entry(index, name)
+    return stream_blocks(row_blocks(_entry(index, name), memory_bytes), memory_bytes, workers=workers, io=io)
+
+
+def row_blocks(entry: TensorEntry, memory_bytes: int) -> list[tuple[int, TensorEntry]]:
+    """A tensor's rows in blocks of which four fit the bound: the index of the first row of each, and the block.
+
+    Raises:
+        MemoryBoundError: a row is too large.
+    """
     torch_dtype(entry)
     rows = entry.shape[0] if entry.shape else 1
     row_bytes = (entry.end - entry.start) // max(rows, 1)
     overhead = _C.pool_bytes(4095, 4097)
     if 2 * (row_bytes + overhead) > memory_bytes:
         raise MemoryBoundError(
-            f"{entry.shard}: a row of {name!r} has {row_bytes} bytes, the bound is {memory_bytes}; two rows must fit, "
-            "allow more memory"
+            f"{entry.shard}: a row of {entry.name!r} has {row_bytes} bytes, the bound is {memory_bytes}; two rows must "
+            "fit, allow more memory"
         )
     count = max(1, (memory_bytes // _BLOCKS - overhead) // row_bytes) if row_bytes else max(rows, 1)
     blocks = []
@@ -279,12 +287,42 @@ def stream_rows(
         last = min(first + count, rows)
         start = entry.start + first * row_bytes
         shape = (last - first, *entry.shape[1:]) if entry.shape else ()
-        blocks.append(replace(entry, shape=shape, start=start, end=start + (last - first) * row_bytes))
-    stream = TensorStream.of_entries(blocks, memory_bytes=memory_bytes, workers=workers, io=io)
-    return _rows(stream, range(0, rows, count))
+        blocks.append(
+            (first, replace(entry, shape=shape, start=start, end=start + (last - first) * row_bytes))
+        )
+    return blocks
 
 
-def _rows(stream: TensorStream, firsts: range) -> Iterator[tuple[int, Tensor]]:
+def stream_blocks(
+    blocks: Sequence[tuple[int, TensorEntry]], memory_bytes: int, *, workers: int = 4, io: Io = "auto"
+) -> Iterator[tuple[int, Tensor]]:
+    """Blocks of rows, each with the index of its first one, as :func:`row_blocks` cuts them; errors as `TensorStream`."""
+    entries = [entry for _, entry in blocks]
+    stream = TensorStream.of_entries(entries, memory_bytes=memory_bytes, workers=workers, io=io)
+    return _rows(stream, [first for first, _ in blocks])
+
+
+def aligned(
+    base: Iterable[tuple[int, Tensor]], tuned: Iterable[tuple[int, Tensor]]
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The index of the first row, and row blocks of two streams of one tensor, which may cut it at different rows."""
+    there, here = iter(base), iter(tuned)
+    first = 0
+    left: Tensor | None = None
+    right: Tensor | None = None
+    while True:
+        if left is None or not len(left):
+            left = next((block for _, block in there), None)
+        if right is None or not len(right):
+            right = next((block for _, block in here), None)
+        if left is None or right is None:
+            return
+        count = min(len(left), len(right))
+        yield first, left[:count], right[:count]
+        left, right, first = left[count:], right[count:], first + count
+
+
+def _rows(stream: TensorStream, firsts: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
     with stream:
         for first in firsts:
             yield first, next(stream).tensor

@@ -41,9 +41,8 @@ class Update:
 
     def part(self, projection: Projection) -> Update:
         """Of a projection's matrix, where this is the update of the tensor that holds it."""
-        if projection.transposed:
-            return Update(projection.take(self.right), self.left.mT)
-        return Update(projection.take(self.left), self.right)
+        left, right = (self.right.mT, self.left.mT) if projection.transposed else (self.left, self.right)
+        return Update(projection.rows_of(left), projection.columns_of(right))
 
     def added_to(self, weight: Tensor) -> Tensor:
         """``weight`` (m, n) with the update, float32 or wider; itself where that is nothing."""

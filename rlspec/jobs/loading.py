@@ -11,6 +11,7 @@ from torch import nn
 
 from rlspec.errors import CheckpointError
 from rlspec.io.files import refuse_lfs_pointers
+from rlspec.io.heads import split_heads
 from rlspec.io.index import CheckpointIndex, only_measured
 from rlspec.io.projections import check_finite, find_projections, read_config
 from rlspec.io.quantised import is_quantised
@@ -47,18 +48,21 @@ def _refuse_distributed(folder: Path) -> None:
         raise CheckpointError(told)
 
 
-def check_checkpoint(folder: Path, modules: Sequence[str] = ()) -> None:
+def check_checkpoint(folder: Path, modules: Sequence[str] = (), *, per_head: bool = False) -> None:
     """Read the checkpoint's headers; refuse one that is cut off, malformed or without the named projections.
 
     Raises:
         CheckpointError: A file is missing, cut off or malformed.
         ProjectionError: One of ``modules`` names no matrix of the checkpoint, or one that is stored in a form that is
-            not known.
+            not known; with ``per_head``, its heads are not known.
     """
     index = CheckpointIndex.open(folder)
     if modules:
         shapes = {name: tuple(entry.shape) for name, entry in index.tensors.items()}
-        find_projections(shapes, modules, read_config(index.path))
+        config = read_config(index.path)
+        projections = find_projections(shapes, modules, config)
+        if per_head:
+            split_heads(projections, shapes, config)
 
 
 def load_model(folder: Path, device: torch.device, *, stored: bool = False) -> nn.Module:

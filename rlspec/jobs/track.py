@@ -123,7 +123,7 @@ def _read_inputs(config: TrackConfig, stages: Mapping[str, Stage]) -> _Inputs:
     folder = model_folder(config.model)
     device = choose_device(config.device)
     Rank.parse(config.rank)
-    check_checkpoint(folder, parse_modules(config.modules))
+    check_checkpoint(folder, parse_modules(config.modules), per_head=config.per_head)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(folder)
@@ -214,7 +214,11 @@ def _basis(config: TrackConfig, inputs: _Inputs, progress: Progress) -> Spectral
 
     try:
         return SpectralBasis.from_model(
-            inputs.model, modules=config.modules, rank=config.rank, progress=report
+            inputs.model,
+            modules=config.modules,
+            rank=config.rank,
+            per_head=config.per_head,
+            progress=report,
         )
     finally:
         progress.stop()

@@ -54,7 +54,7 @@ def _sft_loss(settings: Row) -> str:
 
 
 def spectral_curves(run: RunData) -> list[tuple[str, Chart | None]]:
-    """The same of spectra alone: rotation, change of the values, size of the update."""
+    """The same of spectra alone: rotation, change of the values, size of the update, subspace locking."""
     charts: list[_Drawing] = [
         ("Rotation", _by_module(run, rotation), "mean angle, rad", lambda v: f"{v:.3g}", 260, None),
         (
@@ -64,8 +64,18 @@ def spectral_curves(run: RunData) -> list[tuple[str, Chart | None]]:
         (
             "Update", _by_module(run, lambda r: r.get("delta_relative")), "‖ΔW‖/‖W‖", lambda v: f"{v:.3g}", 200, None,
         ),
+        (
+            "Leading subspaces that are not yet the last checkpoint's", _by_module(run, _unlocked), "mean share",
+            lambda v: f"{100 * v:.2g} %", 200, None,
+        ),
     ]  # fmt: skip
     return _drawn(run, charts, "step")
+
+
+def _unlocked(row: Row) -> float | None:
+    """Of both sides' subspaces; what is left to turn is a curve down to nothing, the locking itself a line near 1."""
+    locked = mean(row.get(f"locking_{side}") for side in ("left", "right"))
+    return None if locked is None else 1.0 - locked
 
 
 def _drawn(run: RunData, charts: Sequence[_Drawing], x_label: str) -> list[tuple[str, Chart | None]]:

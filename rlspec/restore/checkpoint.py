@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlspec.errors import CheckpointError, RlspecError, TensorError, check_type
+from rlspec.io.index import METADATA_FILE
 from rlspec.io.share import ALONE, Share
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import RankLike
@@ -29,7 +30,6 @@ from rlspec.restore.target import Target
 from rlspec.restore.tensors import (
     Block,
     Changes,
-    aligned,
     restore_rows,
     unchanged,
 )
@@ -72,7 +72,9 @@ def restore_checkpoint(
 
     Args:
         base: safetensors checkpoint, a folder in the layout of Hugging Face or a file.
-        tuned: the same; or the folder of a LoRA adapter of PEFT trained on ``base``, which gives a full checkpoint.
+        tuned: the same; or the folder of a LoRA adapter of PEFT trained on ``base``, or one that
+            torch.distributed.checkpoint wrote, as FSDP trainings leave them: both give a full checkpoint, with the files,
+            the other files and the metadata of the base. Of the second the dtypes are its own.
         out: folder to make; must not be, hold or lie in one of the inputs.
         rank, part, mode, strength, modules, layers, dtype, rounding, seed, exact, device: see
             :class:`rlspec.restore.RestoreOptions`.
@@ -156,7 +158,7 @@ def run_plan(
         owners=owners,
         resume=target.resume,
         overwrite=target.overwrite,
-        tokenizer=plan.adapter.index.path.parent if plan.adapter is not None else None,
+        tokenizer=plan.tokenizer,
         contents={} if plan.config is None else {Path("config.json"): plan.config},
     )
     here = replace(
@@ -225,7 +227,8 @@ def _fill(
 def _refuse_linked_inputs(plan: Plan, out: Path) -> None:
     """Refuse an output whose folder holds weights that an input only links to."""
     indices = [plan.base, plan.like, *([plan.adapter.index] if plan.adapter is not None else [])]
-    for shard in {entry.shard for index in indices for entry in index.tensors.values()}:
+    files = {entry.shard for index in indices for entry in index.tensors.values()}
+    for shard in files | (plan.model.files if plan.model is not None else set()):
         if (real := shard.resolve()).is_relative_to(out.resolve()):
             raise CheckpointError(
                 f"{out} holds {real}, to which {shard} links; inputs are never written, choose another folder"
@@ -268,8 +271,15 @@ def _pending(plan: Plan, step: Step, writer: CheckpointWriter) -> list[str]:
 def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> list[MatrixReport]:
     """Copy, interpolate or merge a tensor without holding it whole."""
     assert step.dtype is not None
-    blocks = _blocks(plan, step.name, pool_bytes(plan, memory) // 2)
+    pool = pool_bytes(plan, memory) // 2
     names = _pending(plan, step, writer)
+    if step.action == "copy":
+        assert plan.model is not None
+        for first, block in plan.model.rows(step.name, memory_bytes=pool):
+            for name in names:
+                writer.put_rows(name, first, block)
+        return []
+    blocks = _blocks(plan, step.name, pool)
     if step.action == "merge":
         same = ((first, tuned, tuned) for first, _, tuned in blocks)
         for first, block in restore_rows(step.name, same, step.dtype, unchanged(plan.options), Changes(0)):
@@ -287,9 +297,12 @@ def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> l
 
 def _blocks(plan: Plan, name: str, memory: int) -> Iterator[Block]:
     """Row blocks of base and tuned tensor."""
-    from rlspec.io.stream import stream_rows
+    from rlspec.io.stream import aligned, stream_rows
 
     base = stream_rows(plan.base, name, memory_bytes=memory)
+    if plan.model is not None:
+        yield from aligned(base, plan.model.rows(name, memory_bytes=memory))
+        return
     if plan.adapter is None:
         yield from aligned(base, stream_rows(plan.like, name, memory_bytes=memory))
         return
@@ -316,15 +329,23 @@ def fingerprint(plan: Plan) -> str:
         for path in (*shards, folder / "config.json", folder / "adapter_config.json"):
             if path.is_file():
                 digest.update(_identity(path, header_only=path in shards))
+    if plan.model is not None:
+        digest.update(_identity(plan.model.path / METADATA_FILE, header_only=False))
+        for path in sorted(plan.model.files):
+            digest.update(_status(path))
     return digest.hexdigest()
 
 
 def _identity(path: Path, *, header_only: bool) -> bytes:
-    status = os.stat(path)
     with path.open("rb") as file:
         head = file.read(8)
         rest = file.read(int.from_bytes(head, "little") if header_only else -1)
-    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} ".encode() + head + rest
+    return _status(path) + head + rest
+
+
+def _status(path: Path) -> bytes:
+    status = os.stat(path)
+    return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} ".encode()
 
 
 def _report(
@@ -337,7 +358,7 @@ def _report(
         tuned=target.tuned,
         options=plan.options.to_dict(),
         matrices=tuple(done[name] for name in order if name in done),
-        kept={step.name: step.reason for step in plan.chosen("keep")},
+        kept={step.name: step.reason for step in (*plan.chosen("keep"), *plan.chosen("copy"))},
         merged=tuple(step.name for step in plan.chosen("merge")),
         bytes_written=sum(step.bytes for step in plan.steps.values()),
         seconds=seconds,

@@ -37,7 +37,9 @@ _SLACK = 1 << 24
 
 
 def streamed_by_rows(step: Step, plan: Plan) -> bool:
-    """Whether a tensor goes through in row blocks: it is merged or changed entry by entry, as one whole."""
+    """Whether a tensor goes through in row blocks: it is copied, merged or changed entry by entry, as one whole."""
+    if step.action == "copy":
+        return True
     if step.action == "merge":
         return bool(step.entry.shape)
     whole = all(p.rows is None and not p.transposed for p in step.projections)
@@ -46,9 +48,13 @@ def streamed_by_rows(step: Step, plan: Plan) -> bool:
 
 def working_bytes(step: Step, plan: Plan) -> int:
     """Memory for the computation on one tensor, beyond the pool that it is read into."""
+    if _comes_whole(step, plan):
+        return _BLOCK_COPIES * 8 * BLOCK_ENTRIES + _size(step.entry)
     if streamed_by_rows(step, plan):
         return _BLOCK_COPIES * 8 * BLOCK_ENTRIES
     whole = prod(step.entry.shape) * (4 if plan.adapter is not None else 0) + step.bytes
+    if plan.model is not None:  # what its parts are put together in
+        whole += _size(step.entry)
     if step.dequantised:
         whole += prod(step.entry.shape) * _DEQUANTISED_BYTES
     if plan.options.elementwise:
@@ -124,9 +130,15 @@ def check_memory(plan: Plan, memory: int) -> None:
 
 def _smallest_pool(plan: Plan) -> int:
     """Two of the largest pairs that are held whole: one in use, one being read."""
-    whole = [step for step in _steps(plan) if not streamed_by_rows(step, plan)]
+    whole = [step for step in _steps(plan) if not streamed_by_rows(step, plan) or _comes_whole(step, plan)]
     largest = max((_pair(plan, step) for step in whole), default=0)
     return max(_SMALLEST_POOL, 2 * largest + _SLACK)
+
+
+def _comes_whole(step: Step, plan: Plan) -> bool:
+    """Whether the tuned tensor is made of parts that are no rows of it, though it goes through in row blocks."""
+    by_rows = streamed_by_rows(step, plan)
+    return by_rows and plan.model is not None and not plan.model.comes_by_rows(step.name)
 
 
 def _pair(plan: Plan, step: Step) -> int:
@@ -138,7 +150,7 @@ def _size(entry: TensorEntry) -> int:
 
 
 def _steps(plan: Plan) -> list[Step]:
-    return plan.chosen("restore") + plan.chosen("merge")
+    return plan.chosen("restore") + plan.chosen("merge") + plan.chosen("copy")
 
 
 def expected_seconds(plan: Plan) -> tuple[float, float]:

@@ -15,6 +15,7 @@ import torch
 
 from rlspec.errors import CheckpointError, OptionError, TensorError
 from rlspec.io.adapter import Adapter, is_adapter
+from rlspec.io.distributed_model import DistributedModel, is_distributed_model
 from rlspec.io.dtypes import torch_dtype
 from rlspec.io.index import CheckpointIndex, TensorEntry
 from rlspec.io.projections import Projection, counterpart, model_of, read_config
@@ -25,7 +26,7 @@ from rlspec.io.weights import CheckpointWeights
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.select import Selection, is_wanted, select
 
-Action = Literal["restore", "merge", "tied", "scale", "keep"]
+Action = Literal["restore", "merge", "tied", "scale", "copy", "keep"]
 
 #: safetensors' names of the dtypes that can be restored
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
@@ -46,7 +47,8 @@ class Step:
     ``restore``: the matrices in ``projections`` are restored, ``directions`` tells how many directions of each
     (None where the singular values decide). ``merge``: the adapter's update is added and nothing is restored.
     ``tied``: a stored copy of the tensor ``source``, written as that is. ``scale``: of the codes in ``source``, written
-    with those. ``keep``: copied as it is, for ``reason``.
+    with those. ``copy``: written as the tuned model's parts have it, for ``reason``. ``keep``: copied with the file that
+    it lies in, for ``reason``.
     """
 
     entry: TensorEntry
@@ -82,7 +84,7 @@ class Plan:
     """The steps of one restoration, in the order of the output's files.
 
     ``like`` is the checkpoint whose files, tensors and side files the output takes over: the tuned one, or the base
-    where the tuned one is an ``adapter``.
+    where the tuned one is an ``adapter``, or a ``model`` in parts, whose tensors the steps then tell of.
     """
 
     base: CheckpointIndex
@@ -96,6 +98,8 @@ class Plan:
     config: bytes | None = (
         None  #: what the output's config.json holds, where that is not what ``like``'s does
     )
+    model: DistributedModel | None = None
+    tokenizer: Path | None = None  #: a folder whose tokenizer goes before that of ``like``
 
     @property
     def changed(self) -> dict[str, torch.dtype]:
@@ -121,7 +125,7 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
 
     Args:
         base: checkpoint folder or file.
-        tuned: the same, or the folder of a LoRA adapter trained on ``base``.
+        tuned: the same, or the folder of a LoRA adapter trained on ``base``, or of torch.distributed.checkpoint.
 
     Raises:
         CheckpointError: a checkpoint that cannot be read or is quantised in a form that is not known, or two that do
@@ -130,14 +134,18 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
     """
     base_index = CheckpointIndex.open(base)
     _refuse_unknown(base_index, options)
-    adapter, untied = None, None
+    adapter, untied, model = None, None, None
     if is_adapter(tuned):
         adapter, base_index, untied = open_adapter(tuned, base_index)
-    like = base_index if adapter is not None else CheckpointIndex.open(tuned)
+    elif is_distributed_model(tuned):
+        model = DistributedModel.open(tuned, base_index)
+    like = CheckpointIndex.open(tuned) if adapter is None and model is None else base_index
     if like is not base_index:
         _refuse_unknown(like, options)
     base_index = _under_names_of(like, base_index)
     entries = in_file_order(like)
+    if model is not None:
+        entries = [model.entries[entry.name] for entry in entries]
     shapes = {entry.name: tuple(entry.shape) for entry in entries if not is_quantised(entry.name)}
     selection = select(shapes, options, read_config(like.path))
     sides = _Sides(base_index, like, adapter)
@@ -150,7 +158,7 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
         )
     config = None
     if untied is None:
-        steps |= _tied_steps(like, steps)
+        steps |= _tied_steps(like, steps, model)
         notes += [f"{step.name}: {step.reason}" for step in steps.values() if step.action == "tied"]
     else:
         config = untied_config(like.path)
@@ -158,10 +166,13 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
         if config is None:
             told = "a config.json to go with them must have tie_word_embeddings false"
         notes.append(f"the adapter unties {untied.head} from {untied.embed}: both are stored, and {told}")
+    if model is not None:
+        notes += model.notes
+        steps = {name: _copied(step) if step.action == "keep" else step for name, step in steps.items()}
     passed_over = {
         name: steps[name].reason
         for name in selection.chosen
-        if steps[name].action in ("merge", "keep") and steps[name].reason not in _AS_ASKED
+        if steps[name].action in ("merge", "copy", "keep") and steps[name].reason not in _AS_ASKED
     }
     plan = Plan(
         base_index,
@@ -173,18 +184,28 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
         passed_over,
         tuple(notes),
         config,
+        model,
+        None if adapter is None and model is None else tuned,
     )
     _refuse_nothing(plan, selection)
     return plan
 
 
-def _tied_steps(like: CheckpointIndex, steps: Mapping[str, Step]) -> dict[str, Step]:
+def _copied(step: Step) -> Step:
+    return replace(step, action="copy", dtype=torch_dtype(step.entry))
+
+
+def _tied_steps(
+    like: CheckpointIndex, steps: Mapping[str, Step], model: DistributedModel | None
+) -> dict[str, Step]:
     """What happens to a stored copy of a tied head where the embedding changes, or the head was to change alone."""
     tie = find_tie(like)
     if tie is None or not tie.stored:
         return {}
     embed, head = steps[tie.embed], steps[tie.head]
-    if embed.action == head.action == "keep" or not stored_alike(like, tie):
+    if embed.action == head.action == "keep":
+        return {}
+    if not (stored_alike(like, tie) if model is None else model.is_alike(tie)):
         return {}
     if embed.scale or head.scale:
         raise CheckpointError(

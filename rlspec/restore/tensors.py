@@ -193,24 +193,6 @@ def restore_rows(
         yield first, base if copied else weight.reshape(tuned.shape)
 
 
-def aligned(base: Iterable[tuple[int, Tensor]], tuned: Iterable[tuple[int, Tensor]]) -> Iterator[Block]:
-    """Pairs of row blocks from two streams of the same tensor that cut it at different rows."""
-    there, here = iter(base), iter(tuned)
-    first = 0
-    left: Tensor | None = None
-    right: Tensor | None = None
-    while True:
-        if left is None or not len(left):
-            left = next((block for _, block in there), None)
-        if right is None or not len(right):
-            right = next((block for _, block in here), None)
-        if left is None or right is None:
-            return
-        count = min(len(left), len(right))
-        yield first, left[:count], right[:count]
-        left, right, first = left[count:], right[count:], first + count
-
-
 def generator(seed: int, label: str) -> torch.Generator:
     """A source of draws that belongs to one tensor, whatever was drawn before."""
     digest = hashlib.blake2b(f"{seed} {label}".encode(), digest_size=7).digest()

@@ -90,6 +90,9 @@ def _pairs(plan: Plan, names: list[str], memory: int) -> Iterator[tuple[str, Ten
     """(name, base, tuned) in the order asked for; an adapter's tuned tensors are formed from the base's."""
     from rlspec.io.stream import TensorStream, read_tensor, stream_pairs
 
+    if plan.model is not None:
+        yield from plan.model.pairs(plan.base, names, memory_bytes=memory)
+        return
     if plan.adapter is None:
         yield from stream_pairs(plan.base, plan.like, names, memory_bytes=memory)
         return

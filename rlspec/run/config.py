@@ -108,6 +108,9 @@ class TrackConfig:
         "Directions tracked: a share of each matrix's smaller side (1.0 is all), or a count (1 is one).",
         heading=_MEASURED,
     )
+    per_head: bool = setting(
+        False, "Measure each attention head of q, k, v and o by itself.", heading=_MEASURED
+    )
     engine: Literal["delta", "exact"] = setting(
         "delta", "How spectra are computed: delta (fast) or exact (full decompositions).", heading=_MEASURED
     )

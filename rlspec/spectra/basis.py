@@ -72,8 +72,8 @@ class SpectralBasis:
                 fp8 are dequantised, LoRA adapters of PEFT are added to theirs.
             modules: which projections: names, or a text such as ``"q,k,v"``, ``"attn"``, ``"all"``.
             rank: leading directions to follow in each matrix, see :class:`Rank`.
-            per_head: each attention head of q, k and v is a matrix of its own; the model's configuration must say how
-                many there are.
+            per_head: each attention head of q, k, v and o is a matrix of its own; the model's configuration must say
+                how many there are.
             cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
             device: where to measure. ``"auto"``: where each weight is; for a checkpoint on disk, the GPU if there is one.
             progress: called with (done, total) after every matrix.

@@ -28,6 +28,7 @@ from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement, combine
 from rlspec.spectra.metrics import arcsine_rounding, effective_rank, effective_rank_bound
+from rlspec.spectra.subspaces import Subspaces
 
 # Past this share of the reference's norm an update is no perturbation, and refinement costs more than it
 # saves.
@@ -36,12 +37,13 @@ _LARGEST_UPDATE = 0.5
 _SHIFT = 1e-9
 
 
-def measure_delta(reference: Reference, delta: Delta) -> Measurement:
+def measure_delta(reference: Reference, delta: Delta, *, subspaces: bool = False) -> Measurement:
     """Measure a stack of weights against its references.
 
     Args:
         reference: factors of L matrices (m, n) with rank k >= 1.
         delta: the update of the same matrices, finite.
+        subspaces: hand the leading subspaces back, too.
 
     Returns:
         A :class:`Measurement` that agrees with ``measure_exact`` within the bounds it carries.
@@ -50,14 +52,14 @@ def measure_delta(reference: Reference, delta: Delta) -> Measurement:
     near, far = positions_of(close), positions_of(~close)
     parts = []
     if near:
-        parts += _perturbative(reference.select(near), delta.select(near), near)
+        parts += _perturbative(reference.select(near), delta.select(near), near, subspaces)
     if far:
-        parts.append((far, _exactly(reference.select(far), delta.select(far))))
+        parts.append((far, _exactly(reference.select(far), delta.select(far), subspaces)))
     return parts[0][1] if len(parts) == 1 else combine(parts)
 
 
 def _perturbative(
-    reference: Reference, delta: Delta, positions: list[int]
+    reference: Reference, delta: Delta, positions: list[int], subspaces: bool
 ) -> list[tuple[list[int], Measurement]]:
     """Measurements of matrices with the positions that they have in the whole stack."""
     m, n = reference.shape
@@ -66,20 +68,22 @@ def _perturbative(
     kept, rest = positions_of(solution.settled), positions_of(~solution.settled)
     parts = []
     if kept:
-        measured = _assemble(reference.select(kept), delta.select(kept), solution, kept)
+        measured = _assemble(reference.select(kept), delta.select(kept), solution, kept, subspaces)
         parts.append(([positions[i] for i in kept], measured))
     if rest:
-        exact = _exactly(reference.select(rest), delta.select(rest))
+        exact = _exactly(reference.select(rest), delta.select(rest), subspaces)
         parts.append(([positions[i] for i in rest], exact))
     return parts
 
 
-def _exactly(reference: Reference, delta: Delta) -> Measurement:
+def _exactly(reference: Reference, delta: Delta, subspaces: bool) -> Measurement:
     note = "no small rotation: measured by a full decomposition"
-    return measure_exact(reference, delta, norm=estimated_norm).with_notes(note)
+    return measure_exact(reference, delta, norm=estimated_norm, subspaces=subspaces).with_notes(note)
 
 
-def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list[int]) -> Measurement:
+def _assemble(
+    reference: Reference, delta: Delta, solution: Solution, kept: list[int], subspaces: bool
+) -> Measurement:
     """What is measured of the matrices ``kept``, which ``reference`` and ``delta`` hold; the results leave the device
     in one transfer."""
     k, change = reference.k, delta.stats
@@ -108,6 +112,7 @@ def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list
     right = angles[-1] if k < n else None
     angle = (bounds.angle + arcsine_rounding((left, right), reference.U.dtype)).clamp_max(math.pi / 2)
     zero = torch.zeros_like(bounds.sigma)
+    angle = torch.where(same, zero, angle)
     labels = labels.long()
     return Measurement(
         update=change,
@@ -123,10 +128,11 @@ def _assemble(reference: Reference, delta: Delta, solution: Solution, kept: list
         # Scaled and true trailing values both lie within ||E|| of the reference's.
         effective_rank_error_bound=effective_rank_bound(spectrum, 2.0 * change.delta_frobenius),
         sigma_error_bound=torch.where(same, zero, bounds.sigma),
-        angle_error_bound_rad=torch.where(same, zero, angle),
+        angle_error_bound_rad=angle,
         engine=("delta",) * len(kept),
         arithmetic=(_arithmetic(solution),) * len(kept),
         notes=(None,) * len(kept),
+        subspaces=Subspaces.of(reference, pair.left, pair.right, same, angle) if subspaces else None,
     )
 
 

@@ -10,11 +10,13 @@ from torch import Tensor
 
 from rlspec.linalg.angles import principal_sines
 from rlspec.linalg.dense import SMALL, lapack_values, thin_svd
+from rlspec.perturb.coordinates import Side
 from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import Reference
 from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.metrics import arcsine_rounding, effective_rank
+from rlspec.spectra.subspaces import Subspaces
 
 
 def exact_norm(delta: Delta) -> Tensor:
@@ -23,7 +25,11 @@ def exact_norm(delta: Delta) -> Tensor:
 
 
 def measure_exact(
-    reference: Reference, delta: Delta, *, norm: Callable[[Delta], Tensor] = exact_norm
+    reference: Reference,
+    delta: Delta,
+    *,
+    norm: Callable[[Delta], Tensor] = exact_norm,
+    subspaces: bool = False,
 ) -> Measurement:
     """Measure a stack of weights against its references.
 
@@ -31,12 +37,13 @@ def measure_exact(
         reference: factors of L matrices (m, n) with rank k >= 1.
         delta: the update of the same matrices, finite.
         norm: what takes ||ΔW||_2, which W's own decomposition does not give. By default that is a second one.
+        subspaces: hand the leading subspaces back, too.
 
     Returns:
         A :class:`Measurement`. A weight equal to its reference has exactly the reference's values and zero
         angles. On a device the weights come to the host, whose float64 decompositions are the ones to trust.
     """
-    reference = reference.to("cpu")
+    place, reference = reference.device, reference.to("cpu")
     k = reference.k
     m, n = reference.shape
     change = delta.stats
@@ -60,6 +67,11 @@ def measure_exact(
     zero = torch.zeros_like(change.delta_frobenius)
     backward = _backward_error(reference, s)
     angle = _angle_bound(backward, reference, s) + arcsine_rounding((left, right), reference.U.dtype)
+    angle = torch.where(same.squeeze(-1), zero, angle.clamp_max(math.pi / 2))
+    kept = None
+    if subspaces:
+        sides = _coordinates(u_ref, u[..., :k], w), _coordinates(v_ref, vh.mT[..., :k], w)
+        kept = Subspaces.of(reference, *sides, same.squeeze(-1), angle).to(place)
     return Measurement(
         update=change,
         sigma=s[..., :k],
@@ -73,11 +85,20 @@ def measure_exact(
         effective_rank=effective_rank(s),
         effective_rank_error_bound=zero,
         sigma_error_bound=torch.where(same.squeeze(-1), zero, backward),
-        angle_error_bound_rad=torch.where(same.squeeze(-1), zero, angle.clamp_max(math.pi / 2)),
+        angle_error_bound_rad=angle,
         engine=("exact",) * delta.shape[0],
         arithmetic=("float64",) * delta.shape[0],
         notes=(None,) * delta.shape[0],
+        subspaces=kept,
     )
+
+
+def _coordinates(basis: Tensor, columns: Tensor, w: int) -> Side:
+    """Columns (L, dim, c) in coordinates of a basis (L, dim, r), float64; the rounding of the basis turns what it takes
+    for all columns alike."""
+    inside = basis.mT @ columns
+    outside = columns - basis @ inside if basis.shape[-2] > basis.shape[-1] else None
+    return Side(inside[..., :w, :], inside[..., w:, :], outside)
 
 
 def _backward_error(reference: Reference, s: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rlspec.perturb.delta import UpdateStats
+from rlspec.spectra.subspaces import Subspaces
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,7 @@ class Measurement:
     engine: tuple[str, ...]  # per matrix: "exact" or "delta"
     arithmetic: tuple[str, ...]  # per matrix: "float32", "float64" or "bfloat16", see ``table.COLUMNS``
     notes: tuple[str | None, ...]  # per matrix
+    subspaces: Subspaces | None = None  # where they were asked for; on the reference's device
 
     def with_notes(self, note: str) -> Measurement:
         return replace(self, notes=(note,) * len(self.notes))
@@ -54,6 +56,8 @@ def _take(value: Any, positions: list[int]) -> Any:
         return value[positions]
     if value is None:
         return None
+    if isinstance(value, Subspaces):
+        return value.ordered(positions)
     # Not select, which leaves a whole stack in its order.
     return UpdateStats(*(getattr(value, f.name)[positions] for f in fields(UpdateStats)))
 
@@ -64,4 +68,6 @@ def _join(values: list[Any]) -> Any:
         return tuple(item for value in values for item in value)
     if isinstance(first, Tensor):
         return torch.cat(values)
+    if isinstance(first, Subspaces):
+        return Subspaces.joined(values)
     return None if first is None else UpdateStats.joined(values)

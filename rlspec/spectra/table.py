@@ -23,6 +23,7 @@ from rlspec.spectra.metrics import (
 )
 from rlspec.spectra.nulls import Nulls
 from rlspec.spectra.power_law import FEWEST, THRESHOLD, fit_power_law
+from rlspec.spectra.subspaces import Locking
 
 Row = dict[str, float | int | str | None]
 
@@ -33,7 +34,7 @@ COLUMNS: dict[str, str] = {
     "name": "projection",
     "module": "q, k, v, o, mlp, embed or lm_head",
     "layer": "layer index",
-    "head": "attention head, of k and v the key-value head; none for a whole matrix",
+    "head": "attention head, of k and v the key-value head, of o the query head; none for a whole matrix",
     "rows": "m",
     "cols": "n",
     "rank": "k, leading directions followed",
@@ -75,6 +76,10 @@ COLUMNS: dict[str, str] = {
     "alpha_ref": "the same of the reference",
     "alpha_distance": "Kolmogorov-Smirnov distance of the tail from that power law",
     "alpha_tail": "how many eigenvalues the tail has",
+    "locking_left": "||U_kᵀ U_end,k||²_F / k, the share of the leading left subspace that is the last checkpoint's",
+    "locking_right": "the same of the right side",
+    "locking_error_bound": "absolute error bound of both",
+    "locking_end": "the checkpoint that they are measured against",
     "null_rounding_rad": "mean principal angle that rounding the weights to bfloat16 causes",
     "null_random_rad": "mean principal angle that random updates of the same norm cause (mean over draws)",
     "null_random_percentile": "percentage of those random updates that turn less than the measured one",
@@ -175,6 +180,14 @@ def put_nulls(row: Row, nulls: Nulls, index: int) -> None:
         null_random_percentile=float(nulls.percentile[index]),
         null_draws=int(nulls.random.shape[0]),
     )
+
+
+def put_locking(row: Row, found: Locking, index: int) -> None:
+    """Fill the ``locking_*`` columns of matrix ``index``'s row, but for the name of the checkpoint compared with."""
+    sides = {"locking_left": found.left, "locking_right": found.right}
+    there = {name: float(side[index]) for name, side in sides.items() if side is not None}
+    if there:
+        row.update(there, locking_error_bound=float(found.error[index]))
 
 
 def put_spectrum(row: Row, sigma: Tensor, sigma_ref: Tensor) -> None:

@@ -7,14 +7,13 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError, check_type
 from rlspec.io.projections import Projection
-from rlspec.io.updates import Update
 from rlspec.io.weights import READ_AHEAD_BYTES, WeightSource, open_weights
 from rlspec.linalg.dense import lapack_values
 from rlspec.linalg.precision import pinned_arithmetic
@@ -27,10 +26,15 @@ from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.nulls import null_rotations
-from rlspec.spectra.table import Row, empty_row, measured_rows, put_nulls, put_spectrum
+from rlspec.spectra.subspaces import Subspaces, locking
+from rlspec.spectra.table import Row, empty_row, measured_rows, put_locking, put_nulls, put_spectrum
 
 Engine = Literal["delta", "exact"]
 Factors = Literal["auto", "device", "host"]
+T = TypeVar("T")
+#: What :meth:`SpectralTracker.subspaces` found of each of its stacks; None of one without a direction to follow.
+Ends = tuple[Subspaces | None, ...]
+_Measured = tuple[dict[str, Row], dict[str, Tensor]]  # rows and arrays, by name
 _ENGINES = {"delta": measure_delta, "exact": measure_exact}
 
 # Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. On a CPU that keeps the stacks of
@@ -120,6 +124,7 @@ class SpectralTracker:
         stage: str = "",
         null_draws: int = 0,
         full_spectrum: bool = False,
+        end: Ends | None = None,
     ) -> SpectralRecord:
         """Measure one set of weights.
 
@@ -132,22 +137,44 @@ class SpectralTracker:
                 random updates of the same norm turn the subspaces; costs that many measurements more, plus one.
             full_spectrum: fill ``nss`` and the ``alpha`` columns, which need every singular value: each weight is
                 decomposed in float64, on the host.
+            end: what :meth:`subspaces` found of other weights, those at the end of the training: fill the ``locking_*``
+                columns, but for ``locking_end``.
 
         Raises:
             TensorError: a weight is missing or there are two of its name, it has another shape than its reference or
                 no values, is stored in a quantised form that is not known, or holds NaN or infinity.
         """
         with pinned_arithmetic():
-            return self._measure(source, step, stage, null_draws, full_spectrum)
+            return self._measure(source, step, stage, null_draws, full_spectrum, end)
+
+    def subspaces(self, source: WeightSource) -> Ends:
+        """The leading subspaces of one set of weights, for :meth:`measure` to compare others with; of this tracker alone.
+
+        Costs what a measurement does. Arguments and errors are those of :meth:`measure`.
+        """
+        with pinned_arithmetic():
+            return tuple(in_order(self._jobs(source, self._found), self._most_at_once()))
 
     def _measure(
-        self, source: WeightSource, step: int, stage: str, null_draws: int, full_spectrum: bool
+        self,
+        source: WeightSource,
+        step: int,
+        stage: str,
+        null_draws: int,
+        full_spectrum: bool,
+        end: Ends | None,
     ) -> SpectralRecord:
         started = time.perf_counter()
-        stream = open_weights(source).stream_apart([p for group in self._groups for p in group.projections])
         record = SpectralRecord(stage=stage, step=step, rows=[])
         rows: dict[str, Row] = {}
-        jobs = self._jobs(stream, step, stage, null_draws, full_spectrum)
+        firsts = (group.projections[0].name for group in self._groups)
+        ends = {} if end is None else dict(zip(firsts, end, strict=True))
+
+        def work(group: _Group, reference: Reference | None, current: Current) -> _Measured:
+            last = ends.get(group.projections[0].name)
+            return self._measured(group, reference, current, step, stage, null_draws, full_spectrum, last)
+
+        jobs = self._jobs(source, work)
         for measured, arrays in in_order(jobs, self._most_at_once()):
             rows.update(measured)
             record.arrays.update(arrays)
@@ -167,23 +194,25 @@ class SpectralTracker:
         return max(1, min(len(sizes), room // small - 2)) if small else 1
 
     def _jobs(
-        self,
-        stream: Iterator[tuple[Projection, Tensor, Update | None]],
-        step: int,
-        stage: str,
-        null_draws: int,
-        full_spectrum: bool,
-    ) -> Iterator[tuple[int, Callable[[], tuple[dict[str, Row], dict[str, Tensor]]]]]:
-        """The measurement of each stack: its rows and arrays, by name."""
+        self, source: WeightSource, work: Callable[[_Group, Reference | None, Current], T]
+    ) -> Iterator[tuple[int, Callable[[], T]]]:
+        """What is to be done of each stack with its current weights."""
+        stream = open_weights(source).stream_apart([p for group in self._groups for p in group.projections])
         for group in self._groups:
             reference = group.reference() if group.rank > 0 else None
             current = Current.of(stream, group.matrices, group.device, reference)
             on_host = group.device.type == "cpu"
             yield (
                 group.matrices[0].W.numel() if on_host else sys.maxsize,
-                partial(self._measured, group, reference, current, step, stage, null_draws, full_spectrum),
+                partial(work, group, reference, current),
             )
             del reference, current  # before the next ones take their room
+
+    @pinned_arithmetic()
+    def _found(self, group: _Group, reference: Reference | None, current: Current) -> Subspaces | None:
+        if reference is None:
+            return None
+        return current.measured(partial(_ENGINES[self.engine], subspaces=True), reference).subspaces
 
     @pinned_arithmetic()
     def _measured(
@@ -195,12 +224,16 @@ class SpectralTracker:
         stage: str,
         null_draws: int,
         full_spectrum: bool,
-    ) -> tuple[dict[str, Row], dict[str, Tensor]]:
+        end: Subspaces | None,
+    ) -> _Measured:
         pairs = list(zip(group.projections, group.matrices, strict=True))
         if reference is None:
             return {p.name: empty_row(m, p, stage=stage, step=step) for p, m in pairs}, {}
-        engine = _ENGINES[self.engine]
-        measurement = current.measured(engine, reference)
+        engine, shared = _ENGINES[self.engine], None
+        measurement = current.measured(partial(engine, subspaces=end is not None), reference)
+        if end is not None and measurement.subspaces is not None:
+            shared = locking(measurement.subspaces, end)
+            measurement = replace(measurement, subspaces=None)  # the room may be wanted for what follows
         nulls = None
         if null_draws > 0:
             weights = current.weights(reference)
@@ -212,6 +245,8 @@ class SpectralTracker:
             if sigma is not None:
                 same = bool(measurement.update.delta_frobenius[i] == 0)
                 put_spectrum(row, matrix.S if same else sigma[i], matrix.S)
+            if shared is not None:
+                put_locking(row, shared, i)
             if nulls is not None:
                 put_nulls(row, nulls, i)
             if self.arrays:

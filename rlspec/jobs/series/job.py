@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any, get_args
 import torch
 
 from rlspec.backend import choose_device
-from rlspec.errors import OptionError, RlspecError, TensorError
+from rlspec.errors import CheckpointError, OptionError, TensorError
 from rlspec.io.heads import split_heads
 from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.io.share import ALONE, APART, LOOK, Share
@@ -31,7 +32,7 @@ from rlspec.linalg.rank import Rank, RankLike
 from rlspec.restore.estimate import memory_bytes
 from rlspec.spectra.basis import SpectralBasis, reference_matrices
 from rlspec.spectra.processes import ProcessError, dealt
-from rlspec.spectra.tracker import Engine, SpectralTracker
+from rlspec.spectra.tracker import Ends, Engine, SpectralTracker
 
 #: called with (matrices measured, matrices in all, checkpoint, matrix)
 OnMatrix = Callable[[int, int, str, str], None]
@@ -48,6 +49,7 @@ def measure(
     engine: Engine = "delta",
     null_draws: int = 0,
     full_spectrum: bool = False,
+    locking: bool = False,
     device: torch.device | str = "auto",
     memory_gib: float = 4.0,
     cache_dir: str | Path | None = None,
@@ -65,6 +67,9 @@ def measure(
             on. None keeps the rows in memory alone.
         modules, rank, per_head, engine, null_draws, device: see ``SpectralBasis.from_checkpoint``, ``SpectralTracker``.
         full_spectrum: see ``SpectralTracker.measure``.
+        locking: say of each checkpoint how much of its leading subspaces is that of the table's last one, whose own are
+            found first, matrix by matrix. Where the series has grown and ends in another one, the checkpoints given are
+            measured anew; ``locking_end`` tells which one a row was compared with.
         memory_gib: bound on tensors and decompositions that are held at once on the host, GiB.
         cache_dir: where the base's decompositions are kept; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
         on_matrix: called after every matrix of every checkpoint that this process measures.
@@ -92,6 +97,7 @@ def measure(
         engine=engine,
         null_draws=null_draws,
         full_spectrum=full_spectrum,
+        locking=locking,
         device=device,
         memory_gib=memory_gib,
         cache_dir=cache_dir,
@@ -109,6 +115,15 @@ def measure(
 
 
 @dataclass(frozen=True)
+class _End:
+    """The last checkpoint of a series."""
+
+    label: str
+    checkpoint: Checkpoint
+    weights: Weights
+
+
+@dataclass(frozen=True)
 class Job:
     """The base, what is measured and how, and the table of what was; see :func:`measure`."""
 
@@ -120,6 +135,7 @@ class Job:
     engine: Engine
     null_draws: int
     full_spectrum: bool
+    locking: bool
     device: torch.device
     cache_dir: str | Path | None
     table: SpectraTable
@@ -140,6 +156,7 @@ class Job:
         memory_gib: float,
         per_head: bool = False,
         full_spectrum: bool = False,
+        locking: bool = False,
         cache_dir: str | Path | None = None,
         share: Share = ALONE,
     ) -> Job:
@@ -162,7 +179,9 @@ class Job:
             projections = split_heads(projections, shapes, weights.config())
         # Several processes deal stacks to each other, and small ones come out even.
         together = torch.get_num_threads() + 1 if share.count == 1 else 1
-        parts = stacks(projections, shapes, memory, memory_gib, device=chosen, parts=together)
+        parts = stacks(
+            projections, shapes, memory, memory_gib, device=chosen, parts=together, locking=locking
+        )
         settings = {
             "base": str(place.resolve()),
             "base_files": Checkpoint.at(place).files(),
@@ -172,6 +191,7 @@ class Job:
             "engine": engine,
             "null_draws": null_draws,
             "full_spectrum": full_spectrum,
+            "locking": locking,
         }
         names = [projection.name for projection in projections]
         table = SpectraTable(None if out is None else Path(out), settings, names, share)
@@ -184,6 +204,7 @@ class Job:
             engine,
             null_draws,
             full_spectrum,
+            locking,
             chosen,
             cache_dir,
             table,
@@ -201,12 +222,19 @@ class Job:
             (checkpoint, checkpoint.files()) for checkpoint in checkpoints
         ]
         labels = self.table.add(entries)
+        end = self._end(dict(zip(labels, opened))) if self.locking and labels else None
+        if end is not None:
+            self.table.drop_outdated(labels, end.label)
         mine = {name for name, owner in self._owners.items() if owner == self.share.number}
         total = sum(len(self.table.missing(label) & mine) for label in labels)
         done = 0
-        for stack, label, (checkpoint, weights), tracker in self._to_do(labels, opened):
+        for stack, label, (checkpoint, weights), tracker, last in self._to_do(labels, opened, end):
             lacking = self.table.missing(label)
-            self.table.put(label, self._rows(tracker, checkpoint, weights))
+            rows = self._rows(tracker, checkpoint, weights, last)
+            if end is not None:
+                rows = [{**row, "locking_end": end.label} for row in rows]
+            self.table.put(label, rows)
+            del tracker, last  # of which the next stack's take the room
             for projection in stack:
                 if projection.name in lacking:
                     done += 1
@@ -215,9 +243,11 @@ class Job:
         return labels
 
     def _to_do(
-        self, labels: Sequence[str], opened: Sequence[tuple[Checkpoint, Weights]]
-    ) -> Iterator[tuple[tuple[Projection, ...], str, tuple[Checkpoint, Weights], SpectralTracker]]:
-        """Each stack with each checkpoint that lacks some of it, and the tracker of the stack."""
+        self, labels: Sequence[str], opened: Sequence[tuple[Checkpoint, Weights]], end: _End | None
+    ) -> Iterator[
+        tuple[tuple[Projection, ...], str, tuple[Checkpoint, Weights], SpectralTracker, Ends | None]
+    ]:
+        """Each stack with each checkpoint that lacks some of it, the stack's tracker and its subspaces at the end."""
         for stack in self.stacks:
             if self._owners[stack[0].name] != self.share.number:
                 continue
@@ -226,8 +256,27 @@ class Job:
             if not wanted:
                 continue
             tracker = SpectralTracker(self._basis(stack), engine=self.engine, arrays=False)
+            last = None
+            if end is not None:
+                with _named(end.checkpoint.path):
+                    last = tracker.subspaces(end.weights)
             for i in wanted:
-                yield stack, labels[i], opened[i], tracker
+                yield stack, labels[i], opened[i], tracker, last
+            del tracker, last
+
+    def _end(self, opened: Mapping[str, tuple[Checkpoint, Weights]]) -> _End:
+        """The checkpoint that ends the series, also where it is not among those given."""
+        label, checkpoint = self.table.last()
+        if label in opened:
+            return _End(label, *opened[label])
+        try:
+            weights = self._checked(checkpoint)
+            self.table.check_last(checkpoint.files())
+        except CheckpointError as error:
+            raise CheckpointError(
+                f"{error} (locking=True compares with {label}, the last checkpoint of the table)"
+            ) from None
+        return _End(label, checkpoint, weights)
 
     @cached_property
     def _owners(self) -> dict[str, int]:
@@ -269,18 +318,17 @@ class Job:
         return SpectralBasis(stack, matrices, self.rank, devices=devices)
 
     def _rows(
-        self, tracker: SpectralTracker, checkpoint: Checkpoint, weights: Weights
+        self, tracker: SpectralTracker, checkpoint: Checkpoint, weights: Weights, end: Ends | None
     ) -> list[dict[str, Any]]:
-        try:
+        with _named(checkpoint.path):
             record = tracker.measure(
                 weights,
                 step=0,
                 stage=checkpoint.stage,
                 null_draws=self.null_draws,
                 full_spectrum=self.full_spectrum,
+                end=end,
             )
-        except TensorError as error:
-            raise TensorError(_told(checkpoint.path, error)) from None
         return [{**row, "step": checkpoint.step} for row in record.rows]
 
     def _checked(self, checkpoint: Checkpoint) -> Weights:
@@ -288,10 +336,8 @@ class Job:
         weights = checkpoint.open(self.base)
         shapes = weights.shapes()
         for projection in (p for stack in self.stacks for p in stack):
-            try:
+            with _named(checkpoint.path):
                 found = shapes[find_tensor(projection.tensor, shapes, weights.where)]
-            except TensorError as error:
-                raise TensorError(_told(checkpoint.path, error)) from None
             wanted = self.shapes[projection.tensor]
             if tuple(found) != tuple(wanted):
                 raise TensorError(
@@ -301,6 +347,10 @@ class Job:
         return weights
 
 
-def _told(path: Path, error: RlspecError) -> str:
-    """The message, with the checkpoint in front where it does not say it."""
-    return str(error) if str(path) in str(error) else f"{path}: {error}"
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Context that puts the checkpoint in front of a TensorError that does not say it."""
+    try:
+        yield
+    except TensorError as error:
+        raise TensorError(str(error) if str(path) in str(error) else f"{path}: {error}") from None

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -195,11 +195,8 @@ class SpectraTable:
         for (checkpoint, files), fresh in zip(checkpoints, new):
             place = checkpoint.path.resolve()
             label = by_path.get(place, fresh)
-            if label in self._rows and self._known[label]["files"] != files:
-                raise CheckpointError(
-                    f"{checkpoint.path}: written anew since its rows in {self._path} were measured; choose another "
-                    "folder for out="
-                )
+            if label in self._rows:
+                self._refuse_rewritten(label, checkpoint, files)
             self._known[label] = {"path": str(place), "files": files}
             found.append(label)
         if self._share.number > 0:
@@ -212,6 +209,37 @@ class SpectraTable:
             if self._share.count > 1 and self._launch is None:
                 self._launch = self._writing(lambda: locked(launch_file(folder), b""))
         return found
+
+    def last(self) -> tuple[str, Checkpoint]:
+        """The label of the last checkpoint, and where it was."""
+        by_place = {Path(entry["path"]): label for label, entry in self._known.items()}
+        last = in_order(Checkpoint.at(place) for place in by_place)[-1]
+        return by_place[last.path], last
+
+    def check_last(self, files: Files) -> None:
+        """Refuse files of the last checkpoint that are not those that it had when it was entered.
+
+        Raises:
+            CheckpointError: it was written anew.
+        """
+        self._refuse_rewritten(*self.last(), files)
+
+    def _refuse_rewritten(self, label: str, checkpoint: Checkpoint, files: Files) -> None:
+        if self._known[label]["files"] != files:
+            raise CheckpointError(
+                f"{checkpoint.path}: written anew since its rows in {self._path} were measured; choose another "
+                "folder for out="
+            )
+
+    def drop_outdated(self, labels: Iterable[str], end: str) -> None:
+        """Take the rows of these checkpoints for missing that were compared with another end than this one.
+
+        On disk they stay until others are there in their place.
+        """
+        for label in labels:
+            if rows := self._rows.get(label):
+                kept = {name: row for name, row in rows.items() if row.get("locking_end") == end}
+                self._rows[label] = kept
 
     def is_whole(self, checkpoint: Checkpoint, files: Files) -> bool:
         """Whether all rows of a checkpoint, with these files, are there."""
@@ -277,7 +305,12 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         RunFolderError: a setting differs; the message names it.
     """
-    found = {"per_head": False, "full_spectrum": False, **found}  # which earlier versions did not tell
+    found = {
+        "per_head": False,
+        "full_spectrum": False,
+        "locking": False,
+        **found,
+    }  # which earlier versions did not tell
     for name, value in wanted.items():
         if name == "base":  # where it lies; what it is, its files tell
             continue
