@@ -143,29 +143,43 @@ def _one_tuned(options: StudyOptions, seed: int) -> tuple[_Builder, str, int]:
 def _rank(options: StudyOptions, seed: int) -> list[Cell]:
     """Restorations of one tuned model, and their controls."""
     build, trunk, step = _one_tuned(options, seed)
-    quick = options.quick
-    modules = ("q,k,v", "attn,mlp") if quick else ("q,k,v", "attn", "mlp", "attn,mlp")
-    ranks = (0.2, 0.5) if quick else (0.05, 0.1, 0.2, 0.3, 0.5)
-    parts = ("top", "tail") if quick else ("top", "tail", "20%:50%")
-    for chosen in modules:
-        build.restore(trunk, step, "noise_floor", modules=chosen)
-        build.restore(trunk, step, "restoration", mode="copy", rank=1.0, modules=chosen)
-        build.restore(trunk, step, "restoration", rank=1.0, modules=chosen)
-        for part in parts:
-            for rank in ranks if part in ("top", "tail") else (0.3,):
-                for mode in ("directions", "values", "both"):
-                    for strength in (1.0,) if quick else (0.5, 1.0):
-                        place = {"part": part, "rank": rank, "modules": chosen}
-                        build.restore(trunk, step, "restoration", mode=mode, strength=strength, **place)
-        for rank in ranks:
-            build.restore(trunk, step, "random", rank=rank, modules=chosen)
-            for by in (-1, 1):
-                build.restore(trunk, step, "restoration", rank=rank, modules=chosen, shift_k=by)
-            if not quick:
-                build.restore(trunk, step, "restoration", rank=f"gap:{rank}", modules=chosen)
-                for by in (-1, 1):
-                    build.restore(trunk, step, "restoration", rank=f"gap:{rank}", modules=chosen, shift_k=by)
+    for modules in ("q,k,v", "attn", "mlp", "attn,mlp"):
+        build.restore(trunk, step, "noise_floor", modules=modules)
+        build.restore(trunk, step, "restoration", mode="copy", rank=1.0, modules=modules)
+        build.restore(trunk, step, "restoration", rank=1.0, modules=modules)
+        if options.quick:
+            _few_ranks(build, trunk, step, modules)
+        else:
+            _all_ranks(build, trunk, step, modules)
     return build.cells
+
+
+def _few_ranks(build: _Builder, trunk: str, step: int, modules: str) -> None:
+    for rank in (0.2, 0.5):
+        build.restore(trunk, step, "restoration", rank=rank, modules=modules)
+        build.restore(trunk, step, "restoration", rank=rank, modules=modules, part="tail")
+        build.restore(trunk, step, "random", rank=rank, modules=modules)
+    for mode in ("values", "both"):
+        build.restore(trunk, step, "restoration", mode=mode, modules=modules)
+    for by in (-1, 1):
+        build.restore(trunk, step, "restoration", modules=modules, shift_k=by)
+
+
+def _all_ranks(build: _Builder, trunk: str, step: int, modules: str) -> None:
+    ranks = (0.05, 0.1, 0.2, 0.3, 0.5)
+    for part in ("top", "tail", "20%:50%"):
+        for rank in ranks if part in ("top", "tail") else (0.3,):
+            for mode in ("directions", "values", "both"):
+                for strength in (0.5, 1.0):
+                    place = {"part": part, "rank": rank, "modules": modules}
+                    build.restore(trunk, step, "restoration", mode=mode, strength=strength, **place)
+    for rank in ranks:
+        build.restore(trunk, step, "random", rank=rank, modules=modules)
+        for by in (-1, 1):
+            build.restore(trunk, step, "restoration", rank=rank, modules=modules, shift_k=by)
+        build.restore(trunk, step, "restoration", rank=f"gap:{rank}", modules=modules)
+        for by in (-1, 1):
+            build.restore(trunk, step, "restoration", rank=f"gap:{rank}", modules=modules, shift_k=by)
 
 
 def _layers(options: StudyOptions, seed: int) -> list[Cell]:

@@ -127,7 +127,7 @@ def run_study(
                 except BrokenProcessPool as error:
                     raise JobError(
                         f"a worker was killed at {describe(folder, cell)} or beside it, for want of memory perhaps "
-                        f"(--workers {place.slots}); what is finished is kept. To go on: the same command"
+                        f"(workers={place.slots}); what is finished is kept. To go on: the same command"
                     ) from error
                 done = len(study.cells) - len(waiting) - len(running)
                 progress.step(done)

@@ -76,7 +76,7 @@ class Cluster:
         try:
             self._executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         except RuntimeError as error:
-            raise OptionError(f"--executor slurm: {error}") from error
+            raise OptionError(f"executor='slurm': {error}") from error
         known: dict[str, Any] = {"cpus_per_task": threads, "timeout_min": 240, "name": "rlspec"}
         for name, value in options.items():
             own = name in ("timeout_min", "mem_gb", "name", "cpus_per_task")

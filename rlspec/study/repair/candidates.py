@@ -40,15 +40,17 @@ def straight_line(share: float) -> Candidate:
 
 
 def coarse() -> list[Candidate]:
-    """The first round. It alternates, so that a small budget holds restorations and controls both. Which layers are
-    restored can decide everything (README, `rlspec study layers`), so the last ones are tried beside all of them."""
+    """The first round. It alternates, so that a small budget holds restorations and controls both. Which matrices are
+    restored can decide everything (README, `rlspec study rank` and `layers`), so MLPs alone and the last layers alone
+    are among the first."""
     return [
         directions(0.2),
         straight_line(0.5),
+        directions(0.5, "mlp"),
         directions(0.2).but(layers=LAST),
         directions(0.5),
         straight_line(0.25),
-        directions(0.5).but(layers=LAST),
+        Candidate({"mode": "copy", "modules": "mlp"}),
         straight_line(0.75),
         directions(0.1),
         directions(0.2, "q,k,v"),
