@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import getpass
 import pickle
 import subprocess
 import time
@@ -115,7 +116,7 @@ def _queue() -> set[str] | None:
     """Numbers of this user's jobs that wait or run; None where Slurm does not answer, as while it is restarted."""
     try:
         asked = subprocess.run(
-            ["squeue", "--me", "--noheader", "--format=%A"],
+            ["squeue", "-h", "-o", "%A", "-u", getpass.getuser()],
             capture_output=True,
             text=True,
             check=True,
