@@ -15,11 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import triton
 import triton.language as tl
 from rlspec.kernels.configs import (
     FEW,
     GRAM,
+    JACOBI,
     NEAREST,
     PRODUCT,
     RECURRENCE,
@@ -77,6 +80,7 @@ def keys() -> Iterator[Key]:
         yield from _recurrence_keys(target)
         yield from _residual_keys(target)
         yield from _rotation_keys(target)
+        yield from _jacobi_keys(target)
 
 
 def _stats_keys(target: Family) -> Iterator[Key]:
@@ -222,6 +226,20 @@ def _rotation_keys(target: Family) -> Iterator[Key]:
         variant = f"after two {NEAREST[target]} products" if products else "of stored couplings"
         kernel = "sylvester_rotation._sylvester_rotation_kernel"
         yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
+
+
+def _jacobi_keys(target: Family) -> Iterator[Key]:
+    tensors = ("g", "v", "values", "left", "right")
+    numbers = ["n", "most_sweeps", "g_matrix", "g_row", "v_matrix", "v_row"]
+    for (tile, size), warps in JACOBI.items():
+        dtype = torch.float32 if size == 4 else torch.float64
+        signature = dict.fromkeys(tensors, f"*fp{8 * size}") | dict.fromkeys(("status", "sweeps"), "*i32")
+        signature |= dict.fromkeys(numbers, "i32")
+        values = {"EPS": torch.finfo(dtype).eps, "LARGEST": torch.finfo(dtype).max, "BN": tile}
+        for right, count in zip((True, False), warps, strict=True):
+            variant = f"float{8 * size}, up to {tile} columns, {'both sides' if right else 'left vectors'}"
+            kernel = "jacobi._jacobi_kernel"
+            yield Key(kernel, target, variant, signature, values | {"RIGHT": right}, count, 1)
 
 
 @dataclass(frozen=True)

@@ -105,10 +105,33 @@ ROTATION: dict[Family, Config] = {
     "interpreter": Config(64, 64, 64, 4, 1),
 }
 
+#: Of `jacobi`: warps by tile, which a matrix has to fit into, and bytes of a number, with right vectors and without; the
+#: same for every target. float64 without them spills in 8: there some releases give up registers to fit two programs.
+JACOBI: dict[tuple[int, int], tuple[int, int]] = {
+    (32, 4): (2, 2),
+    (64, 4): (4, 4),
+    (32, 8): (2, 2),
+    (64, 8): (8, 16),
+}
+
 
 def rounding_config(family: Family, *, factors: bool) -> Config:
     """Sizes for `add_rounded` with factors (`Sizes.many`) or a stored change."""
     return ROUNDING[family].many if factors else ROUNDING[family].few
+
+
+def jacobi_config(n: int, dtype: torch.dtype, *, right: bool) -> Config:
+    """Sizes for `jacobi` of (n, n), with right vectors or not: the smallest tile that holds the matrix.
+
+    Raises:
+        ValueError: more columns than the largest tile has.
+    """
+    fits = [tile for tile, size in JACOBI if size == dtype.itemsize and tile >= n]
+    if not fits:
+        raise ValueError(f"expected up to {max(JACOBI)[0]} columns, found {n}")
+    tile = min(fits)
+    with_right, without = JACOBI[tile, dtype.itemsize]
+    return Config(tile, tile, tile, with_right if right else without, 1)
 
 
 def family_of(device: torch.device) -> Family:
