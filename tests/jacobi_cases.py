@@ -22,20 +22,28 @@ def basis(count: int, n: int, dtype: torch.dtype) -> Tensor:
 
 
 def special(n: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """(n, n) each; n at least 4."""
+    """(n, n) each, held by their columns; n at least 6."""
     g = torch.Generator().manual_seed(n)
     u, v = torch.linalg.qr(torch.randn(2, n, n, dtype=F64, generator=g)).Q
     deficient = torch.linspace(3, 1, n, dtype=F64) * (torch.arange(n) < n // 2)
     shared = torch.where(torch.arange(n) < n // 2, 2.0, 1.0).to(F64)
+    # In the tournament of 6 the last round sees none of these columns meet.
+    three = torch.eye(n, dtype=F64)
+    three = three[[0, 1, 3, 4, 2, *range(5, n)]]
+    three[[0, 1, 4], :3] = torch.randn(3, 3, dtype=F64, generator=g)
+    # Squares of all columns but one have no digits left.
+    tiny = torch.finfo(dtype).tiny ** 0.5 / 64
     return {
         # Columns of one length that are not orthogonal: no angle is smaller than 45 degrees.
         "columns of one length": (torch.eye(n) + 0.5).to(dtype),
         "identity": torch.eye(n, dtype=dtype),
         "zero": torch.zeros(n, n, dtype=dtype),
         "deficient": ((u * deficient) @ v.T).to(dtype),
-        "zero columns": torch.diag(deficient).roll(1, -1).to(dtype),
+        "zero columns": torch.diag(deficient).to(dtype),
         "steep": ((u * torch.logspace(0, -30, n, dtype=F64)) @ v.T).to(dtype),
         "equal values": ((u * shared) @ v.T).to(dtype),
+        "three columns": three.to(dtype),
+        "columns that underflow": (u.T * torch.where(torch.arange(n) == 1, 1.0, tiny)[:, None]).to(dtype),
         "ascending": torch.diag(torch.arange(1.0, n + 1)).to(dtype),
     }
 

@@ -23,6 +23,7 @@ from rlspec.kernels.configs import (
     FEW,
     GRAM,
     JACOBI,
+    JACOBI_REGISTERS,
     NEAREST,
     PRODUCT,
     RECURRENCE,
@@ -62,6 +63,7 @@ class Key:
     warps: int = 4
     stages: int = 3
     fused: bool = True  # a product and a sum may be rounded once
+    registers: int | None = None  # what a thread may take, where that is told
 
     @property
     def name(self) -> str:
@@ -236,10 +238,13 @@ def _jacobi_keys(target: Family) -> Iterator[Key]:
         signature = dict.fromkeys(tensors, f"*fp{8 * size}") | dict.fromkeys(("status", "sweeps"), "*i32")
         signature |= dict.fromkeys(numbers, "i32")
         values = {"EPS": torch.finfo(dtype).eps, "LARGEST": torch.finfo(dtype).max, "BN": tile}
-        for right, count in zip((True, False), warps, strict=True):
+        limit = JACOBI_REGISTERS if target.startswith("sm_") else None
+        for right in (True, False):
             variant = f"float{8 * size}, up to {tile} columns, {'both sides' if right else 'left vectors'}"
             kernel = "jacobi._jacobi_kernel"
-            yield Key(kernel, target, variant, signature, values | {"RIGHT": right}, count, 1)
+            yield Key(
+                kernel, target, variant, signature, values | {"RIGHT": right}, warps, 1, registers=limit
+            )
 
 
 @dataclass(frozen=True)
@@ -277,7 +282,13 @@ class Compiled:
 
 
 def compiled(key: Key) -> Compiled:
-    """Compile a key."""
+    """Compile a key and look at what came of it."""
+    made = built(key)
+    return _nvidia(made) if "cubin" in made.asm else _amd(made)
+
+
+def built(key: Key) -> Any:
+    """A key as Triton's compiler leaves it."""
     module, _, function = key.kernel.partition(".")
     kernel = getattr(import_module(f"rlspec.kernels.{module}"), function)
     names = kernel.arg_names
@@ -293,8 +304,9 @@ def compiled(key: Key) -> Compiled:
     )
     # The default of fusion differs between releases.
     options = {"num_warps": key.warps, "num_stages": key.stages, "enable_fp_fusion": key.fused}
-    made = compile(source, target=TARGETS[key.target], options=options)
-    return _nvidia(made) if "cubin" in made.asm else _amd(made)
+    if key.registers is not None:
+        options["maxnreg"] = key.registers
+    return compile(source, target=TARGETS[key.target], options=options)
 
 
 def _nvidia(made: Any) -> Compiled:

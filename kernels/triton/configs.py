@@ -105,14 +105,10 @@ ROTATION: dict[Family, Config] = {
     "interpreter": Config(64, 64, 64, 4, 1),
 }
 
-#: Of `jacobi`: warps by tile, which a matrix has to fit into, and bytes of a number, with right vectors and without; the
-#: same for every target. float64 without them spills in 8: there some releases give up registers to fit two programs.
-JACOBI: dict[tuple[int, int], tuple[int, int]] = {
-    (32, 4): (2, 2),
-    (64, 4): (4, 4),
-    (32, 8): (2, 2),
-    (64, 8): (8, 16),
-}
+#: Of `jacobi`: warps by tile, which a matrix has to fit into, and bytes of a number; the same for every target.
+JACOBI: dict[tuple[int, int], int] = {(32, 4): 2, (64, 4): 4, (32, 8): 4, (64, 8): 8}
+#: What its threads may take. Left to itself, NVIDIA's assembler takes fewer, to fit one program more, and spills.
+JACOBI_REGISTERS = 255
 
 
 def rounding_config(family: Family, *, factors: bool) -> Config:
@@ -120,8 +116,8 @@ def rounding_config(family: Family, *, factors: bool) -> Config:
     return ROUNDING[family].many if factors else ROUNDING[family].few
 
 
-def jacobi_config(n: int, dtype: torch.dtype, *, right: bool) -> Config:
-    """Sizes for `jacobi` of (n, n), with right vectors or not: the smallest tile that holds the matrix.
+def jacobi_config(n: int, dtype: torch.dtype) -> Config:
+    """Sizes for `jacobi` of (n, n): the smallest tile that holds the matrix.
 
     Raises:
         ValueError: more columns than the largest tile has.
@@ -129,9 +125,7 @@ def jacobi_config(n: int, dtype: torch.dtype, *, right: bool) -> Config:
     fits = [tile for tile, size in JACOBI if size == dtype.itemsize and tile >= n]
     if not fits:
         raise ValueError(f"expected up to {max(JACOBI)[0]} columns, found {n}")
-    tile = min(fits)
-    with_right, without = JACOBI[tile, dtype.itemsize]
-    return Config(tile, tile, tile, with_right if right else without, 1)
+    return Config(min(fits), min(fits), min(fits), JACOBI[min(fits), dtype.itemsize], 1)
 
 
 def family_of(device: torch.device) -> Family:

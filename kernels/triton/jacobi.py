@@ -16,7 +16,7 @@ from torch import Tensor
 
 import triton
 import triton.language as tl
-from rlspec.kernels.configs import Config, jacobi_config
+from rlspec.kernels.configs import JACOBI_REGISTERS, Config, family_of, jacobi_config
 
 
 @triton.jit
@@ -94,8 +94,8 @@ def _jacobi_kernel(
     longer = (norms[None, :] > norms[:, None]) | (
         (norms[None, :] == norms[:, None]) & (column[None, :] < column[:, None])
     )
-    place = tl.where(finite, tl.sum(longer.to(tl.int32), axis=1), column).to(tl.int64)
-    known = norms > least
+    place = tl.where(state < 2, tl.sum(longer.to(tl.int32), axis=1), column).to(tl.int64)
+    known = (state < 2) & (norms > least)
     x = tl.where(known[:, None], _over(x, tl.where(known, norms, 1.0)[:, None]), 0.0)
     there = column < n
     if (state == 0) & (tl.sum((there & (norms <= least)).to(tl.int32), axis=0) > 0):
@@ -156,7 +156,7 @@ def jacobi_triton(
     """
     _check(g, v)
     matrices, n, _ = g.shape
-    config = config or jacobi_config(n, g.dtype, right=v is not None)
+    config = config or jacobi_config(n, g.dtype)
     if config.rows != config.columns or config.rows < n:
         raise ValueError(f"expected a square tile of at least {n}, found {config.rows} x {config.columns}")
     given = [t if t.stride(-1) == 1 else t.contiguous() for t in (g, g if v is None else v)]
@@ -165,6 +165,7 @@ def jacobi_triton(
     right = None if v is None else torch.empty(matrices, n, n, dtype=g.dtype, device=g.device)
     status, sweeps = (torch.empty(matrices, dtype=torch.int32, device=g.device) for _ in range(2))
     numbers = torch.finfo(g.dtype)
+    limit = {"maxnreg": JACOBI_REGISTERS} if family_of(g.device).startswith("sm_") else {}  # AMD's knows none
     with torch.cuda.device(g.device if g.is_cuda else -1):
         _jacobi_kernel[(matrices,)](
             *given,
@@ -182,6 +183,7 @@ def jacobi_triton(
             BN=config.rows,
             num_warps=config.warps,
             num_stages=config.stages,
+            **limit,
         )
     return values, left, right, status, sweeps
 

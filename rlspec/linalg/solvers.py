@@ -1,9 +1,10 @@
 """Who does small dense solves on a device: the host, unless ``RLSPEC_SOLVER`` chooses something that runs there.
 
-``host`` (the default) is LAPACK, after a transfer. The others solve where the matrices are: ``jacobi`` is one-sided Jacobi
-of our own (csrc/cuda), ``triton`` the same as a Triton kernel (``ops.jacobi``), for matrices up to 64 x 64, which needs no
-nvcc; ``cusolver`` is cuSOLVER's batched ``cusolverDnXsyevBatched``. Nobody has measured them on a card yet, and batched solvers were seen to lose orthogonality silently, so whatever solved: residual and orthogonality are looked at
-on the device, one look for a batch, and a batch that fails is solved by the host, with a warning.
+``host`` (the default) is LAPACK, after a transfer. The others solve where the matrices are: ``jacobi`` is one-sided
+Jacobi of our own (csrc/cuda), ``triton`` the same as a Triton kernel (``ops.jacobi``), for matrices up to 64 x 64, which
+needs no nvcc; ``cusolver`` is cuSOLVER's batched ``cusolverDnXsyevBatched``. Nobody has measured them on a card yet, and
+batched solvers were seen to lose orthogonality silently, so whatever solved: residual and orthogonality are looked at on
+the device, one look for a batch, and a batch that fails is solved by the host, with a warning.
 
 Axes: ``b`` matrices of a batch, ``n`` rows and columns.
 """

@@ -53,22 +53,22 @@ def check(found: Rotated, g: Tensor, v: Tensor | None = None) -> None:
 
 
 def against_lapack(
-    module: ModuleType, sizes: tuple[int, ...] = (1, 2, 3, 7, 16), tiles: tuple[Config, ...] = TILES
+    module: ModuleType,
+    sizes: tuple[int, ...],
+    tiles: tuple[Config, ...] = TILES[:1],
+    dtypes: tuple[torch.dtype, ...] = (F32,),
 ) -> None:
     for n in sizes:
-        for dtype in (F32, F64):
+        for dtype in dtypes:
             g, v = matrices(2, n, dtype), basis(2, n, dtype)
             for config in tiles:
-                check(rotated(module, in_halo(g), None, config), g)
                 check(rotated(module, in_halo(g), in_halo(v), config), g, v)
 
 
-def of_every_kind(module: ModuleType, n: int = 5) -> None:
+def of_every_kind(module: ModuleType, n: int = 6, dtype: torch.dtype = F32) -> None:
     """A batch whose matrices take different numbers of sweeps, or have values that no vector belongs to."""
-    for dtype in (F32, F64):
-        g = torch.stack([*special(n, dtype).values()])
-        v = basis(len(g), n, dtype)
-        check(rotated(module, in_halo(g), in_halo(v), TILES[0]), g, v)
+    g = torch.stack([*special(n, dtype).values()])
+    check(rotated(module, in_halo(g), None, TILES[0]), g)
 
 
 def what_cannot_be_done_is_told(module: ModuleType) -> None:
@@ -87,19 +87,18 @@ def what_cannot_be_done_is_told(module: ModuleType) -> None:
 
 
 def writes_stay_inside(module: ModuleType) -> None:
-    for n in (5, 16):
-        g, v = matrices(3, n, F32), basis(3, n, F32)
-        with results_in_halo() as made:
-            module.jacobi_triton(g, v, most_sweeps=MOST_SWEEPS, config=TILES[0])
-        assert len(made) == 5
-        for one in made[:3]:
-            assert not one.isnan().any() and whole_buffer(one).isnan().sum() == 2 * HALO
-        for one in made[3:]:
-            assert bool((whole_buffer(one) == 0x5A5A5A5A).sum() == 2 * HALO)
+    g, v = matrices(2, 5, F32), basis(2, 5, F32)
+    with results_in_halo() as made:
+        module.jacobi_triton(g, v, most_sweeps=MOST_SWEEPS, config=TILES[0])
+    assert len(made) == 5
+    for one in made[:3]:
+        assert not one.isnan().any() and whole_buffer(one).isnan().sum() == 2 * HALO
+    for one in made[3:]:
+        assert int((whole_buffer(one) == 0x5A5A5A5A).sum()) == 2 * HALO
 
 
 def offsets_have_64_bits(module: ModuleType) -> None:
-    for shape, strides in (((3, 4, 4), (1 << 30, 8)), ((1, 5, 5), (1 << 32, 1 << 29))):
+    for shape, strides in (((3, 2, 2), (1 << 30, 8)), ((1, 5, 5), (1 << 32, 1 << 29))):
         g, v = matrices(shape[0], shape[1], F32), basis(shape[0], shape[1], F32)
         for place in range(2):
             far = [g, v]
@@ -111,7 +110,7 @@ def offsets_have_64_bits(module: ModuleType) -> None:
 
 GATES: tuple[Callable[[ModuleType], None], ...] = (
     writes_stay_inside,
-    lambda module: against_lapack(module, (4, 7), TILES[:1]),
+    lambda module: against_lapack(module, (5,)),
     of_every_kind,
     what_cannot_be_done_is_told,
     offsets_have_64_bits,
@@ -119,22 +118,23 @@ GATES: tuple[Callable[[ModuleType], None], ...] = (
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-def test_against_lapack() -> None:
-    against_lapack(kernel, (1, 2, 3, 7, 16), TILES)
+@pytest.mark.parametrize("dtype", [F32, F64])
+def test_against_lapack(dtype: torch.dtype) -> None:
+    against_lapack(kernel, (1, 2, 3, 16), dtypes=(dtype,))
+    against_lapack(kernel, (7,), TILES, (dtype,))
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("dtype", [F32, F64])
-@pytest.mark.parametrize("n", [31, 33, 64])
+@pytest.mark.parametrize(("n", "dtype"), [(31, F32), (33, F64), (64, F32)])
 def test_against_lapack_at_the_edges_of_tiles(n: int, dtype: torch.dtype) -> None:
     g, v = matrices(1, n, dtype), basis(1, n, dtype)
     check(rotated(kernel, in_halo(g), in_halo(v)), g, v)
 
 
 @pytest.mark.usefixtures("poisoned_memory")
-@pytest.mark.parametrize("n", [4, 5, 12])
-def test_of_every_kind(n: int) -> None:
-    of_every_kind(kernel, n)
+@pytest.mark.parametrize(("n", "dtype"), [(6, F64), (6, F32), (7, F64)])
+def test_of_every_kind(n: int, dtype: torch.dtype) -> None:
+    of_every_kind(kernel, n, dtype)
 
 
 def test_what_cannot_be_done_is_told() -> None:
@@ -233,7 +233,7 @@ FAULTS = {
         "(column[None, :] < 0 * column[:, None])",
     ),
     "vectors not of length one": ("_over(x, tl.where(known, norms, 1.0)[:, None])", "x"),
-    "vectors of rounding": ("known = norms > least", "known = norms >= 0"),
+    "vectors of rounding": ("known = (state < 2) & (norms > least)", "known = state < 2"),
     "missing vectors left out": (
         "(norms <= least)).to(tl.int32), axis=0) > 0",
         "(norms <= least)).to(tl.int32), axis=0) > n",
@@ -243,7 +243,7 @@ FAULTS = {
         "held = tl.sum(x * x, axis=0)",
     ),
     "a missing vector not orthogonalised": ("for _ in range(2):", "for _ in range(0):"),
-    "not finite and in no place": ("tl.where(finite, tl.sum(", "tl.where(n > 0, tl.sum("),
+    "not finite and in no place": ("tl.where(state < 2, tl.sum(longer", "tl.where(n > 0, tl.sum(longer"),
 }
 
 
@@ -291,22 +291,21 @@ def test_eigen_solves_and_cores_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -
     solver = solvers._made("triton")
     assert isinstance(solver, solvers.Jacobi)
     for dtype in (F32, F64):
-        a = matrices(2, 12, dtype)
+        a, noise = matrices(4, 12, dtype).chunk(2)
         both = a + a.mT
-        moved = both + 1e-4 * (matrices(2, 12, dtype) + both)
+        moved = both + 1e-4 * (noise + noise.mT)
         start = torch.linalg.eigh(both).eigenvectors
-        unit = 12**0.5 * torch.finfo(dtype).eps
+        bar = 8 * 12**0.5 * torch.finfo(dtype).eps  # what the check after a device's solve allows
         cold, warm = solver.eigh(moved), solver.eigh(moved, start)
+        truth = torch.linalg.eigvalsh(moved.double())
         for found in (cold, warm):
-            error = (found.values - torch.linalg.eigvalsh(moved.double())).abs().max()
-            assert found.status.tolist() == [0, 0] and float(error) <= 8 * unit * float(moved.abs().max())
-            assert (
-                float((moved @ found.vectors - found.vectors * found.values[:, None]).abs().max())
-                <= 16 * unit
-            )
+            assert found.status.tolist() == [0, 0]
+            residual = (moved @ found.vectors - found.vectors * found.values[:, None]).abs().max()
+            error = (found.values - truth).abs().max()
+            assert float(torch.maximum(error, residual)) <= bar * float(truth.abs().max())
         assert cold.sweeps is not None and warm.sweeps is not None
         assert int(warm.sweeps.max()) < int(cold.sweeps.min())
         u, s, v, status, _ = solver.svd(a)
-        assert status.tolist() == [0, 0]
-        assert float((s - torch.linalg.svdvals(a.double())).abs().max()) <= 8 * unit * float(s.max())
-        assert float(((u * s[:, None]) @ v.mT - a).abs().max()) <= 8 * unit * float(s.max())
+        error = (s - torch.linalg.svdvals(a.double())).abs().max()
+        residual = ((u * s[:, None]) @ v.mT - a).abs().max()
+        assert status.tolist() == [0, 0] and float(torch.maximum(error, residual)) <= bar * float(s.max())
