@@ -23,6 +23,7 @@ from roofline import main as roofline
 from solver_toys import host_jacobi
 from torch import Tensor
 
+from rlspec.linalg import solvers
 from rlspec.linalg.solvers import Cusolver, Solved
 from rlspec.ops.jacobi import Rotated, jacobi
 from rlspec.ops.table import TABLE
@@ -84,6 +85,7 @@ def test_every_choice_of_small_solves_is_checked_before_it_is_timed(monkeypatch:
 
     choices = {"jacobi": host_jacobi(), "cusolver": Wrong(None), "broken": Cusolver(None)}  # type: ignore[arg-type]
     monkeypatch.setattr(gpu_solves, "device_solvers", lambda device: (choices, ["magma: left out."]))
+    monkeypatch.setitem(solvers._MOST_COLUMNS, "broken", 1024)
     cases = [
         case for case in solve_cases(2, (33,), torch.device("cpu")) if not case.title.startswith("jacobi")
     ]

