@@ -68,7 +68,8 @@ def _jacobi_kernel(
             index = tl.broadcast_to(partner[:, None], (BN, BN))
             other = tl.gather(x, index, 0)
             product = tl.sum(x * other, axis=1)
-            mine, theirs = tl.sum(x * x, axis=1), tl.sum(other * other, axis=1)
+            mine = tl.sum(x * x, axis=1)
+            theirs = tl.gather(mine, partner, 0)  # to the bit what the partner has
             lengths = _root(mine) * _root(theirs)
             known = tl.minimum(_root(mine), _root(theirs)) > least
             cosines = tl.where(known, _over(tl.abs(product), tl.where(known, lengths, 1.0)), 0.0)

@@ -115,7 +115,8 @@ def _rotation(
     """Sines of the smaller angles that make columns (b, m, n) orthogonal to their partners, the tangents of half of
     them, and the sizes of their cosines before, each (b, m). A cosine up to ``tolerance`` is rounding: columns of one
     length would be turned by any angle for it. That of a column no longer than ``least`` (b, 1) counts as zero."""
-    product, mine, theirs = (x * other).sum(-1), x.square().sum(-1), other.square().sum(-1)
+    product, mine = (x * other).sum(-1), x.square().sum(-1)
+    theirs = mine[:, partner]
     lengths = mine.sqrt() * theirs.sqrt()
     known = torch.minimum(mine, theirs).sqrt() > least
     cosines = torch.where(known, product.abs() / torch.where(known, lengths, 1.0), 0.0)

@@ -214,6 +214,7 @@ FAULTS = {
     "half the angle": ("cosine * tangent, 0.0", "cosine * tangent * 0.5, 0.0"),
     "tangent of the whole angle": ("half = _over(sine, (1 + cosine)[:, None])", "half = sine"),
     "the other way": ("tl.where(back, -1.0, 1.0)", "tl.where(back, 1.0, -1.0)"),
+    "lengths of the partner taken for one's own": ("theirs = tl.gather(mine, partner, 0)", "theirs = mine"),
     "V turned from the columns of G": ("tl.gather(y, index, 0) + half * y", "other + half * y"),
     "V not turned": ("y = y - sine * (tl.gather(y, index, 0) + half * y)", "y = y + 0.0 * sine"),
     "cosines of the last round alone": (
