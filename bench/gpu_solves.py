@@ -6,15 +6,17 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 import torch
-from gpu_cases import Case
+from gpu_cases import Case, by_backend
 from gpu_clock import Run
 from torch import Tensor
 
 from rlspec.errors import BackendError
 from rlspec.linalg import solvers
 from rlspec.linalg.dense import core_svd, eigh
-from rlspec.linalg.libraries import compile_problem
 from rlspec.linalg.solvers import Decomposed, Jacobi, Solved, Solver
+from rlspec.ops.jacobi import Rotated, jacobi
+from rlspec.ops.reference import jacobi_ref
+from rlspec.ops.table import MOST_COLUMNS
 
 Found = TypeVar("Found", Solved, Decomposed)
 MOVED = 1e-3  # from the matrix whose vectors a warm start has, of its entries
@@ -26,7 +28,7 @@ def device_solvers(device: torch.device) -> tuple[dict[str, Solver], list[str]]:
     found: dict[str, Solver] = {}
     left_out = []
     for name in solvers.CHOICES[1:]:
-        problem = compile_problem(device)
+        problem = solvers.choice_problem(name, device)
         try:
             if problem is None:
                 found[name] = solvers._made(name)
@@ -60,14 +62,48 @@ def _over(error: Tensor, bar: float) -> float:
 
 def solve_cases(count: int, sizes: tuple[int, ...], device: torch.device) -> Iterator[Case]:
     """Random symmetric matrices: eigen-solves, and decompositions as cores get them."""
-    choices, left_out = device_solvers(device)
+    found, left_out = device_solvers(device)
     for n in sizes:
+        choices = {name: solver for name, solver in found.items() if n <= solvers.most_columns(name)}
         generator = torch.Generator().manual_seed(n)
         before, noise = (torch.randn(count, n, n, generator=generator, dtype=torch.float64) for _ in range(2))
         before = before + before.mT
         a = (before + MOVED * (noise + noise.mT)).to(device)
+        if n <= MOST_COLUMNS:
+            yield from (_jacobi_case(a.to(dtype)) for dtype in (torch.float32, torch.float64))
         yield _eigen_case(a, before, choices, left_out)
         yield _core_case(a, before, choices, left_out)
+
+
+def jacobi_error(a: Tensor, found: Rotated) -> float:
+    """Of values, of what U S Vᵀ leaves of A, and departures from orthonormal over their bar; what failed is over it."""
+    assert found.right is not None
+    u, s, v = found.left.mT.double(), found.values.double(), found.right.mT.double()
+    truth, _, _ = jacobi_ref(a.mT)
+    largest = truth.amax()
+    off = ((u * s.unsqueeze(-2)) @ v.mT - a).abs().amax() / largest
+    errors = [(s - truth).abs().amax() / largest, off, _departure(u), _departure(v)]
+    error = torch.where((found.status != 0).any(), torch.nan, torch.stack(errors).amax())
+    return _over(error, 4 * a.shape[-1] ** 0.5 * torch.finfo(a.dtype).eps)
+
+
+def _jacobi_case(a: Tensor) -> Case:
+    """Both sides of general matrices, cold."""
+    count, n, _ = a.shape
+    columns, start = a.mT.contiguous(), torch.eye(n, dtype=a.dtype, device=a.device).expand(a.shape)
+    found = jacobi(columns, start)
+    sweeps = int(found.sweeps.sum())
+    name = str(a.dtype).removeprefix("torch.")
+    return Case(
+        f"jacobi, {count} x {n} x {n} {name}",
+        by_backend(a.device, lambda: jacobi(columns, start))
+        | {f"torch.linalg.svd, {name}": lambda: torch.linalg.svd(a)},
+        lambda: jacobi_error(a, jacobi(columns, start)),
+        bytes=4.0 * count * n * n * a.element_size(),
+        # A pair's three products, and two columns of A V and of V turned.
+        flops=float(sweeps) * n * (n - 1) / 2 * 18 * n,
+        notes=[f"jacobi, {n} x {n} {name}: {int(found.sweeps.max())} sweeps at most."],
+    )
 
 
 def _eigen_case(a: Tensor, before: Tensor, choices: dict[str, Solver], left_out: list[str]) -> Case:

@@ -23,7 +23,9 @@ from roofline import main as roofline
 from solver_toys import host_jacobi
 from torch import Tensor
 
+from rlspec.linalg import solvers
 from rlspec.linalg.solvers import Cusolver, Solved
+from rlspec.ops.jacobi import Rotated, jacobi
 from rlspec.ops.table import TABLE
 
 BEST = {"copy": 1e10, "float32": 1e11}
@@ -83,7 +85,10 @@ def test_every_choice_of_small_solves_is_checked_before_it_is_timed(monkeypatch:
 
     choices = {"jacobi": host_jacobi(), "cusolver": Wrong(None), "broken": Cusolver(None)}  # type: ignore[arg-type]
     monkeypatch.setattr(gpu_solves, "device_solvers", lambda device: (choices, ["magma: left out."]))
-    cases = list(solve_cases(2, (33,), torch.device("cpu")))
+    monkeypatch.setitem(solvers._MOST_COLUMNS, "broken", 1024)
+    cases = [
+        case for case in solve_cases(2, (33,), torch.device("cpu")) if not case.title.startswith("jacobi")
+    ]
     assert len(cases) == 2
     for case in cases:
         assert {"jacobi, cold", "jacobi, warm"} <= case.variants.keys() and case.error() <= 1
@@ -99,9 +104,37 @@ def test_every_choice_of_small_solves_is_checked_before_it_is_timed(monkeypatch:
         assert all(run() is not None for run in case.variants.values())
 
 
+def test_a_kernel_of_small_matrices_is_left_out_for_large_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_solves, "device_solvers", lambda device: ({"triton": host_jacobi()}, []))
+    small, large = (list(solve_cases(1, (n,), torch.device("cpu"))) for n in (64, 65))
+    assert [case.title.split(",")[0] for case in small[:2]] == ["jacobi", "jacobi"]
+    assert all("triton, cold" in case.variants for case in small[2:])
+    assert len(large) == 2 and not any("triton, cold" in case.variants for case in large)
+
+
+def test_a_jacobi_that_is_a_little_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def off_by(**shares: float) -> None:
+        def wrong(*given: Tensor) -> Rotated:
+            found = jacobi(*given)
+            return found._replace(**{name: getattr(found, name) * share for name, share in shares.items()})
+
+        monkeypatch.setattr(gpu_solves, "jacobi", wrong)
+
+    def errors() -> list[float]:
+        return [case.error() for case in list(solve_cases(2, (16,), torch.device("cpu")))[:2]]
+
+    off_by()
+    assert all(error <= 1.0 for error in errors())
+    for name in ("values", "left", "right"):
+        off_by(**{name: 1.0 + 1e-4})
+        assert all(error > 1.0 for error in errors()), name
+    monkeypatch.setattr(gpu_solves, "jacobi", lambda *given: jacobi(*given, most_sweeps=3))
+    assert all(error == float("inf") for error in errors())
+
+
 def test_choices_that_cannot_be_compiled_are_left_out_with_the_reason() -> None:
     choices, left_out = gpu_solves.device_solvers(torch.device("cpu"))
-    assert choices == {} and [text.partition(":")[0] for text in left_out] == ["jacobi", "cusolver"]
+    assert choices == {} and [text.partition(":")[0] for text in left_out] == ["jacobi", "cusolver", "triton"]
 
 
 def test_what_is_wrong_is_told_and_not_timed() -> None:

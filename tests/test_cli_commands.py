@@ -96,7 +96,7 @@ def test_env_tells_who_does_small_solves(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setenv("RLSPEC_SOLVER", "magma")
     refused = invoke("env")
     assert refused.exit_code == 2
-    assert "RLSPEC_SOLVER=magma: unknown solver; valid: host, jacobi, cusolver" in refused.output
+    assert "RLSPEC_SOLVER=magma: unknown solver; valid: host, jacobi, cusolver, triton" in refused.output
 
 
 def test_env_tells_what_runs_each_operation(monkeypatch: pytest.MonkeyPatch) -> None:

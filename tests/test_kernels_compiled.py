@@ -14,7 +14,7 @@ if importlib.util.find_spec("triton") is None:
 
 import triton
 
-from rlspec.kernels.compiling import _ATOMIC, Key, compiled, keys
+from rlspec.kernels.compiling import _ATOMIC, Key, built, compiled, keys
 from rlspec.kernels.configs import PRODUCT, SHARED_LIMIT, product_config
 from rlspec.kernels.report import committed
 from rlspec.perturb.sample import Sample
@@ -99,3 +99,27 @@ def test_the_gate_sees_lost_alignment_and_atomics() -> None:
     assert any("no load of 16 bytes" in problem for problem in compiled(unaligned).problems(unaligned))
     for line in ("\tatom.global.gpu.acq_rel.add.f32 ", "\tred.global.add.f32 ", "\tglobal_atomic_add_f32 v0"):
         assert _ATOMIC.search(line)
+
+
+_COARSE = re.compile(r"\b(div\.full|(?:div|sqrt|rsqrt|rcp)\.approx)\.")
+
+
+def test_rotations_are_rounded_to_the_nearest() -> None:
+    """Triton's plain division and root of float32 are not, and the interpreter's are: no other test can see it."""
+    for bits in (32, 64):
+        key = next(
+            k for name, k in KEYS.items() if name.startswith(f"jacobi_kernel sm_90 float{bits}, up to 32")
+        )
+        text = built(key).asm["ptx"]
+        assert f"sqrt.rn.f{bits}" in text and f"div.rn.f{bits}" in text and not _COARSE.search(text)
+    plain = next(
+        k for k in KEYS.values() if k.kernel.startswith("sylvester_rotation") and k.target == "sm_90"
+    )
+    assert _COARSE.search(built(plain).asm["ptx"])
+
+
+def test_registers_are_what_the_key_allows() -> None:
+    key = next(k for name, k in KEYS.items() if name.startswith("jacobi_kernel sm_90 float64, up to 64"))
+    assert compiled(key).problems(key) == []
+    tight = replace(key, registers=64)
+    assert compiled(tight).registers <= 64 and any("spilled" in p for p in compiled(tight).problems(tight))

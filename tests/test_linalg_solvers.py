@@ -221,7 +221,7 @@ def test_what_a_device_gets_wrong_the_host_solves_and_says_so(
 
 @pytest.mark.usefixtures("chosen")
 def test_what_is_too_large_goes_to_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(solvers, "_MOST_COLUMNS", N - 1)
+    monkeypatch.setitem(solvers._MOST_COLUMNS, "jacobi", N - 1)
     a = symmetric(SPECTRA["flat"])
     with pretend_device():
         assert torch.equal(dense.eigh(to_pretend(a))[0].cpu(), dense.eigh(a)[0])
@@ -239,7 +239,7 @@ def test_without_a_choice_the_host_solves(monkeypatch: pytest.MonkeyPatch) -> No
 def test_choices_that_cannot_be_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(solvers.VARIABLE, "magma")
     with pytest.raises(
-        OptionError, match=r"RLSPEC_SOLVER=magma: unknown solver; valid: host, jacobi, cusolver"
+        OptionError, match=r"RLSPEC_SOLVER=magma: unknown solver; valid: host, jacobi, cusolver, triton$"
     ):
         solvers.solver_for(DEVICE)
     monkeypatch.setattr(cpp_extension, "CUDA_HOME", None)
@@ -251,9 +251,41 @@ def test_choices_that_cannot_be_are_refused_in_one_line(monkeypatch: pytest.Monk
     with pytest.raises(BackendError, match="no nvcc"):
         solvers.summary(DEVICE)
     monkeypatch.delenv(solvers.VARIABLE)
-    assert (
-        solvers.summary(DEVICE) == "host (jacobi and cusolver: there is no nvcc (CUDA_HOME says where it is))"
+    monkeypatch.setattr(solvers, "triton_refusal", lambda device: None)
+    assert solvers.summary(DEVICE) == (
+        "host (jacobi and cusolver: there is no nvcc (CUDA_HOME says where it is); triton: if RLSPEC_SOLVER says so)"
     )
+    monkeypatch.setenv(solvers.VARIABLE, "triton")
+    assert solvers.summary(DEVICE) == (
+        "triton (compiled at its first use, up to 64 x 64; the host beyond, and where it fails)"
+    )
+    monkeypatch.setattr(solvers, "triton_refusal", lambda device: "RLSPEC_BACKEND=torch")
+    for asked in (solvers.summary, solvers.solver_for):
+        with pytest.raises(BackendError, match="solver triton, .* cannot run: RLSPEC_BACKEND=torch"):
+            asked(DEVICE)
+
+
+def test_kernels_solve_what_they_hold_and_the_host_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In plain torch here, which a pretend device has for kernels; every answer is looked at."""
+    monkeypatch.setenv(solvers.VARIABLE, "triton")
+    monkeypatch.setattr(solvers, "triton_refusal", lambda device: None)
+    asked = []
+    rotate = solvers.JacobiKernel.rotate
+    monkeypatch.setattr(
+        solvers.JacobiKernel, "rotate", lambda self, g, v=None: asked.append(g.shape) or rotate(self, g, v)
+    )
+    for n in (20, 64, 65):
+        a = torch.eye(n, dtype=F64) + 0.01 * torch.randn(
+            2, n, n, dtype=F64, generator=torch.Generator().manual_seed(n)
+        )
+        asked.clear()
+        with pretend_device(), warnings.catch_warnings():
+            warnings.simplefilter("error")
+            values, _ = (x.cpu() for x in dense.eigh(to_pretend(a + a.mT)))
+            u, s, v = (x.cpu() for x in dense.core_svd(to_pretend(a)))
+        assert asked == ([] if n == 65 else [(2, n, n)] * 3)
+        torch.testing.assert_close(values, torch.linalg.eigvalsh(a + a.mT), rtol=0, atol=4 * rounding(n))
+        torch.testing.assert_close((u * s.unsqueeze(-2)) @ v.mT, a, rtol=0, atol=rounding(n))
 
 
 def test_libraries_are_compiled_from_the_packaged_sources(

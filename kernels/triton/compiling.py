@@ -15,11 +15,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import triton
 import triton.language as tl
 from rlspec.kernels.configs import (
     FEW,
     GRAM,
+    JACOBI,
+    JACOBI_REGISTERS,
     NEAREST,
     PRODUCT,
     RECURRENCE,
@@ -59,6 +63,7 @@ class Key:
     warps: int = 4
     stages: int = 3
     fused: bool = True  # a product and a sum may be rounded once
+    registers: int | None = None  # what a thread may take, where that is told
 
     @property
     def name(self) -> str:
@@ -77,6 +82,7 @@ def keys() -> Iterator[Key]:
         yield from _recurrence_keys(target)
         yield from _residual_keys(target)
         yield from _rotation_keys(target)
+        yield from _jacobi_keys(target)
 
 
 def _stats_keys(target: Family) -> Iterator[Key]:
@@ -224,6 +230,23 @@ def _rotation_keys(target: Family) -> Iterator[Key]:
         yield Key(kernel, target, variant, signature, values, config.warps, config.stages)
 
 
+def _jacobi_keys(target: Family) -> Iterator[Key]:
+    tensors = ("g", "v", "values", "left", "right")
+    numbers = ["n", "most_sweeps", "g_matrix", "g_row", "v_matrix", "v_row"]
+    for (tile, size), warps in JACOBI.items():
+        dtype = torch.float32 if size == 4 else torch.float64
+        signature = dict.fromkeys(tensors, f"*fp{8 * size}") | dict.fromkeys(("status", "sweeps"), "*i32")
+        signature |= dict.fromkeys(numbers, "i32")
+        values = {"EPS": torch.finfo(dtype).eps, "LARGEST": torch.finfo(dtype).max, "BN": tile}
+        limit = JACOBI_REGISTERS if target.startswith("sm_") else None
+        for right in (True, False):
+            variant = f"float{8 * size}, up to {tile} columns, {'both sides' if right else 'left vectors'}"
+            kernel = "jacobi._jacobi_kernel"
+            yield Key(
+                kernel, target, variant, signature, values | {"RIGHT": right}, warps, 1, registers=limit
+            )
+
+
 @dataclass(frozen=True)
 class Compiled:
     """What the compiler made of a key.
@@ -259,7 +282,13 @@ class Compiled:
 
 
 def compiled(key: Key) -> Compiled:
-    """Compile a key."""
+    """Compile a key and look at what came of it."""
+    made = built(key)
+    return _nvidia(made) if "cubin" in made.asm else _amd(made)
+
+
+def built(key: Key) -> Any:
+    """A key as Triton's compiler leaves it."""
     module, _, function = key.kernel.partition(".")
     kernel = getattr(import_module(f"rlspec.kernels.{module}"), function)
     names = kernel.arg_names
@@ -275,8 +304,9 @@ def compiled(key: Key) -> Compiled:
     )
     # The default of fusion differs between releases.
     options = {"num_warps": key.warps, "num_stages": key.stages, "enable_fp_fusion": key.fused}
-    made = compile(source, target=TARGETS[key.target], options=options)
-    return _nvidia(made) if "cubin" in made.asm else _amd(made)
+    if key.registers is not None:
+        options["maxnreg"] = key.registers
+    return compile(source, target=TARGETS[key.target], options=options)
 
 
 def _nvidia(made: Any) -> Compiled:

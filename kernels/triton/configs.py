@@ -105,10 +105,27 @@ ROTATION: dict[Family, Config] = {
     "interpreter": Config(64, 64, 64, 4, 1),
 }
 
+#: Of `jacobi`: warps by tile, which a matrix has to fit into, and bytes of a number; the same for every target.
+JACOBI: dict[tuple[int, int], int] = {(32, 4): 2, (64, 4): 4, (32, 8): 4, (64, 8): 8}
+#: What its threads may take. Left to itself, NVIDIA's assembler takes fewer, to fit one program more, and spills.
+JACOBI_REGISTERS = 255
+
 
 def rounding_config(family: Family, *, factors: bool) -> Config:
     """Sizes for `add_rounded` with factors (`Sizes.many`) or a stored change."""
     return ROUNDING[family].many if factors else ROUNDING[family].few
+
+
+def jacobi_config(n: int, dtype: torch.dtype) -> Config:
+    """Sizes for `jacobi` of (n, n): the smallest tile that holds the matrix.
+
+    Raises:
+        ValueError: more columns than the largest tile has.
+    """
+    fits = [tile for tile, size in JACOBI if size == dtype.itemsize and tile >= n]
+    if not fits:
+        raise ValueError(f"expected up to {max(JACOBI)[0]} columns, found {n}")
+    return Config(min(fits), min(fits), min(fits), JACOBI[min(fits), dtype.itemsize], 1)
 
 
 def family_of(device: torch.device) -> Family:

@@ -13,25 +13,13 @@ import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rlspec.errors import BackendError
-
-#: Sweeps after which one-sided Jacobi gives up: hard matrices take half as many.
-MOST_SWEEPS = 30
-
-
-class Rotated(NamedTuple):
-    """What one-sided Jacobi made of ``G = A V`` whose columns were the rows of ``g``."""
-
-    values: Tensor  #: (b, n), descending, not negative
-    left: Tensor  #: (b, n, n); row i is left vector i
-    right: Tensor | None  #: the same of V, where that was given
-    status: Tensor  #: (b,) int32: 0 converged, 1 the sweeps were not enough, 2 not finite
-    sweeps: Tensor  #: (b,) int32
+from rlspec.ops.jacobi import MOST_SWEEPS, Rotated
 
 
 class _Arrays(ctypes.Structure):

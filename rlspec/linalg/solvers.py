@@ -1,9 +1,10 @@
-"""Who does small dense solves on a device: the host, unless ``RLSPEC_SOLVER`` chooses something that is compiled there.
+"""Who does small dense solves on a device: the host, unless ``RLSPEC_SOLVER`` chooses something that runs there.
 
-``host`` (the default) is LAPACK, after a transfer. ``jacobi`` is one-sided Jacobi of our own (csrc/cuda), ``cusolver`` is
-cuSOLVER's batched ``cusolverDnXsyevBatched``; both solve where the matrices are. Nobody has measured them on a card yet,
-and batched solvers were seen to lose orthogonality silently, so whatever solved: residual and orthogonality are looked at
-on the device, one look for a batch, and a batch that fails is solved by the host, with a warning.
+``host`` (the default) is LAPACK, after a transfer. The others solve where the matrices are: ``jacobi`` is one-sided
+Jacobi of our own (csrc/cuda), ``triton`` the same as a Triton kernel (``ops.jacobi``), for matrices up to 64 x 64, which
+needs no nvcc; ``cusolver`` is cuSOLVER's batched ``cusolverDnXsyevBatched``. Nobody has measured them on a card yet, and
+batched solvers were seen to lose orthogonality silently, so whatever solved: residual and orthogonality are looked at on
+the device, one look for a batch, and a batch that fails is solved by the host, with a warning.
 
 Axes: ``b`` matrices of a batch, ``n`` rows and columns.
 """
@@ -19,18 +20,23 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from rlspec.backend import triton_refusal
 from rlspec.errors import BackendError, OptionError
 from rlspec.linalg.libraries import CusolverLibrary, JacobiLibrary, compile_problem, compiled
 from rlspec.linalg.scaling import into_range, multiplied, powers_of_two
 from rlspec.ops.gram import gram
+from rlspec.ops.jacobi import MOST_SWEEPS, Rotated, jacobi
+from rlspec.ops.table import MOST_COLUMNS
 
 VARIABLE = "RLSPEC_SOLVER"
-CHOICES = ("host", "jacobi", "cusolver")
+CHOICES = ("host", "jacobi", "cusolver", "triton")
 # What rounding leaves of residual and orthogonality is this much times eps √n; LAPACK leaves about 2.
 _ROUNDING = 8.0
 # Departure of left vectors from orthonormal that cores are allowed, as on the host (dense.py).
 _CORE_DEPARTURE = 2e-13
-_MOST_MATRICES, _MOST_COLUMNS = 65535, 1024  # of a grid; beyond, LAPACK on one matrix at a time is as good
+_MOST_MATRICES = 65535  # of a grid
+# Beyond, LAPACK on one matrix at a time is as good; the Triton kernel holds a matrix in registers.
+_MOST_COLUMNS = {"jacobi": 1024, "cusolver": 1024, "triton": MOST_COLUMNS}
 
 
 class Solved(NamedTuple):
@@ -61,11 +67,24 @@ class Solver(Protocol):
     def svd(self, a: Tensor) -> Decomposed: ...
 
 
+class Rotates(Protocol):
+    """One-sided Jacobi as csrc/cuda or a Triton kernel does it."""
+
+    def rotate(self, g: Tensor, v: Tensor | None = None, *, most_sweeps: int = MOST_SWEEPS) -> Rotated: ...
+
+
+class JacobiKernel:
+    """:func:`rlspec.ops.jacobi.jacobi`."""
+
+    def rotate(self, g: Tensor, v: Tensor | None = None, *, most_sweeps: int = MOST_SWEEPS) -> Rotated:
+        return jacobi(g, v, most_sweeps=most_sweeps)
+
+
 @dataclass(frozen=True)
 class Jacobi:
     """One-sided Jacobi. What is nearly diagonal, or made so by a start, takes it fewer sweeps."""
 
-    library: JacobiLibrary
+    library: Rotates
     name: str = "jacobi"
 
     def eigh(self, a: Tensor, start: Tensor | None = None) -> Solved:
@@ -128,9 +147,21 @@ def solver_for(device: torch.device) -> Solver | None:
     choice = _choice()
     if device.type != "cuda" or choice == "host":
         return None
-    if (problem := compile_problem(device)) is not None:
+    if (problem := choice_problem(choice, device)) is not None:
         raise BackendError(f"the solver {choice}, which {VARIABLE} chooses, cannot run: {problem}")
     return _made(choice)
+
+
+def choice_problem(choice: str, device: torch.device) -> str | None:
+    """Why a choice other than the host cannot solve on a device, or None if it seems that it can."""
+    if device.type != "cuda":
+        return f"it is for CUDA and ROCm devices, not {device.type}"
+    return triton_refusal(device) if choice == "triton" else compile_problem(device)
+
+
+def most_columns(choice: str) -> int:
+    """Of a matrix that a choice other than the host solves; larger ones go to the host."""
+    return _MOST_COLUMNS[choice]
 
 
 def summary(device: torch.device) -> str:
@@ -139,21 +170,25 @@ def summary(device: torch.device) -> str:
     Raises:
         OptionError, BackendError: as above.
     """
-    choice, problem = _choice(), compile_problem(device)
+    choice = _choice()
     if device.type != "cuda":
         return "host"
     if choice == "host":
-        others = " and ".join(CHOICES[1:])
-        return f"host ({others}: {problem or f'{VARIABLE} chooses them'})"
-    if problem is not None:
+        reasons: dict[str, list[str]] = {}
+        for other in CHOICES[1:]:
+            reason = choice_problem(other, device) or f"if {VARIABLE} says so"
+            reasons.setdefault(reason, []).append(other)
+        return f"host ({'; '.join(f'{_listed(names)}: {why}' for why, names in reasons.items())})"
+    if (problem := choice_problem(choice, device)) is not None:
         raise BackendError(f"the solver {choice}, which {VARIABLE} chooses, cannot run: {problem}")
-    return f"{choice} (compiled at its first use; the host where it fails)"
+    most = most_columns(choice)
+    return f"{choice} (compiled at its first use, up to {most} x {most}; the host beyond, and where it fails)"
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor] | None:
     """Checked eigenvalues (..., n), ascending, and eigenvectors (..., n, n); None where the host has to solve."""
-    solver, many = solver_for(a.device), _stacked(a)
-    if solver is None or many is None:
+    solver = solver_for(a.device)
+    if solver is None or (many := _stacked(a, most_columns(solver.name))) is None:
         return None
     values, vectors, status, _ = solver.eigh(many)
     residual = (many @ vectors - vectors * values.unsqueeze(-2)).abs()
@@ -164,8 +199,8 @@ def eigh(a: Tensor) -> tuple[Tensor, Tensor] | None:
 
 def core_svd(a: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
     """Checked u (..., n, n), s (..., n) descending, v (..., n, n); None where the host has to solve."""
-    solver, many = solver_for(a.device), _stacked(a)
-    if solver is None or many is None:
+    solver = solver_for(a.device)
+    if solver is None or (many := _stacked(a, most_columns(solver.name))) is None:
         return None
     u, s, v, status, _ = solver.svd(many)
     residual = ((u * s.unsqueeze(-2)) @ v.mT - many).abs()
@@ -183,14 +218,20 @@ def _choice() -> str:
 
 @functools.cache
 def _made(choice: str) -> Solver:
+    if choice == "triton":
+        return Jacobi(JacobiKernel(), choice)
     path = compiled(choice)
     return Jacobi(JacobiLibrary(path)) if choice == "jacobi" else Cusolver(CusolverLibrary(path))
 
 
-def _stacked(a: Tensor) -> Tensor | None:
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _stacked(a: Tensor, most: int) -> Tensor | None:
     """(b, n, n), or None where that is too much or nothing."""
     many = a.reshape(-1, *a.shape[-2:])
-    fits = 0 < many.shape[0] <= _MOST_MATRICES and 0 < many.shape[-1] <= _MOST_COLUMNS
+    fits = 0 < many.shape[0] <= _MOST_MATRICES and 0 < many.shape[-1] <= most
     return many if fits else None
 
 

@@ -88,3 +88,9 @@ def sylvester_rotation_ref(
     s2, s1, left, right = (t.double() for t in (tail.unsqueeze(-1), leading.unsqueeze(-2), left, right))
     between = torch.maximum(s1.square() - s2.square(), floor * s1.square())
     return (s2 * left + s1 * right) / between, (s1 * left + s2 * right) / between
+
+
+def jacobi_ref(g: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
+    """See :func:`rlspec.ops.jacobi.jacobi`: values, left and right vectors, up to signs and rotations of equal values."""
+    u, s, wh = torch.linalg.svd(g.double().mT)
+    return s, u.mT, None if v is None else wh @ v.double()
