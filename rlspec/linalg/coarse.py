@@ -16,6 +16,7 @@ Axes: ``L`` matrices, ``m`` by ``n``; ``c`` columns of a block.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -77,6 +78,12 @@ def coarse_cross(a: Tensor, b: Tensor) -> Tensor:
     product = coarse_rmatmul(a, b)
     product.diagonal(dim1=-2, dim2=-1).copy_(_column_dots(a, b))
     return product
+
+
+def coarse_symmetric(c: Tensor) -> Callable[[Tensor], Tensor]:
+    """``y -> c y``, (L, n, l) float32, of a symmetric c (L, n, n), rounded once, and y, rounded each time."""
+    rounded = c.bfloat16()
+    return lambda y: (rounded @ y.bfloat16()).float()
 
 
 def _column_dots(a: Tensor, b: Tensor) -> Tensor:
