@@ -43,11 +43,16 @@ def outside(vectors: torch.Tensor, y: torch.Tensor) -> float:
     return float(torch.linalg.matrix_norm(vectors - q @ (q.T @ vectors), 2))
 
 
-@pytest.mark.parametrize("products", ["float32", "bfloat16"])
-def test_clearing_corrections_of_large_directions_keeps_their_rounding_from_growing(products: str) -> None:
-    """The broken twins clear nothing: what they are off by is rounding, since a float64 filter has none of it."""
+@pytest.mark.parametrize(("products", "largest", "factor"), [("float32", 9.0, 1.1), ("bfloat16", 5.0, 200.0)])
+def test_clearing_corrections_of_large_directions_keeps_their_rounding_from_growing(
+    products: str, largest: float, factor: float
+) -> None:
+    """Against the same filter in float64. The broken twin clears nothing: what it adds is rounding alone.
+
+    Rough products leave 2^-7 of an error: here 100 times what float64 leaves, and they may leave twice that.
+    """
     n, k, width, degree = 300, 60, 96, 8
-    s = torch.cat([torch.full((20,), 9.0), torch.linspace(1.6, 0.1, n - 20)]).double()
+    s = torch.cat([torch.full((20,), largest), torch.linspace(1.6, 0.1, n - 20)]).double()
     generator = torch.Generator().manual_seed(0)
     v = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
     c = (v * s.square()) @ v.T
@@ -65,11 +70,10 @@ def test_clearing_corrections_of_large_directions_keeps_their_rounding_from_grow
 
     narrow = c.float()[None]
     rough = coarse_symmetric(narrow) if products == "bfloat16" else lambda x: narrow @ x
-    truth = error(lambda x: c @ x, False, 0)
-    assert truth < 1e-2 * outside(v[:, :k], z[0])
-    start = outside(v[:, :k], z[0])
-    assert error(rough, True, 20) < 0.1 * start
-    assert error(rough, True, 0) > start
+    start, truth = outside(v[:, :k], z[0]), error(lambda x: c @ x, False, 0)
+    assert truth < 1e-3 * start
+    assert error(rough, True, 20) < factor * truth
+    assert error(rough, True, 0) > 100 * error(rough, True, 20)
 
 
 @pytest.mark.parametrize("products", ["float32", "bfloat16"])
@@ -124,7 +128,7 @@ def test_a_hopeless_sketch_goes_to_the_dense_routine_before_any_filter(
         raise AssertionError("a filter was tried")
 
     monkeypatch.setattr(randomized, "filter_correction", never)
-    s = torch.cat([torch.linspace(300, 100, 40), torch.linspace(1.6, 0.4, 360)]).double()
+    s = torch.cat([torch.logspace(3, 2, 40), torch.linspace(1.6, 0.4, 360)]).double()
     a = matrix(s)
     found = svd(a, 80, method="randomized")
     assert found.method == "exact" and "too little above the estimated spectrum" in found.notes[0]
