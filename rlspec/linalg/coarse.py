@@ -1,9 +1,9 @@
 """Products whose factors may be rounded to bfloat16, where the hardware multiplies that several times as fast.
 
 A factor that is as small as an update, or that an update is multiplied by, may be rounded: the error is relative to the
-update. So may factors of a correction to Ritz vectors, which residuals in float32 or float64 judge afterwards. Each entry
-of a product is off by some 2^-9 of the root of its terms' squares, at random, and once more by the rounding of the result,
-which torch returns in bfloat16 on a CPU.
+update. So may factors of a correction to Ritz vectors, which residuals in float32 or float64 judge afterwards. Each
+entry of a product is off by some 2^-9 of the root of its terms' squares, at random, and once more by the rounding of the
+result, which torch returns in bfloat16 on a CPU.
 
 On a CPU the units are AMX, whose products take a seventh of float32's time (2232 against 332 GFLOP/s of two cores).
 AVX-512's bfloat16 instructions are at most twice as fast, which the conversions eat. On a device nothing is rounded: the

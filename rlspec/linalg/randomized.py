@@ -5,8 +5,11 @@ times. At a share of 20 % of an attention weight's singular values the spectrum 
 hopelessly slowly. Here the sketch is half as wide again as the wanted space, each product counts as a degree of a
 Chebyshev polynomial, and every round after the first filters the correction only (see :mod:`.chebyshev`).
 
+Corrections are filtered in the dtype of A or, with AMX, with factors rounded to bfloat16; what judges them, Rayleigh-Ritz
+and residuals, is in float32, or in float64 where float32's rounding would hide that the tolerance is met.
+
 On a device the blocks stay there, and matrices of a batch advance together: the host sees Ritz values and lengths, and
-decides. It waits three times before the first round and three times in each.
+decides. It waits three times before the first round and at most three times in each.
 
 Axes: ``b`` batch, ``m >= n`` rows and columns, ``k`` wanted, ``l`` sketch columns, ``p`` columns with known residual.
 """
