@@ -16,7 +16,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rlspec.linalg.products import aligned
+from rlspec.linalg.products import aligned, transposed_product
 from rlspec.ops.chebyshev_step import Correction, chebyshev_step, sketch
 from rlspec.ops.draws import Signs
 
@@ -52,11 +52,14 @@ def filter_sketch(apply: Operator, y: Tensor | Signs, edge: Tensor, degree: int)
 
 
 def filter_correction(
-    apply: Operator, z: Tensor, residual: Tensor, theta: Tensor, edge: Tensor, degree: int
+    apply: Operator, z: Tensor, residual: Tensor, theta: Tensor, edge: Tensor, degree: int, held: int = 0
 ) -> Tensor:
     """``T_degree(2C/edge - I) z / T_degree(x)``, column by column, from the residual ``C z - z theta``.
 
     Columns whose Ritz value lies inside [0, edge] have nothing to gain and are returned as they are.
+
+    Products run in the dtype of the residual, which may be narrower than that of ``z``: what they round is relative to
+    the correction.
 
     Args:
         apply: ``C``, (b, n, l) to (b, n, l).
@@ -64,11 +67,14 @@ def filter_correction(
         residual: (b, n, l).
         theta: Ritz values (b, l), on the host.
         edge: (b, 1, 1), positive, on the host.
+        held: corrections are cleared of the first so many Ritz vectors at every degree. The searched space has them
+            already, and a polynomial that grows enormously there would make rounding into most of a correction.
 
     Returns:
-        (b, n, l), columns of length one, not orthogonal.
+        (b, n, l), columns of length one, not orthogonal, in the dtype of ``z``.
     """
-    x = 2 * theta.to(z.dtype).unsqueeze(-2) / edge - 1
+    edge = edge.to(residual.dtype)
+    x = 2 * theta.to(residual.dtype).unsqueeze(-2) / edge - 1
     count = int((x > 1).sum(-1).max())
     if count == 0:
         return z
@@ -76,15 +82,20 @@ def filter_correction(
     x, edge = x[..., :count].to(z.device), edge.to(z.device)
     active = x > 1
     x = x.clamp_min(1.0)
+    top = z[..., :held].to(residual)
+
+    def cleared(block: Tensor) -> Tensor:
+        return block if held == 0 else block.sub_(top @ transposed_product(top, block))
+
     residual = residual[..., :count]
     # With g_i = T_i(x) and correction D_i = T_i(C) z - g_i z, the scaled D_i/g_i needs only the ratios g_{i-1}/g_i.
     ratio = 1 / x
     previous = torch.zeros_like(residual)
-    current = residual * (2 / edge * ratio)
+    current = cleared(residual * (2 / edge * ratio))
     for _ in range(degree - 1):
         following = 1 / (2 * x - ratio)
         step = chebyshev_step(apply, current, previous, edge, Correction(residual, ratio, following))
-        previous, current, ratio = current, step, following
+        previous, current, ratio = current, cleared(step), following
     out = z.clone()
     out[..., :count] += torch.where(active, current, torch.zeros_like(current))
     return out / out.norm(dim=-2, keepdim=True)

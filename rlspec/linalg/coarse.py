@@ -1,8 +1,9 @@
 """Products whose factors may be rounded to bfloat16, where the hardware multiplies that several times as fast.
 
 A factor that is as small as an update, or that an update is multiplied by, may be rounded: the error is relative to the
-update. Each entry of a product is off by some 2^-9 of the root of its terms' squares, at random, and once more by the
-rounding of the result, which torch returns in bfloat16 on a CPU.
+update. So may factors of a correction to Ritz vectors, which residuals in float32 or float64 judge afterwards. Each
+entry of a product is off by some 2^-9 of the root of its terms' squares, at random, and once more by the rounding of the
+result, which torch returns in bfloat16 on a CPU.
 
 On a CPU the units are AMX, whose products take a seventh of float32's time (2232 against 332 GFLOP/s of two cores).
 AVX-512's bfloat16 instructions are at most twice as fast, which the conversions eat. On a device nothing is rounded: the
@@ -16,6 +17,7 @@ Axes: ``L`` matrices, ``m`` by ``n``; ``c`` columns of a block.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -77,6 +79,12 @@ def coarse_cross(a: Tensor, b: Tensor) -> Tensor:
     product = coarse_rmatmul(a, b)
     product.diagonal(dim1=-2, dim2=-1).copy_(_column_dots(a, b))
     return product
+
+
+def coarse_symmetric(c: Tensor) -> Callable[[Tensor], Tensor]:
+    """``y -> c y``, (L, n, l) float32, of a symmetric c (L, n, n), rounded once, and y, rounded each time."""
+    rounded = c.bfloat16()
+    return lambda y: (rounded @ y.bfloat16()).float()
 
 
 def _column_dots(a: Tensor, b: Tensor) -> Tensor:
