@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rlspec.linalg import libraries, solvers
 from rlspec.linalg.libraries import JacobiLibrary
-from rlspec.linalg.solvers import Jacobi
+from rlspec.linalg.solvers import Jacobi, JacobiKernel
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 F64 = torch.float64
@@ -48,12 +48,13 @@ def in_order(seed: int) -> Iterator[None]:
 
 
 @contextmanager
-def chosen_jacobi() -> Iterator[None]:
-    """Within, ``RLSPEC_SOLVER=jacobi``, and the pretend device's library is the host's."""
+def chosen_jacobi(choice: str = "jacobi") -> Iterator[None]:
+    """Within, ``RLSPEC_SOLVER`` is ``choice``; the pretend device's library is the host's, its kernel in plain torch."""
+    made = {"jacobi": host_jacobi, "triton": lambda: Jacobi(JacobiKernel(), "triton")}[choice]
     with pytest.MonkeyPatch.context() as patch, in_order(0):
-        patch.setenv(solvers.VARIABLE, "jacobi")
-        patch.setattr(solvers, "compile_problem", lambda device: None)
-        patch.setattr(solvers, "_made", lambda choice: host_jacobi())
+        patch.setenv(solvers.VARIABLE, choice)
+        patch.setattr(solvers, "choice_problem", lambda choice, device: None)
+        patch.setattr(solvers, "_made", lambda choice: made())
         yield
 
 

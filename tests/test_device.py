@@ -135,14 +135,15 @@ def test_rows_are_those_of_the_cpu(eps: float, factors: str):
         assert type(record.arrays[name]) is Tensor
 
 
-def test_rows_are_those_of_the_cpu_where_the_device_solves_for_itself():
+@pytest.mark.parametrize("choice", ["jacobi", "triton"])
+def test_rows_are_those_of_the_cpu_where_the_device_solves_for_itself(choice: str):
     """One look at each core that it solved, the sweep's and the last."""
     base, tuned = weights((80, 64), 3, 1e-2)
     basis = SpectralBasis.from_tensors(base, modules="q")
     cpu, truth = (
         SpectralTracker(basis, engine=engine).measure(tuned, step=1) for engine in ("delta", "exact")
     )
-    with chosen_jacobi(), warnings.catch_warnings():
+    with chosen_jacobi(choice), warnings.catch_warnings():
         warnings.simplefilter("error")
         record, report = event(base, tuned)
     assert sum("linalg/solvers.py" in sync for sync in report.syncs) == 2

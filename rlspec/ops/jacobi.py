@@ -38,7 +38,7 @@ class Rotated(NamedTuple):
 def jacobi(g: Tensor, v: Tensor | None = None, *, most_sweeps: int = MOST_SWEEPS) -> Rotated:
     """Rotate columns until they are orthogonal; each matrix for itself, whatever its neighbours.
 
-    By the kernel nothing waits. Elsewhere whoever calls waits once a sweep.
+    By the kernel the host waits for nothing. In plain torch on a device it waits for every sweep.
 
     Args:
         g: (b, n, n) float64 or float32; row i is column i of A V. Its squares must not overflow.

@@ -4,6 +4,10 @@ With the reference diagonal in its own coordinates, the rotation of column j tow
 tail solves two scalar equations: no iteration, and no gap needed inside the leading block, which a small
 dense SVD takes care of.
 
+The core and the Gram matrices are assembled by four plain products and three elementwise steps. One kernel for them would
+spare a device 6 launches of an event's 215 or more, and little else: at r = 3584 and w = 788 the products are 14 GFLOP a
+matrix, and the blocks that elementwise steps write and read back are 53 MB, by arithmetic 0.2 ms and 0.02 ms on an H100.
+
 Axes as in ``subspace``; S1 = the w leading reference values, S2 = the p = r - w others.
 """
 
