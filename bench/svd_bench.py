@@ -39,12 +39,11 @@ Factors = tuple[Tensor, Tensor, Tensor]
 Run = Callable[[Tensor, int], Factors]
 
 DEFAULT = ("SmolLM2-135M:q", "SmolLM2-135M:v", "Qwen2.5-7B:v", "Llama-3.2-1B:q")
-TOLERANCE = 1e-3
 
 
-def rlspec_method(method: str) -> Run:
+def rlspec_method(method: str, tol: float) -> Run:
     def run(a: Tensor, k: int) -> Factors:
-        found = rlspec.svd(a, k, method=method, tol=TOLERANCE)  # type: ignore[arg-type]
+        found = rlspec.svd(a, k, method=method, tol=tol)  # type: ignore[arg-type]
         return found.U, found.S, found.Vh
 
     return run
@@ -64,11 +63,11 @@ def lowrank(niter: int) -> Run:
     return run
 
 
-def methods(quick: bool) -> dict[str, Run]:
+def methods(quick: bool, tol: float) -> dict[str, Run]:
     """Name -> method; ours first, since the gate is theirs."""
     found: dict[str, Run] = {
-        "rlspec auto": rlspec_method("auto"),
-        "rlspec randomized": rlspec_method("randomized"),
+        "rlspec auto": rlspec_method("auto", tol),
+        "rlspec randomized": rlspec_method("randomized", tol),
         "torch.linalg.svd": lapack,
     }
     for niter in (2,) if quick else (2, 4, 8):
@@ -104,12 +103,12 @@ def flops(name: str, shape: Shape, k: int) -> float:
     return 4.0 * m * n * r + 8.0 * r**3
 
 
-def bench_shape(shape: Shape, quick: bool, peak: float) -> list[dict[str, Any]]:
+def bench_shape(shape: Shape, quick: bool, tol: float, peak: float) -> list[dict[str, Any]]:
     a, u, s, v, label = matrix(shape)
     k = max(1, round(0.2 * min(shape.rows, shape.cols)))
     u, s, v = u[:, :k], s[:k], v[:, :k]
     rows: list[dict[str, Any]] = []
-    for name, run in methods(quick).items():
+    for name, run in methods(quick, tol).items():
         reset_peak_memory()
         row = {
             "shape": shape.name,
@@ -121,9 +120,9 @@ def bench_shape(shape: Shape, quick: bool, peak: float) -> list[dict[str, Any]]:
         }
         ours = name.startswith("rlspec")
         if ours:
-            found = rlspec.svd(a, k, method=name.split()[1], tol=TOLERANCE)  # type: ignore[arg-type]
+            found = rlspec.svd(a, k, method=name.split()[1], tol=tol)  # type: ignore[arg-type]
             row |= errors((found.U, found.S, found.Vh), u, s, v)
-            gate(name, a, k, found, row)
+            gate(name, a, k, found, row, tol)
         taken, factors = timed(lambda run=run: run(a, k), 1 if quick else 3, 12.0)
         row |= summary(taken)
         if not ours:
@@ -138,16 +137,16 @@ def bench_shape(shape: Shape, quick: bool, peak: float) -> list[dict[str, Any]]:
     return rows
 
 
-def gate(name: str, a: Tensor, k: int, found: SVDResult, row: dict[str, Any]) -> None:
+def gate(name: str, a: Tensor, k: int, found: SVDResult, row: dict[str, Any], tol: float) -> None:
     """Stop unless rlspec's result is within its bound, and within its tolerance unless it says itself that it is not."""
     row |= {"subspace_bound": float(found.subspace_bound), "used": found.method, "notes": list(found.notes)}
     # The planted truth belongs to the matrix before its rounding to float32, which turns vectors by a little.
     s = torch.linalg.svdvals(a.double()) if min(a.shape) <= 768 else None
     slack = 2e-7 * float(found.S[0] / (s[k - 1] - s[k])) if s is not None else 1e-4
     certified = not any("too small to certify" in note for note in found.notes)
-    if certified and row["max_sine"] > TOLERANCE + slack:
+    if certified and row["max_sine"] > tol + slack:
         raise click.ClickException(
-            f"{row['shape']} {name}: error {row['max_sine']:.1e} exceeds the tolerance {TOLERANCE:.0e}"
+            f"{row['shape']} {name}: error {row['max_sine']:.1e} exceeds the tolerance {tol:.0e}"
         )
     if row["max_sine"] > row["subspace_bound"] + slack:
         raise click.ClickException(
@@ -159,7 +158,7 @@ def gate(name: str, a: Tensor, k: int, found: SVDResult, row: dict[str, Any]) ->
         )
 
 
-def bench_restoration(quick: bool) -> list[dict[str, Any]]:
+def bench_restoration(quick: bool, tol: float) -> list[dict[str, Any]]:
     """Errors of restored weights relative to the change that is meant, base and tuned decomposed apart."""
     shape = SHAPES["SmolLM2-135M:q"]
     base, *_ = matrix(shape)
@@ -170,7 +169,7 @@ def bench_restoration(quick: bool) -> list[dict[str, Any]]:
         tuned = base + size * base.norm() / noise.norm() * noise
         exact = change(lapack, base.double(), tuned.double(), k)
         truth = {side: _angles(base.double(), tuned.double(), k, side) for side in (0, 2)}
-        for name, run in methods(quick).items():
+        for name, run in methods(quick, tol).items():
             error = float((change(run, base, tuned, k) - exact).norm() / exact.norm())
             rows.append({"update": size, "method": f"{name}, twice", "restored_error_rel": error})
         _, restored = timed(lambda t=tuned: rlspec.restore_matrix(base, t, k, dtype=torch.float32), 1, 60.0)
@@ -210,11 +209,16 @@ def _angles(base: Tensor, tuned: Tensor, k: int, side: int) -> Tensor:
 
 @click.command(help=__doc__)
 @click.option("--shapes", default=",".join(DEFAULT), show_default=True, help=f"Any of {', '.join(SHAPES)}.")
+@click.option(
+    "--tol", default=1e-3, show_default=True, help="Sines asked of rlspec; its own default is 1e-4."
+)
 @click.option("--quick", is_flag=True, help="One repetition, fewer baselines.")
 @click.option("--threads", type=int, help="torch threads; default: all.")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write all figures there.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Write a plot of error against time there.")
-def main(shapes: str, quick: bool, threads: int | None, json_file: Path | None, plot: Path | None) -> None:
+def main(
+    shapes: str, tol: float, quick: bool, threads: int | None, json_file: Path | None, plot: Path | None
+) -> None:
     names = [name.strip() for name in shapes.split(",")]
     unknown = [name for name in names if name not in SHAPES]
     if unknown:
@@ -228,7 +232,7 @@ def main(shapes: str, quick: bool, threads: int | None, json_file: Path | None, 
     click.echo(", ".join(f"{key} {value}" for key, value in about.items()))
     results: list[dict[str, Any]] = []
     for name in names:
-        rows = bench_shape(SHAPES[name], quick, peak)
+        rows = bench_shape(SHAPES[name], quick, tol, peak)
         results += rows
         click.echo(
             f"\n{name} {rows[0]['m']}x{rows[0]['n']}, k = {rows[0]['k']}, spectrum {rows[0]['spectrum']}"
@@ -246,7 +250,7 @@ def main(shapes: str, quick: bool, threads: int | None, json_file: Path | None, 
             "MiB",
         )
         click.echo(table([head, *(_cells(row) for row in rows)]))
-    restoration = bench_restoration(quick)
+    restoration = bench_restoration(quick, tol)
     click.echo("\nrestored weight, SmolLM2-135M:q: error / intended change, by size of the update")
     sizes = sorted({row["update"] for row in restoration})
     by_method: dict[str, dict[float, str]] = {}
