@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import random
+import re
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 
+from rlspec.errors import CheckpointError
+from rlspec.jobs.loading import load_model
 from rlspec.models import embedded_model_path
 from rlspec.models.corpus import KINDS, example
 from rlspec.models.muon import orthogonalise
@@ -133,3 +137,12 @@ def test_recipe_runs_and_is_reproducible(tmp_path: Path) -> None:
     refused = CliRunner().invoke(main, ["--out", str(tmp_path / "a"), "--steps", "2"])
     assert refused.exit_code == 1
     assert "exists already" in refused.output
+
+
+def test_a_damaged_checkpoint_is_one_clear_error(tmp_path: Path) -> None:
+    folder = shutil.copytree(embedded_model_path(), tmp_path / "model")
+    (folder / "model.safetensors").write_bytes(b"no checkpoint")
+    with pytest.raises(
+        CheckpointError, match=rf"{re.escape(str(folder))}: transformers cannot load it: .*header"
+    ):
+        load_model(folder, torch.device("cpu"))

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from rlspec.errors import CheckpointError
@@ -86,7 +87,7 @@ def load_model(folder: Path, device: torch.device, *, stored: bool = False) -> n
         loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
             folder, local_files_only=True, output_loading_info=True, **as_stored
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: transformers cannot load it: {_one_line(error)}") from error
     model, info = loaded
     # transformers fills missing weights with random numbers and goes on; a run on those would mean nothing.
