@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -100,8 +100,7 @@ def ask(environment: dict[str, str], *command: str) -> str:
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60).stdout
 
 
-def _wait(running: Sequence[subprocess.Popen[bytes]], folder: Path, ready: object) -> None:
-    assert callable(ready)
+def _wait(running: Sequence[subprocess.Popen[bytes]], folder: Path, ready: Callable[[], bool]) -> None:
     until = time.monotonic() + 120
     while not ready():
         ended = [process.args for process in running if process.poll() is not None]

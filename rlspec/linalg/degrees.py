@@ -96,9 +96,7 @@ def rounding_blurs(theta: Tensor, k: int, tol: float, eps: float) -> bool:
     width = theta.shape[-1]
     noise = 4 * eps * (theta[:, 0] * theta[:, k - 1]).clamp_min(0).sqrt()
     near = min(k + 16, width) - 1
-    distance, gap = (
-        theta[:, k - 1] - theta[:, (k + width) // 2],
-        (theta[:, k - 1] - theta[:, near]) / (near + 1 - k),
-    )
+    distance = theta[:, k - 1] - theta[:, (k + width) // 2]
+    gap = (theta[:, k - 1] - theta[:, near]) / (near + 1 - k)
     floor = noise * (math.sqrt(k) / distance.clamp_min(1e-300) + 1 / gap.clamp_min(1e-300))
     return bool((floor / 2 > 0.75 * tol).any())

@@ -275,23 +275,20 @@ def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> l
     names = _pending(plan, step, writer)
     if step.action == "copy":
         assert plan.model is not None
-        for first, block in plan.model.rows(step.name, memory_bytes=pool):
-            for name in names:
-                writer.put_rows(name, first, block)
-        return []
-    blocks = _blocks(plan, step.name, pool)
-    if step.action == "merge":
-        same = ((first, tuned, tuned) for first, _, tuned in blocks)
-        for first, block in restore_rows(step.name, same, step.dtype, unchanged(plan.options), Changes(0)):
-            for name in names:
-                writer.put_rows(name, first, block)
-        return []
-    (matrix,) = step.matrices()
-    projection, shape = matrix
-    changes = Changes(min(shape))
-    for first, block in restore_rows(projection.name, blocks, step.dtype, plan.options, changes):
+        written = plan.model.rows(step.name, memory_bytes=pool)
+    elif step.action == "merge":
+        same = ((first, tuned, tuned) for first, _, tuned in _blocks(plan, step.name, pool))
+        written = restore_rows(step.name, same, step.dtype, unchanged(plan.options), Changes(0))
+    else:
+        ((projection, shape),) = step.matrices()
+        changes = Changes(min(shape))
+        blocks = _blocks(plan, step.name, pool)
+        written = restore_rows(projection.name, blocks, step.dtype, plan.options, changes)
+    for first, block in written:
         for name in names:
             writer.put_rows(name, first, block)
+    if step.action in ("copy", "merge"):
+        return []
     return [MatrixReport.of(projection, shape, step.dtype, changes)]
 
 

@@ -18,9 +18,8 @@ from rlspec.study.runner import describe
 from rlspec.study.work import run_cell
 
 _POLL = 2.0  # seconds between looks at the queue
-_GONE = (
-    5  # looks at a queue without a job, until its files too must have come through a network's file system
-)
+# Looks at a queue without a job, until its files too must have come through a network's file system.
+_GONE = 5
 
 
 @dataclass(eq=False)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
-from rlspec.errors import RunFolderError
 from rlspec.jobs.loading import load_model
 from rlspec.run.lock import take_lock
 from rlspec.signals import interrupt
@@ -45,7 +44,8 @@ def run_cell(path: Path | str, digest: str, threads: int) -> None:
     folder = StudyFolder(path)
     cell = next(cell for cell in folder.study().cells if cell.digest == digest)
     folder.cell(digest).mkdir(parents=True, exist_ok=True)
-    lock = _wait_for_lock(folder.cell(digest))
+    told = f"{folder.cell(digest)}: waiting for a process that an earlier run of this study left at work"
+    lock = take_lock(folder.cell(digest), on_wait=lambda: print(told, file=sys.stderr, flush=True))
     try:
         if folder.finished(digest):
             return
@@ -56,19 +56,6 @@ def run_cell(path: Path | str, digest: str, threads: int) -> None:
         remove_resume_point(folder.cell(digest) / "resume")
     finally:
         lock.close()
-
-
-def _wait_for_lock(folder: Path) -> IO[bytes]:
-    told = False
-    while True:
-        try:
-            return take_lock(folder)
-        except RunFolderError:
-            if not told:
-                line = f"{folder}: waiting for a process that an earlier run of this study left at work"
-                print(line, file=sys.stderr, flush=True)
-            told = True
-            time.sleep(1)
 
 
 def _start(folder: StudyFolder, cell: Cell, context: Context) -> Any:

@@ -305,12 +305,8 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
     Raises:
         RunFolderError: a setting differs; the message names it.
     """
-    found = {
-        "per_head": False,
-        "full_spectrum": False,
-        "locking": False,
-        **found,
-    }  # which earlier versions did not tell
+    # Which earlier versions did not tell.
+    found = {"per_head": False, "full_spectrum": False, "locking": False, **found}
     for name, value in wanted.items():
         if name == "base":  # where it lies; what it is, its files tell
             continue
