@@ -24,6 +24,7 @@ import torch
 import transformers
 
 from rlspec.io.jsonl import write_rows
+from rlspec.study.repair.losses import DTYPES
 from rlspec.tasks import get_task
 from rlspec.tasks.base import training_problem
 from rlspec.train import SFTConfig, train_sft
@@ -114,7 +115,9 @@ def fine_tune(
     help="Texts, and answers; half of them confirm.",
 )
 @click.option("--budget", default="30", show_default=True, help="Of the search: evaluations, or 20m, 2h.")
-@click.option("--dtype", default="auto", show_default=True, help="Of the search's losses.")
+@click.option(
+    "--dtype", type=click.Choice(DTYPES), default="auto", show_default=True, help="Of the search's losses."
+)
 @click.option("--only-tune", is_flag=True, help="Without the search.")
 def main(
     out: Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -170,24 +171,30 @@ def test_several_processes_write_the_bytes_of_one(tmp_path: Path) -> None:
     assert found.keys() == right.keys() and all(bits(found[n]) == bits(t) for n, t in right.items())
 
 
+@contextmanager
+def stopped_after(writes: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Within, Ctrl-C comes after so many writes; it must come."""
+    right, calls = CheckpointWriter._write, []
+
+    def stopped(self: Any, *args: Any) -> None:
+        calls.append(1)
+        if len(calls) > writes:
+            raise KeyboardInterrupt
+        right(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(CheckpointWriter, "_write", stopped)
+        yield
+
+
 @pytest.mark.parametrize("stop_after", [1, 9])
 def test_an_interrupted_restoration_goes_on_to_the_same_bytes(
     stop_after: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, tuned, parts = trio(tmp_path, shard="60KB")
     rlspec.restore_checkpoint(base, tuned, tmp_path / "right")
-    right, calls = CheckpointWriter._write, []
-
-    def stopped(self: Any, *args: Any) -> None:
-        calls.append(1)
-        if len(calls) > stop_after:
-            raise KeyboardInterrupt
-        right(self, *args)
-
-    monkeypatch.setattr(CheckpointWriter, "_write", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(stop_after, monkeypatch):
         rlspec.restore_checkpoint(base, parts, tmp_path / "out")
-    monkeypatch.setattr(CheckpointWriter, "_write", right)
     rlspec.restore_checkpoint(base, parts, tmp_path / "out", resume=True)
     found, wanted = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "right")
     assert found.keys() == wanted.keys() and all(bits(found[n]) == bits(t) for n, t in wanted.items())
@@ -197,18 +204,8 @@ def test_parts_written_anew_are_not_mixed_with_those_before(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base, _, parts = trio(tmp_path, shard="60KB")
-    right, calls = CheckpointWriter._write, []
-
-    def stopped(self: Any, *args: Any) -> None:
-        calls.append(1)
-        if len(calls) > 9:
-            raise KeyboardInterrupt
-        right(self, *args)
-
-    monkeypatch.setattr(CheckpointWriter, "_write", stopped)
-    with pytest.raises(KeyboardInterrupt):
+    with stopped_after(9, monkeypatch):
         rlspec.restore_checkpoint(base, parts, tmp_path / "out")
-    monkeypatch.setattr(CheckpointWriter, "_write", right)
     file = next((parts / "pytorch_model_fsdp_0").glob("*.distcp"))
     file.write_bytes(file.read_bytes())
     with pytest.raises(CheckpointError, match="other"):
