@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    __version__: str
     from rlspec import tasks as tasks
     from rlspec import train as train
     from rlspec.jobs.series import measure as measure
@@ -33,6 +34,7 @@ _SUBPACKAGES = ("tasks", "train")
 __all__ = [
     "SpectralBasis",
     "SpectralTracker",
+    "__version__",
     "measure",
     "restore_",
     "restore_checkpoint",
@@ -46,11 +48,23 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     if name == "_C":
         return _extension()
+    if name == "__version__":
+        return _version()
     if name in _ATTRIBUTES:
         return getattr(import_module(_ATTRIBUTES[name]), name)
     if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _version() -> str:
+    """That of the installed package's metadata."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("rlspec")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 def _extension() -> Any:

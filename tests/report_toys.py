@@ -77,12 +77,14 @@ def make_tree(
         angles: the mean rotation at each event, in radians; 0 where it is not given.
         finished: with the summary that a run ends with.
     """
+    if not any(name == "restore" for name, _ in ood):
+        settings = {"stages": ("sft", "ppo"), **settings}
     config = TrackConfig(deals=deals, **settings)
     run = RunFolder.create(folder, config.to_settings())
     segments = {segment.id: segment for segment in config.segments}
     for (name, step), solved in ood.items():
         segment = segments[name]
-        pace = 16 if segment.stage == "ppo" else 1
+        pace = {"sft": 1, "ppo": 16, "restore": 0}[segment.stage]
         place = {"run": run.run_id, "segment": name, "stage": segment.stage, "step": step}
         evals = []
         for shift, count in (("none", deals // 2), ("both", solved)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import shutil
 import signal
@@ -18,6 +19,7 @@ from click.testing import CliRunner, Result
 from safetensors.torch import load_file, save_file
 from train_toys import save_toy_model
 
+import rlspec
 from rlspec.cli.main import COMMANDS, main
 from rlspec.jobs.loading import load_model
 from rlspec.ops.table import TABLE, summary
@@ -57,6 +59,11 @@ def test_help_and_version_load_no_torch(arguments: tuple[str, ...]) -> None:
 
 def test_the_import_check_would_notice_numpy() -> None:
     assert "numpy" in modules_after("--help", first="import numpy")
+
+
+def test_the_version_is_that_of_the_installed_package() -> None:
+    wanted = importlib.metadata.version("rlspec")
+    assert rlspec.__version__ == wanted and invoke("--version").output == f"rlspec {wanted}\n"
 
 
 def test_help_lists_the_commands_and_the_options_of_track() -> None:

@@ -12,7 +12,7 @@ from report_toys import make_run, make_tree
 
 from rlspec.report import write_report
 from rlspec.report.data import read_run
-from rlspec.report.verdict import verdict
+from rlspec.report.verdict import headlines, trained, verdict
 from rlspec.run.evaluation import compare_gains
 from rlspec.run.folder import RunFolder
 from rlspec.run.segments import Event
@@ -195,7 +195,7 @@ def test_without_another_task_nothing_is_said_of_one(tmp_path: Path) -> None:
 def test_the_page_and_the_command_draw_and_tell_the_branches(tmp_path: Path) -> None:
     folder = make_tree(tmp_path / "run", TREE)
     page = write_report(folder).read_text()
-    assert page.count("PPO from step 100") > 5 and "What reinforcement learning won back" in page
+    assert page.count("PPO from step 100") > 5 and "What was won back" in page
     assert f"{verdict(read_run(folder))}".replace("(", "")[:40] in page.replace("(", "")
     summary = RunFolder(folder).summary()
     assert [row["segment"] for row in summary["segments"]] == ["sft", EARLY, LATE]
@@ -205,6 +205,37 @@ def test_the_page_and_the_command_draw_and_tell_the_branches(tmp_path: Path) -> 
     assert (
         "gain of PPO from step 100 against PPO from step 300, shift both: +51.0 against +14.0 points" in lines
     )
+
+
+def test_a_restoration_is_told_beside_the_branches(tmp_path: Path) -> None:
+    ood = {**TREE, ("restore", 0): 10, ("restore", 1): 62}
+    angles = {
+        ("sft", 300): 0.03,
+        (LATE, 0): 0.03,
+        (LATE, 20): 0.04,
+        ("restore", 0): 0.03,
+        ("restore", 1): 0.03,
+    }
+    folder = make_tree(tmp_path / "run", ood, angles=angles)
+    run = read_run(folder)
+    text = verdict(run)
+    assert (
+        "Restoring mlp from the base (rank 0.5) after SFT took OOD from 10.0 % to 62.0 %, more than chance explains "
+        "(McNemar p = 4.4e-16 on the same 100 deals): all of what had been lost since the best step. ID went from "
+        "50.0 % to 50.0 %."
+    ) in text
+    # It is no training: neither a start that gained less or more, nor a rotation that training did not turn back.
+    assert text.count("With the same number of updates") == 1 and "start from step 300 gained less" in text
+    assert "In PPO from step 300 (0.0300 to 0.0400 rad) the rotation from the base grew: PPO did not" in text
+    assert "restoration" not in text and trained(run) == "trained by SFT and PPO"
+    assert headlines(run)[0] == ("50.0 %", "ID, restored") and ("62.0 %", "OOD, restored") in headlines(run)
+    summary = RunFolder(folder).summary()
+    assert summary["tests"]["sft_end_to_restore_end"]["both"]["gained"] == 52
+    assert not any("restore" in pair for pair in summary["gains"])
+    assert "end of SFT -> restored, shift both: 10.0% -> 62.0%" in "\n".join(summary_lines(summary))
+    page = write_report(folder).read_text()
+    # Two branches begin at one place of the axis: one line, one text.
+    assert ">PPO from step 300, restoration</text>" in page and ">restoration</text>" not in page
 
 
 def test_gains_are_compared_deal_by_deal() -> None:

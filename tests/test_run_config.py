@@ -36,7 +36,9 @@ def test_learning_rates_follow_the_model() -> None:
         ({"checkpoint_every": 0}, "checkpoint_every=0 must be at least 1"),
         ({"learning_rate": 0.0}, "learning_rate=0.0 must be greater than 0"),
         ({"learning_rate": float("nan")}, "learning_rate=nan must be greater than 0"),
-        ({"stages": ("sft", "dpo")}, "stages='sft,dpo': unknown stage 'dpo'; valid: sft, ppo"),
+        ({"stages": ("sft", "dpo")}, "stages='sft,dpo': unknown stage 'dpo'; valid: sft, ppo, restore"),
+        ({"stages": ("ppo", "restore")}, "stages='ppo,restore': restore needs sft, whose end it repairs"),
+        ({"restore_modules": ()}, "restore_modules='' must be one or more names"),
         ({"stages": ()}, "stages='' must be one or more names"),
         ({"shifts": ("none", "none")}, "shifts='none,none' must be names that differ"),
         ({"engine": "fast"}, "engine='fast': unknown value; valid: delta, exact"),
@@ -119,13 +121,25 @@ def test_ppo_starts_from_where_the_model_is_known_to_lose_or_from_the_end() -> N
 
 def test_a_run_is_a_tree_of_segments() -> None:
     trunk = Segment("sft", "sft", 300)
-    several = TrackConfig(ppo_from=(300, 100), ppo_updates=7).segments
+    both = ("sft", "ppo")
+    several = TrackConfig(stages=both, ppo_from=(300, 100), ppo_updates=7).segments
     branches = [Segment(f"ppo-from-{step}", "ppo", 7, ("sft", step)) for step in (100, 300)]
     assert several == (trunk, *branches)
     # A branch that is the only one keeps the name that it has in runs from before there were several.
-    assert TrackConfig(ppo_from=(100,)).segments == (trunk, Segment("ppo", "ppo", 20, ("sft", 100)))
+    one = TrackConfig(stages=both, ppo_from=(100,)).segments
+    assert one == (trunk, Segment("ppo", "ppo", 20, ("sft", 100)))
     assert TrackConfig(stages=("ppo",)).segments == (Segment("ppo", "ppo", 20),)
     assert TrackConfig(stages=("sft",)).segments == (trunk,)
+
+
+def test_the_embedded_model_is_restored_at_the_end_others_if_asked_to() -> None:
+    restored = Segment("restore", "restore", 1, ("sft", 300), "restoration")
+    assert TrackConfig().stages == ("sft", "ppo", "restore") and TrackConfig().segments[-1] == restored
+    assert TrackConfig(model="elsewhere").stages == ("sft", "ppo")
+    asked = TrackConfig(model="elsewhere", stages=("restore", "sft"), checkpoint_every=1000)
+    assert asked.segments == (Segment("sft", "sft", 300), restored)
+    assert asked.is_branch_point("sft", 300) and asked.keeps_checkpoint("restore", 1)
+    assert [step for step in range(2) if asked.is_event("restore", step)] == [0, 1]
 
 
 def test_a_branch_may_start_from_any_step_which_is_then_measured() -> None:

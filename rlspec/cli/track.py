@@ -38,7 +38,8 @@ def command(out: Path | None, config_file: Path | None, resume: bool, **flags: A
     """Train a model on a task and track how its weights' singular values and singular vectors move against the start.
 
     Supervised fine-tuning (SFT) comes first, then reinforcement learning (PPO, or GRPO and RLOO by --advantages) from
-    one or more of its steps. Leaves a run folder with report.html; Ctrl-C or SIGTERM leaves one that --resume
+    one or more of its steps, then a restoration of SFT's end from the start (the small model's own runs; others if
+    --stages names it). Leaves a run folder with report.html; Ctrl-C or SIGTERM leaves one that --resume
     continues. Without options it trains the small model that comes with rlspec, some minutes on a CPU."""
     given = {name: value for name, value in flags.items() if value is not None}
     from_file = read_config_file(config_file) if config_file else {}

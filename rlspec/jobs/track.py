@@ -25,6 +25,7 @@ from rlspec.jobs.loading import (
     load_tokenizer,
     model_folder,
 )
+from rlspec.jobs.restoring import Restoration, restore_stage
 from rlspec.report.data import read_run
 from rlspec.report.html import write_report
 from rlspec.report.verdict import verdict
@@ -67,7 +68,7 @@ class _Inputs:
     stages: Mapping[str, Stage]
 
 
-#: What trains a stage, with the arguments and the result of ``train_sft`` or ``train_ppo``.
+#: What does a stage, with the arguments and the result of ``train_sft`` or ``train_ppo``.
 Stage = Callable[..., TrainResult]
 
 
@@ -106,7 +107,8 @@ def run_track(
     else:
         RunFolder(path).refuse_existing()
     progress = Progress()
-    inputs = _read_inputs(config, stages or {"sft": train_sft, "ppo": train_ppo})
+    trained = stages or {"sft": train_sft, "ppo": train_ppo}
+    inputs = _read_inputs(config, {**trained, "restore": restore_stage})
     folder = RunFolder.open(path) if resume else RunFolder.create(path, config.to_settings())
     try:
         _run(config, folder, inputs, clock, progress)
@@ -124,6 +126,10 @@ def _read_inputs(config: TrackConfig, stages: Mapping[str, Stage]) -> _Inputs:
     device = choose_device(config.device)
     Rank.parse(config.rank)
     check_checkpoint(folder, parse_modules(config.modules), per_head=config.per_head)
+    assert config.stages is not None
+    if "restore" in config.stages:
+        Rank.parse(config.restore_rank)
+        check_checkpoint(folder, parse_modules(config.restore_modules))
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     tokenizer = load_tokenizer(folder)
@@ -302,6 +308,9 @@ def _train(
         "resume_dir": folder.resume_dir(segment.id),
     }
     train = inputs.stages[segment.stage]
+    if segment.stage == "restore":
+        restoration = Restoration(inputs.folder, config.restore_modules, config.restore_rank)
+        return train(inputs.model, inputs.tokenizer, inputs.task, restoration, **shared)
     settings = config.sft if segment.stage == "sft" else config.ppo
     if config.trainer == "rlspec" and settings.kl_coef > 0:
         shared["reference"] = _reference(segment, inputs, folder)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 
 from rlspec.report.chart import Boundary, Chart, Series, line_chart
 from rlspec.report.data import Row, RunData, by_event
-from rlspec.run.branches import method_title, rows_by_segment, segment_titles
+from rlspec.run.branches import method_title, rows_by_segment, segment_titles, trained_branches
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import event_of
 
@@ -19,8 +19,8 @@ _DASHES = ("d1", "d2", "d3")  # of branches; the trunk's line is whole
 def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     """(title, chart) in the order of the page; None where nothing was measured."""
     x_label = "optimizer steps from the base"
-    if len(run.segments) > 1:
-        x_label += f" ({method_title(run.segments[-1])} updates count their optimizer steps)"
+    if branches := trained_branches(run.segments):
+        x_label += f" ({method_title(branches[-1])} updates count their optimizer steps)"
     ood = run.metrics[-1].get("ood_shift")
     accuracies = [
         *_metric_series(run, "ID (as trained)", "id_accuracy", "c0", "id"),
@@ -129,11 +129,11 @@ def _axis(run: RunData) -> tuple[tuple[float, float], list[Boundary]]:
     xs = [steps_from_base(row) for row in run.metrics]
     titles = segment_titles(run.segments)
     groups = rows_by_segment(run.metrics)
-    boundaries = [
-        Boundary(steps_from_base(groups[segment.id][0]), titles[segment.id])
-        for segment in run.segments
-        if segment.parent is not None
-    ]
+    begun: dict[float, list[str]] = {}
+    for segment in run.segments:
+        if segment.parent is not None:
+            begun.setdefault(steps_from_base(groups[segment.id][0]), []).append(titles[segment.id])
+    boundaries = [Boundary(x, ", ".join(names)) for x, names in begun.items()]
     return (min(xs), max(max(xs), min(xs) + 1)), boundaries
 
 

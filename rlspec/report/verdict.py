@@ -7,7 +7,14 @@ finished, when there are no tests yet, only figures are told.
 from __future__ import annotations
 
 from rlspec.report.data import Row, RunData, by_event
-from rlspec.run.branches import decisive_events, event_title, method_title, segment_titles, start_name
+from rlspec.run.branches import (
+    decisive_events,
+    event_title,
+    method_title,
+    segment_titles,
+    start_name,
+    trained_branches,
+)
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import Segment, event_of
 
@@ -33,14 +40,17 @@ def accuracy(row: Row, prefix: str) -> str:
 
 def trained(run: RunData) -> str:
     """What trained the model, and whose code."""
-    methods = " and ".join(dict.fromkeys(map(method_title, run.segments)))
+    segments = [segment for segment in run.segments if segment.stage != "restore"]
+    methods = " and ".join(dict.fromkeys(map(method_title, segments)))
     return f"trained by {methods}" + (" of TRL" if run.config.get("trainer") == "trl" else "")
 
 
 def headlines(run: RunData) -> list[tuple[str, str]]:
     """(figure, what it is) of the cards at the top of the page."""
-    cards = [(percent(run.metrics[-1].get("id_accuracy")), "ID at the end")]
-    for name, row in decisive_events(run.segments, run.metrics).items():
+    events = decisive_events(run.segments, run.metrics)
+    *_, (last, end) = events.items()
+    cards = [(percent(end.get("id_accuracy")), f"ID, {event_title(last, run.segments)}")]
+    for name, row in events.items():
         if not name.endswith("_start") and row.get("ood_accuracy") is not None:
             cards.append(
                 (percent(row["ood_accuracy"]), f"OOD, {event_title(name, run.segments).removeprefix('OOD ')}")
@@ -154,7 +164,7 @@ def _share_won_back(run: RunData, segment: Segment, start: str, before: Row, aft
 
 def _limit(run: RunData) -> list[str]:
     """Whether later branches gained as much as the first."""
-    branches = [segment for segment, *_ in branch_ends(run)]
+    branches = trained_branches(run.segments)
     shift = str(run.metrics[-1].get("ood_shift"))
     told = []
     for first, segment in zip(branches[:1] * len(branches), branches[1:]):
@@ -196,13 +206,14 @@ def _weights(run: RunData) -> list[str]:
             f"by {percent(moved)}."
         )
     groups: dict[str, list[str]] = {}
+    branches = trained_branches(run.segments)
     for segment, _, before, after in branch_ends(run):
         low, high = turned(run, before), turned(run, after)
-        if low is None or high is None or after["step"] == 0:
+        if segment not in branches or low is None or high is None or after["step"] == 0:
             continue
         kind = "stayed" if abs(high - low) <= SAME_ROTATION * low else "grew" if high > low else "fell"
         groups.setdefault(kind, []).append(f"{titles[segment.id]} ({low:.4f} to {high:.4f} rad)")
-    method = method_title(run.segments[-1])
+    method = method_title((branches or run.segments)[-1])
     meaning = {
         "grew": f"the rotation from the base grew: {method} did not turn the weights back",
         "fell": f"the rotation from the base fell: {method} turned the weights back, part of the way",
@@ -213,11 +224,20 @@ def _weights(run: RunData) -> list[str]:
 
 
 def _told(run: RunData, segment: Segment) -> str:
+    if segment.stage == "restore":
+        return _restoration(run.config)
     title = segment_titles(run.segments)[segment.id]
     if segment.stage != "ppo" or segment is not run.segments[1]:
         return title
     method = method_title(segment)
     return title.replace(method, f"Reinforcement learning ({method})", 1)
+
+
+def _restoration(settings: Row) -> str:
+    """The settings of the stage restore, in words."""
+    modules, rank = settings.get("restore_modules"), settings.get("restore_rank")
+    what = ", ".join(map(str, modules)) if isinstance(modules, list) else str(modules)
+    return f"Restoring {what} from the base (rank {rank}) after SFT"
 
 
 def _listed(names: list[str]) -> str:

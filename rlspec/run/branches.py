@@ -41,13 +41,18 @@ def method_title(segment: Segment) -> str:
     return segment.method or segment.stage.upper()
 
 
+def trained_branches(segments: Sequence[Segment]) -> list[Segment]:
+    """The branches that training goes on in."""
+    return [segment for segment in segments if segment.parent is not None and segment.stage != "restore"]
+
+
 def segment_titles(segments: Sequence[Segment]) -> dict[str, str]:
     """Segment id -> its name in words: ``PPO``, or ``PPO from step 100`` where the run could mean another step."""
-    branches = [segment for segment in segments if segment.parent is not None]
+    branches = trained_branches(segments)
     ends = [segment.end for segment in segments]
     titles = {}
     for segment in segments:
-        told = segment.parent is not None and (len(branches) > 1 or segment.parent not in ends)
+        told = segment in branches and (len(branches) > 1 or segment.parent not in ends)
         titles[segment.id] = method_title(segment) + (
             f" from step {segment.parent[1]}" if segment.parent and told else ""
         )
@@ -60,6 +65,8 @@ def event_title(name: str, segments: Sequence[Segment]) -> str:
     title = segment_titles(segments)[segment]
     if what == "start" and all(s.parent is None for s in segments if s.id == segment):
         return "base"
+    if segment.partition("-")[0] == "restore":
+        return "restored"
     return f"{'OOD peak' if what == 'peak' else what} of {title}"
 
 
@@ -90,7 +97,8 @@ def start_name(segment: Segment, events: Mapping[str, Row]) -> str:
 
 def pairs_to_test(segments: Sequence[Segment], events: Mapping[str, Row]) -> list[tuple[str, str]]:
     """The pairs of decisive events whose outcomes are compared: the fall, to where each branch starts and to the end
-    of SFT; the recovery, from there to the end of each branch; and what each branch did instead of more SFT."""
+    of SFT; the recovery, from there to the end of each branch; and what each branch did instead of more SFT. What is
+    restored is tested as a branch is."""
     pairs = []
     for segment in segments:
         start, end = start_name(segment, events), f"{segment.id}_end"

@@ -16,7 +16,8 @@ from rlspec.settings import Setting, setting, setting_of
 from rlspec.train.config import PPOConfig, SFTConfig
 
 EMBEDDED = "embedded"
-STAGES = ("sft", "ppo")
+STAGES = ("sft", "ppo", "restore")
+TRAINED = ("sft", "ppo")  # by a trainer, whose settings are among a run's
 
 # Learning rates where none is given: (SFT, PPO). The paper's are for models of 7 to 11 billion parameters.
 EMBEDDED_LEARNING_RATES = (1.25e-4, 1e-4)
@@ -34,6 +35,7 @@ _OF_TRL = {"advantages": "grpo", "ppo_level": "token", "sft_loss": "cross_entrop
 # Headings of --help.
 _MEASURED = "What is measured"
 _RL = "Reinforcement learning"
+_RESTORED = "Restoration"
 _MACHINE = "The machine"
 
 # Settings that are counts: at least 1 where they are given.
@@ -58,6 +60,8 @@ class TrackConfig:
 
     Steps are optimizer steps in the SFT stage and updates (one batch of rollouts each) in the PPO stage.
     A learning rate left at None becomes the embedded model's or, for any other model, the paper's 1e-6.
+    `stages` left at None are all for the embedded model, those that train for any other: restoring holds a second
+    copy of the matrices that it restores in memory, which `rlspec restore` does not.
     `ppo_from` are the SFT steps that a branch of PPO starts from, one branch each; left at None they become step
     100 and the last for the embedded model, the last for any other.
     `micro_batch_size` is the rows of one forward pass while training; it changes speed and memory only.
@@ -84,8 +88,11 @@ class TrackConfig:
         "SFT steps to start PPO from, a branch each, as in 100,300.",
         default_told=f"{EMBEDDED_BRANCH} and the last for the embedded model, else the last",
     )
-    stages: tuple[str, ...] = setting(
-        STAGES, "Stages to run: sft (fine-tuning), ppo (reinforcement learning), or both."
+    stages: tuple[str, ...] | None = setting(
+        None,
+        "Stages to run: sft (fine-tuning), ppo (reinforcement learning), restore (of the model that SFT started from "
+        "into the one it ended with).",
+        default_told=f"{','.join(STAGES)} for the embedded model, else {','.join(TRAINED)}",
     )
     trainer: Literal["rlspec", "trl"] = setting(
         "rlspec", "Who trains: rlspec itself, or TRL's SFTTrainer, then GRPOTrainer on single answers."
@@ -149,6 +156,10 @@ class TrackConfig:
         heading=_RL,
     )
     turns_per_update: int = setting(256, "Answers sampled per PPO update.", heading=_RL)
+    restore_modules: tuple[str, ...] = setting(
+        ("mlp",), "Matrices that the stage restore puts the start's directions back into.", heading=_RESTORED
+    )
+    restore_rank: str = setting("0.5", "How many of their directions, as in rank.", heading=_RESTORED)
     micro_batch_size: int | None = setting(
         None,
         "Rows of one training forward pass (memory).",
@@ -171,6 +182,9 @@ class TrackConfig:
         if self.ppo_learning_rate is None:
             object.__setattr__(self, "ppo_learning_rate", ppo_rate)
         self._check_choice("trainer")
+        if self.stages is None:
+            object.__setattr__(self, "stages", STAGES if self.model == EMBEDDED else TRAINED)
+        assert self.stages is not None
         if self.ppo_updates is None:
             object.__setattr__(self, "ppo_updates", PPO_UPDATES[self.trainer])
         for name in _COUNTS:
@@ -179,7 +193,8 @@ class TrackConfig:
         for name in ("learning_rate", "ppo_learning_rate"):
             self._require(name, getattr(self, name) > 0, "greater than 0")
         self._require("seed", self.seed >= 0, "at least 0")
-        for name, values in (("stages", self.stages), ("modules", self.modules), ("shifts", self.shifts)):
+        for name in ("stages", "modules", "restore_modules", "shifts"):
+            values = getattr(self, name)
             self._require(name, len(values) > 0, "one or more names, separated by commas")
             self._require(name, len(set(values)) == len(values), "names that differ from each other")
         for stage in self.stages:
@@ -187,7 +202,9 @@ class TrackConfig:
                 raise OptionError(
                     f"stages={','.join(self.stages)!r}: unknown stage {stage!r}; valid: {', '.join(STAGES)}"
                 )
-        # The order is fixed: PPO starts from where SFT ends.
+        if "restore" in self.stages and "sft" not in self.stages:
+            raise OptionError(f"stages={','.join(self.stages)!r}: restore needs sft, whose end it repairs")
+        # The order is fixed: PPO and restoration start from where SFT ends.
         object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
         self._check_choice("engine")
         self._check_choice("dtype")
@@ -233,7 +250,7 @@ class TrackConfig:
             if name not in known:
                 raise OptionError(f"unknown setting {name!r}; the closest is {closest(name, known)!r}")
         complete: dict[str, Any] = {}
-        for stage in STAGES:
+        for stage in TRAINED:
             found = self._trainer(stage)
             complete |= {name: getattr(found, own) for own, name in names(stage).items() if name in known}
         return complete
@@ -263,7 +280,7 @@ class TrackConfig:
 
     def _check_ppo_from(self, steps: tuple[int, ...]) -> None:
         shown = ",".join(map(str, steps))
-        if self.stages != STAGES:
+        if not self._has(*TRAINED):
             raise OptionError(f"ppo_from={shown} needs both stages, stages='sft,ppo'")
         self._require("ppo_from", len(set(steps)) == len(steps), "steps that differ from each other")
         for step in steps:
@@ -274,12 +291,16 @@ class TrackConfig:
 
     def _branch_points(self) -> tuple[int, ...]:
         """The SFT steps that PPO starts from, in order."""
-        if self.stages != STAGES:
+        if not self._has(*TRAINED):
             return ()
         if self.ppo_from:
             return tuple(sorted(self.ppo_from))
         early = self.model == EMBEDDED and self.sft_steps > EMBEDDED_BRANCH
         return (EMBEDDED_BRANCH, self.sft_steps) if early else (self.sft_steps,)
+
+    def _has(self, *stages: str) -> bool:
+        assert self.stages is not None  # __post_init__ has put some there
+        return set(stages) <= set(self.stages)
 
     def _require(self, name: str, holds: bool, wanted: str) -> None:
         if not holds:
@@ -300,25 +321,28 @@ class TrackConfig:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """The run's tree, parents first: SFT, and PPO from each of its steps that `ppo_from` names.
+        """The run's tree, parents first: SFT, PPO from each of its steps that `ppo_from` names, and the restoration of
+        its end.
 
         A branch that is the only one is called by its stage, as in runs that could have no other.
         """
         method = method_of("ppo", {"trainer": self.trainer, "advantages": self.ppo.advantage})
-        trunk = tuple(
-            Segment(stage, stage, self.steps(stage), None, method if stage == "ppo" else "")
-            for stage in self.stages[:1]
-        )
+        assert self.stages is not None
+        first = self.stages[0]
+        trunk = Segment(first, first, self.steps(first), None, method if first == "ppo" else "")
         points = self.ppo_from or ()
         names = [f"ppo-from-{point}" for point in points] if len(points) > 1 else ["ppo"]
         branches = (
             Segment(name, "ppo", self.steps("ppo"), ("sft", point), method)
             for name, point in zip(names, points)
         )
-        return (*trunk, *branches)
+        restored = Segment("restore", "restore", self.steps("restore"), trunk.end, method_of("restore", {}))
+        return (trunk, *branches, *([restored] if self._has("restore") else []))
 
     def steps(self, stage: str) -> int:
-        """The number of steps of ``stage``."""
+        """The number of steps of ``stage``; restoring is one."""
+        if stage == "restore":
+            return 1
         if stage == "sft":
             return self.sft_steps
         assert self.ppo_updates is not None  # __post_init__ has put a number there
@@ -326,20 +350,20 @@ class TrackConfig:
 
     def is_event(self, stage: str, step: int) -> bool:
         """Whether ``step`` is measured: step 0, each multiple of the stage's interval, the last step, and those
-        that PPO starts from."""
+        that a branch starts from."""
         every = self.every if stage == "sft" else self.ppo_every
         return step % every == 0 or step == self.steps(stage) or self.is_branch_point(stage, step)
 
     def keeps_checkpoint(self, stage: str, step: int) -> bool:
         """Whether the event at ``step`` leaves a checkpoint: every one, or those `checkpoint_every` names and
-        the ones that the run itself needs (a stage's last step, the steps that PPO starts from)."""
+        the ones that the run itself needs (a stage's last step, the steps that a branch starts from)."""
         if self.checkpoint_every is None or step == self.steps(stage):
             return True
         return step % self.checkpoint_every == 0 or self.is_branch_point(stage, step)
 
     def is_branch_point(self, stage: str, step: int) -> bool:
-        """Whether a branch of PPO starts from ``step``."""
-        return stage == "sft" and step in (self.ppo_from or ())
+        """Whether a branch starts from ``step``."""
+        return (stage, step) in [segment.parent for segment in self.segments]
 
     def values(self) -> dict[str, Any]:
         """Every setting by its name in config.yaml."""

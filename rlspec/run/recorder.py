@@ -78,7 +78,7 @@ class EventRecorder(Callback):
 
     Events that the folder already holds are skipped, so a continued run writes none twice. `global_step`, the axis that
     all segments share, counts the optimizer steps from the run's first weights to the event's, on the path through
-    the tree; a PPO update counts as `ppo_steps_per_update` of them.
+    the tree; a PPO update counts as `ppo_steps_per_update` of them, a restoration as none.
 
     Where `pace` leaves no time for an event's spectra, they are missing: the event has its other rows, but no spectra
     and no array file. Those of a segment's first and last step are always there, and so those of the steps that a
@@ -190,7 +190,7 @@ class EventRecorder(Callback):
             return None
         # What a rotation means is told where it counts, at the end of a stage. No other measurement takes as long.
         with self.clock.timed("tracking"), self.pace.spending(once=last):
-            draws = NULL_DRAWS if last else 0
+            draws = NULL_DRAWS if last and state.stage != "restore" else 0
             return self.tracker.measure(state.model, stage=state.stage, step=state.step, null_draws=draws)
 
     def _tell_left_out(self, state: StepState) -> None:
@@ -239,7 +239,7 @@ class EventRecorder(Callback):
 
     def _place(self, state: StepState) -> Row:
         start = 0 if self._segment.parent is None else self._segment.parent[1]
-        pace = self.ppo_steps_per_update if state.stage == "ppo" else 1
+        pace = {"sft": 1, "ppo": self.ppo_steps_per_update, "restore": 0}[state.stage]
         global_step = start + pace * state.step
         return {**self._belongs(), "stage": state.stage, "step": state.step, "global_step": global_step}
 

@@ -19,7 +19,7 @@ class Segment:
     """Steps of one stage in a row, from one set of weights."""
 
     id: str  # names its checkpoints and array files: <id>-<step>
-    stage: str  # what trains: "sft" or "ppo"
+    stage: str  # what changes the weights: "sft", "ppo" or "restore"
     steps: int
     parent: Event | None = None  # whose weights it starts from; None: the model that the run was given
     method: str = ""  # of training, where the stage's name does not say it: see method_of
@@ -34,6 +34,8 @@ def method_of(stage: str, settings: Mapping[str, Any]) -> str:
 
     ``ppo`` is GRPO or RLOO where returns are held against the group's (``advantages``), and GRPO by TRL's trainers.
     """
+    if stage == "restore":
+        return "restoration"
     if stage != "ppo":
         return ""
     advantages = "grpo" if settings.get("trainer") == "trl" else settings.get("advantages")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rlspec.errors import OptionError, RunFolderError
-from rlspec.run.config import EMBEDDED, STAGES, TrackConfig, checked_types
+from rlspec.run.config import EMBEDDED, TRAINED, TrackConfig, checked_types
 from rlspec.run.folder import RunFolder
 
 
@@ -57,7 +57,7 @@ def stored_settings(folder: RunFolder) -> TrackConfig:
     """
     settings = folder.settings()
     # Before a run could have branches, PPO that was not told where to start from started from SFT's end.
-    if settings.get("ppo_from", ()) is None and settings.get("stages") == list(STAGES):
+    if settings.get("ppo_from", ()) is None and settings.get("stages") == list(TRAINED):
         settings["ppo_from"] = settings.get("sft_steps")
     return TrackConfig.from_settings(settings, source=str(folder.config_path))
 

@@ -9,7 +9,14 @@ from pathlib import Path
 
 from rlspec.io.jsonl import Row
 from rlspec.run.alarm import eval_events, segments_left
-from rlspec.run.branches import decisive_events, event_title, pairs_to_test, segment_titles, start_name
+from rlspec.run.branches import (
+    decisive_events,
+    event_title,
+    pairs_to_test,
+    segment_titles,
+    start_name,
+    trained_branches,
+)
 from rlspec.run.config import TrackConfig
 from rlspec.run.correlations import rank_correlations
 from rlspec.run.evaluation import compare_gains, describe_test, paired_test
@@ -33,7 +40,7 @@ def summarize(config: TrackConfig, folder: RunFolder) -> Row:
     segments = segments_left(config, metrics, evals)
     chosen = decisive_events(segments, metrics)
     pairs = pairs_to_test(segments, chosen)
-    branches = [segment for segment in segments if segment.parent is not None]
+    branches = trained_branches(segments)
     ends = [(chosen[start_name(segment, chosen)], chosen[f"{segment.id}_end"]) for segment in branches]
     last = metrics[-1]
     return {

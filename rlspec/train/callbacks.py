@@ -19,7 +19,7 @@ from rlspec.train.modes import kept_modes
 class StepState:
     """What a callback sees after a step (step 0: before the first)."""
 
-    stage: str  # "sft" or "ppo"
+    stage: str  # "sft" or "ppo"; "restore" in a run that ends with one
     step: int  # finished optimizer steps (SFT) or updates (PPO)
     total: int
     model: Any

@@ -31,7 +31,7 @@ _INNER = ("actor/huggingface", "actor")
 # Pickled models, which are told of: transformers', and accelerate's of FSDP.
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model_fsdp.bin")
 # The stages that `rlspec track` names its checkpoints after, in their order.
-_STAGES = ("sft", "ppo")
+_STAGES = ("sft", "ppo", "restore")
 # Where a run has several branches of PPO, each is named after the SFT step that it starts from.
 _BRANCH = re.compile(r"ppo-from-(\d{1,18})")
 
@@ -44,7 +44,7 @@ class Checkpoint:
     """A checkpoint folder, file or LoRA adapter on disk."""
 
     path: Path
-    stage: str  #: "sft" or "ppo" where the name is one of `rlspec track`, else ""
+    stage: str  #: "sft", "ppo" or "restore" where the name is one of `rlspec track`, else ""
     step: int | None  #: the number at the end of the name
     origin: int = -1  #: the SFT step that a branch of `rlspec track` is named after, else -1
 
