@@ -221,7 +221,9 @@ def test_a_setting_that_differs_is_told_before_that_it_fits_no_longer(tmp_path: 
 def test_settings_from_before_there_were_branches_mean_what_they_meant(
     ppo_from: int | None, found: tuple[int, ...], tmp_path: Path
 ) -> None:
-    folder = RunFolder.create(tmp_path / "run", {**TrackConfig().to_settings(), "ppo_from": ppo_from})
+    folder = RunFolder.create(
+        tmp_path / "run", {**TrackConfig(stages=("sft", "ppo")).to_settings(), "ppo_from": ppo_from}
+    )
     config = stored_settings(folder)
     assert config.ppo_from == found
     assert [segment.id for segment in config.segments] == ["sft", "ppo"]
