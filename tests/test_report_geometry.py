@@ -13,6 +13,7 @@ import pytest
 from report_toys import make_run
 
 from rlspec.report import write_report
+from rlspec.report.chart import BOTTOM, TOP, Series, line_chart
 from rlspec.report.data import RunData
 from rlspec.report.heatmap import colour, heatmap
 from rlspec.report.maps import maps
@@ -203,3 +204,16 @@ def test_a_cell_of_several_matrices_is_their_mean(tmp_path: Path) -> None:
     assert title.startswith("Rotation") and bar.high == "0.25 rad"
     (cell,) = drawn.cells
     assert cell.text.endswith("0.25 rad")
+
+
+def test_an_interval_above_one_place_of_the_axis_is_a_bar() -> None:
+    """A restoration takes no steps: of its two intervals the later is drawn, a few units wide."""
+    band = [(300.0, 0.1, 0.2), (300.0, 0.5, 0.7)]
+    series = Series("OOD", [(0.0, 0.1), (300.0, 0.6)], "c1", band)
+    drawn = line_chart([series], x_label="", y_label="", y_format=str, x_range=(0, 600), y_max=1.0)
+    assert drawn is not None
+    (line,) = drawn.lines
+    middle = line.dots[-1]
+    height = drawn.height - TOP - BOTTOM
+    wanted = [(middle.x + to, TOP + (1 - y) * height) for to, y in ((-5, 0.7), (-5, 0.5), (5, 0.5), (5, 0.7))]
+    assert [number for p in line.outline for number in (p.x, p.y)] == pytest.approx(sum(wanted, ()))

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 62, 28, 18, 40  # RIGHT: half of a label of six digits
+_BAR = 5  # half the width of an interval's bar
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,18 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [i * step for i in range(first, last + 1)]
 
 
+def _outline(
+    band: Sequence[tuple[float, float, float]], place: Callable[[float, float], Place]
+) -> list[Place]:
+    """There along the upper edge of a band and back along the lower one; of one that lies above a single point of the
+    axis the last interval, as a bar."""
+    upper, lower = ([place(x, (low, high)[i]) for x, low, high in band] for i in (1, 0))
+    if not band or band[0][0] != band[-1][0]:
+        return upper + lower[::-1]
+    left, right = ([replace(end, x=end.x + to) for end in (upper[-1], lower[-1])] for to in (-_BAR, _BAR))
+    return left + right[::-1]
+
+
 def line_chart(
     series: Sequence[Series],
     *,
@@ -118,9 +131,7 @@ def line_chart(
     for s in shown:
         name = ", ".join(part for part in (s.label, s.where, "step") if part)
         dots = [place(x, y, f"{name} {x:g}: {y_format(y)}") for x, y in s.points]
-        there = [place(x, high) for x, _, high in s.band]
-        back = [place(x, low) for x, low, _ in reversed(s.band)]
-        lines.append(Line(s.label, s.colour, s.dash, dots, there + back))
+        lines.append(Line(s.label, s.colour, s.dash, dots, _outline(s.band, place)))
     return Chart(
         height=height,
         x_label=x_label,

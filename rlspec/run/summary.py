@@ -145,7 +145,7 @@ def summary_lines(summary: Row, folder: Path | None = None) -> list[str]:
     steps = {name: f"{event['metrics']['step']}" for name, event in summary["events"].items()}
     ood = next(iter(summary["events"].values()))["metrics"].get("ood_shift")
     ood_title = f"OOD ({ood})" if ood else "OOD"
-    head = f"{'event':<{width}}{'step':>6}{'loss':>8}  {'ID':<22}{ood_title:<22}{'KL':>7}{'rotation':>10}{'sigma':>9}"
+    head = f"{'event':<{width}}{'step':>6}{'loss':>8}  {'ID':<24}{ood_title:<24}{'KL':>7}{'rotation':>10}{'sigma':>9}"
     lines = ["", head]
     for name, event in summary["events"].items():
         row = event["metrics"]
@@ -153,7 +153,7 @@ def summary_lines(summary: Row, folder: Path | None = None) -> list[str]:
         lines.append(
             f"{titles[name]:<{width}}{steps[name]:>6}"
             f"{_number(row.get('loss'), '.3f'):>8}  "
-            f"{_share(row, 'id'):<22}{_share(row, 'ood'):<22}"
+            f"{_share(row, 'id'):<24}{_share(row, 'ood'):<24}"
             f"{_number(row['kl_base_nats_per_token'], '.3f'):>7}"
             f"{_number(mean(module['rotation_rad'] for module in spectra), '.4f'):>10}"
             f"{_number(mean(module['sigma_change_rel_max'] for module in spectra), '.2%'):>9}"
