@@ -6,6 +6,7 @@ The public names are imported on first use, so that ``import rlspec`` and ``rlsp
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,22 +50,12 @@ def __getattr__(name: str) -> Any:
     if name == "_C":
         return _extension()
     if name == "__version__":
-        return _version()
+        return version("rlspec")
     if name in _ATTRIBUTES:
         return getattr(import_module(_ATTRIBUTES[name]), name)
     if name in _SUBPACKAGES:
         return import_module(f"{__name__}.{name}")
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def _version() -> str:
-    """That of the installed package's metadata."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("rlspec")
-    except PackageNotFoundError:
-        return "(not installed)"
 
 
 def _extension() -> Any:

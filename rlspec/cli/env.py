@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-import rlspec
-
 if TYPE_CHECKING:
     import torch
 
@@ -30,12 +28,13 @@ def environment() -> dict[str, str]:
     import torch
 
     from rlspec.backend import backend_for, cpu_capabilities
+    from rlspec.cli.main import installed_version
     from rlspec.io.cache_folder import default_cache_dir
     from rlspec.linalg import coarse, solvers
     from rlspec.ops.table import TABLE, summary
 
     facts = {
-        "rlspec": rlspec.__version__,
+        "rlspec": installed_version(),
         "python": platform.python_version(),
         "platform": platform.platform(),
     }

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from importlib import import_module
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import click
 
-import rlspec
 from rlspec.cli.exits import stopped
 from rlspec.cli.flags import as_flags
 from rlspec.cli.threads import share_the_machine
@@ -53,8 +53,16 @@ class _Commands(click.Group):
 
 def _print_version(ctx: click.Context, _param: click.Parameter, value: bool) -> None:
     if value and not ctx.resilient_parsing:
-        click.echo(f"rlspec {rlspec.__version__}")
+        click.echo(f"rlspec {installed_version()}")
         ctx.exit()
+
+
+def installed_version() -> str:
+    """The version in the installed package's metadata."""
+    try:
+        return version("rlspec")
+    except PackageNotFoundError:
+        return "(not installed)"
 
 
 @click.group(

@@ -37,11 +37,12 @@ class Bounds:
     angle: Tensor
 
 
-def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor) -> Bounds:
+def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor, outside: Tensor) -> Bounds:
     """Bounds on the leading k values and angles of a pair, from what it leaves over.
 
     Args:
         scale: ||E||_F, (L,) on the host.
+        outside: what the largest value outside of the pair may be, (L,) on the host, see ``largest_outside``.
     """
     sample, k = reference.sample, reference.k
     values = reference.values
@@ -57,13 +58,13 @@ def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor) ->
     entry = torch.maximum(entry, largest.amax((-2, -1)) / _EXTREME)
 
     # Outside it: what would turn the subspace or move the values at second order.
-    beyond = _beyond(values, sigma, w)
+    beyond = torch.maximum(_beyond(values, sigma, w), outside)
     gaps = (sigma[..., :k] - beyond.unsqueeze(-1)).clamp_min(torch.finfo(torch.float64).tiny)
     # Columns divided by their gap give the missing rotation; sampled columns share the smallest gap.
     edge_gaps = gaps[..., [sample.columns[e] for e in edges]]
-    outside = left_over.outside
-    at_edges = outside[:, edges][..., edges]
-    sampled = outside[:, signs, signs]
+    escaped = left_over.outside
+    at_edges = escaped[:, edges][..., edges]
+    sampled = escaped[:, signs, signs]
     weight = 1.0 / gaps[..., -1]
     turn = torch.maximum(
         weight * _spectral_norm(sampled) / math.sqrt(sampled.shape[-1]),

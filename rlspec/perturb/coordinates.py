@@ -126,7 +126,7 @@ def diagonalise(
     """Orthonormalise two bases and diagonalise the core between them.
 
     Args:
-        left, right: bases of w columns, linearly independent, nearly orthonormal.
+        left, right: bases of w columns, linearly independent, nearly orthonormal; where they are not, sigma is NaN.
         core: (L, w, w) leftᵀ W right, float64.
         grams: Gram matrices of both, (L, w, w) float64, where they are known already.
         coarse: turn what the bases have beyond the leading coordinates in bfloat16.
@@ -143,12 +143,19 @@ def diagonalise(
 
 def _diagonalising(core: Tensor, gram_left: Tensor, gram_right: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Turns a (L, w, w), b (L, w, w) and values sigma (L, w) with aᵀ G_l a = I, bᵀ G_r b = I, aᵀ core b = diag(sigma);
-    as a, sigma, b."""
-    lower_left, lower_right = torch.linalg.cholesky(gram_left), torch.linalg.cholesky(gram_right)
+    as a, sigma, b. NaN for sigma where a basis is none: its columns depend on each other, or are not finite."""
+    (lower_left, wrong_left), (lower_right, wrong_right) = map(
+        torch.linalg.cholesky_ex, (gram_left, gram_right)
+    )
+    wrong = ((wrong_left != 0) | (wrong_right != 0) | ~core.isfinite().all(-1).all(-1))[..., None, None]
+    eye = torch.eye(core.shape[-1], dtype=core.dtype, device=core.device)
+    lower_left, lower_right = (torch.where(wrong, eye, lower) for lower in (lower_left, lower_right))
+    core = core.masked_fill(wrong, 0.0)
     solve = torch.linalg.solve_triangular
     half = solve(lower_left, core, upper=False)
     small = solve(lower_right, half.mT, upper=False).mT
     u, sigma, z = core_svd(small)
+    sigma = sigma.masked_fill(wrong.squeeze(-1), torch.nan)
     return solve(lower_left.mT, u, upper=True), sigma, solve(lower_right.mT, z, upper=True)
 
 

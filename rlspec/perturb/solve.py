@@ -72,7 +72,8 @@ def solve(
     found = remaining_error(reference.sample, left_over)
     settled = (found.spectrum <= _SPECTRUM) & (found.subspace <= subspace_tolerance) & (found.sigma <= _SIGMA)
     settled |= delta.stats.delta_frobenius == 0
-    error, sigma, pending = found.subspace, found.sigma, positions_of(~settled)
+    # A pair without a core is beyond repair, see ``diagonalise``.
+    error, sigma, pending = found.subspace, found.sigma, positions_of(~settled & _has_core(left_over))
     for _ in range(_SWEEPS):
         if not pending:
             break
@@ -82,12 +83,17 @@ def solve(
         found = remaining_error(reference.sample, remains)
         pair, left_over = pair.replace(pending, refined), left_over.replace(pending, remains)
         good = (found.subspace <= min(subspace_tolerance, _SUBSPACE)) & (found.sigma <= _SIGMA)
-        stalled = ~good & (found.subspace > _PROGRESS * error[pending])
+        stalled = ~good & ((found.subspace > _PROGRESS * error[pending]) | ~_has_core(remains))
         rounding = (found.subspace <= _STALLED_SUBSPACE) & (found.sigma <= _STALLED_SIGMA)
         settled[pending] = good | (stalled & rounding)
         error[pending], sigma[pending] = found.subspace, found.sigma
         pending = [pending[i] for i in positions_of(~good & ~stalled)]
     return Solution(pair, delta, block, settled, left_over, error, sigma, coarse)
+
+
+def _has_core(left_over: Residual) -> Tensor:
+    """(L,) bool, on the host."""
+    return left_over.sigma.isfinite().all(-1)
 
 
 def is_perturbation(reference: Reference, delta: Delta, largest: float) -> Tensor:

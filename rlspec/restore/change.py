@@ -18,6 +18,7 @@ from rlspec.ops.add_rounded import ChangeSums, add_rounded
 from rlspec.ops.draws import Draws
 from rlspec.perturb.coordinates import Side
 from rlspec.perturb.delta import Delta, DenseDelta, frobenius
+from rlspec.perturb.leading import largest_outside
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.reference import Reference
 from rlspec.perturb.solve import is_perturbation, solve
@@ -88,6 +89,9 @@ def _by_perturbation(reference: Reference, delta: Delta, start: int, stop: int, 
     if not bool(solution.settled.all()):
         return None
     pair = solution.pair
+    _, overtaken = largest_outside(reference, solution.delta, pair, solution.left_over.sigma)
+    if bool(overtaken.any()):
+        return None
     u, v = reference.U[0, :, start:stop], reference.Vh[0, start:stop].mT
     inside_left, outside_left = _split(reference.U[0], pair.left, start, stop)
     inside_right, outside_right = _split(reference.Vh[0].mT, pair.right, start, stop)

@@ -4,8 +4,9 @@
    order, a small dense SVD (``sylvester``, ``subspace``).
 2. Where an estimate of the error says that this will not do, sweeps of block refinement with the same solve as
    preconditioner (``estimate``, ``refine``, ``solve``).
-3. Bounds from residuals (``bounds``).
-4. Where sweeps do not settle, a full decomposition measures the matrix, and the note says so.
+3. Whether what was found leads (``leading``), and bounds from residuals (``bounds``).
+4. Where sweeps do not settle, or what was found does not lead, a full decomposition measures the matrix, and the note
+   says so.
 """
 
 from __future__ import annotations
@@ -16,12 +17,13 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.coarse import coarse_refusal
-from rlspec.linalg.dense import values_of_gram
 from rlspec.linalg.transfer import to_host
 from rlspec.perturb.batch import positions_of, take
 from rlspec.perturb.bounds import residual_bounds
 from rlspec.perturb.coordinates import Side, beyond, sines
 from rlspec.perturb.delta import Delta, UpdateStats
+from rlspec.perturb.leading import largest_outside
+from rlspec.perturb.norms import estimated_norm, krylov_moments, spectral_norm
 from rlspec.perturb.reference import Reference
 from rlspec.perturb.solve import Solution, is_perturbation, solve
 from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
@@ -33,8 +35,6 @@ from rlspec.spectra.subspaces import Subspaces
 # Past this share of the reference's norm an update is no perturbation, and refinement costs more than it
 # saves.
 _LARGEST_UPDATE = 0.5
-# Directions of a Krylov space shorter than this share of the longest, squared, are damped: float32 rounds them.
-_SHIFT = 1e-9
 
 
 def measure_delta(reference: Reference, delta: Delta, *, subspaces: bool = False) -> Measurement:
@@ -67,9 +67,13 @@ def _perturbative(
     solution = solve(reference, delta, coarse=coarse)
     kept, rest = positions_of(solution.settled), positions_of(~solution.settled)
     parts = []
-    if kept:
-        measured = _assemble(reference.select(kept), delta.select(kept), solution, kept, subspaces)
-        parts.append(([positions[i] for i in kept], measured))
+    while kept:
+        found = _assemble(reference.select(kept), delta.select(kept), solution, kept, subspaces)
+        if isinstance(found, Measurement):
+            parts.append(([positions[i] for i in kept], found))
+            break
+        overtaken = [kept[i] for i in found]
+        kept, rest = [i for i in kept if i not in overtaken], sorted([*rest, *overtaken])
     if rest:
         exact = _exactly(reference.select(rest), delta.select(rest), subspaces)
         parts.append(([positions[i] for i in rest], exact))
@@ -83,9 +87,9 @@ def _exactly(reference: Reference, delta: Delta, subspaces: bool) -> Measurement
 
 def _assemble(
     reference: Reference, delta: Delta, solution: Solution, kept: list[int], subspaces: bool
-) -> Measurement:
+) -> Measurement | list[int]:
     """What is measured of the matrices ``kept``, which ``reference`` and ``delta`` hold; the results leave the device
-    in one transfer."""
+    in one transfer. Or positions among them of those whose pairs are not known to lead."""
     k, change = reference.k, delta.stats
     pair, block = solution.pair.select(kept), take(solution.block, kept)
     m, n = reference.shape
@@ -102,7 +106,12 @@ def _assemble(
     )
     best, core, labels, space, image, *outside = found
     squared = reference.device.type != "cpu"
-    bounds = residual_bounds(reference, left_over, change.delta_frobenius)
+    norm = spectral_norm(space, image)
+    wide = solution.delta.select(kept)
+    outside_value, overtaken = largest_outside(reference, wide, pair, left_over.sigma, norm)
+    if bool(overtaken.any()):
+        return positions_of(overtaken)
+    bounds = residual_bounds(reference, left_over, change.delta_frobenius, outside_value)
     same = change.delta_frobenius == 0
     column = same.unsqueeze(-1)
     sigma = torch.where(column, reference.values[..., :k], left_over.sigma[..., :k])
@@ -123,7 +132,7 @@ def _assemble(
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
         best_cosine=best.clamp_max(1.0).masked_fill(column, 1.0),
-        delta_spectral=spectral_norm(space, image),
+        delta_spectral=norm,
         effective_rank=effective_rank(spectrum),
         # Scaled and true trailing values both lie within ||E|| of the reference's.
         effective_rank_error_bound=effective_rank_bound(spectrum, 2.0 * change.delta_frobenius),
@@ -160,44 +169,3 @@ def _whole_spectrum(reference: Reference, change: UpdateStats, sigma: Tensor) ->
     most = change.delta_frobenius / energy.sqrt().clamp_min(1e-300)
     scale = torch.minimum(torch.maximum(scale, 1.0 - most), 1.0 + most)  # 1 where nothing changed
     return torch.cat([sigma, tail * scale.unsqueeze(-1)], dim=-1)
-
-
-def estimated_norm(delta: Delta) -> Tensor:
-    """(L,) ||E||_2 on the host, see :func:`spectral_norm`."""
-    return spectral_norm(*to_host(krylov_moments(delta)))
-
-
-def krylov_moments(delta: Delta, *, columns: int = 8, passes: int = 6) -> tuple[Tensor, Tensor]:
-    """Gram matrices, (L, c, c) float64, of a small block Krylov space of EᵀE and of its image under E, see
-    :func:`spectral_norm`.
-
-    Blocks are scaled, not orthogonalised: the Gram matrix tells which of their directions are new.
-    """
-    matrices, m, n = delta.shape
-    columns = min(columns, m, n)
-    start = torch.randn(n, columns, generator=torch.Generator().manual_seed(n), dtype=torch.float64)
-    start = start.to(torch.float64 if delta.dtype == torch.float64 else torch.float32)
-    blocks = [(start / start.norm(dim=-2)).to(delta.device).expand(matrices, -1, -1)]
-    images = [delta.matmul(blocks[0])]
-    tiny = torch.finfo(start.dtype).tiny
-    for _ in range(passes - 1):
-        block = delta.rmatmul(images[-1])
-        blocks.append(block / block.norm(dim=-2, keepdim=True).clamp_min(tiny))
-        images.append(delta.matmul(blocks[-1]))
-    space, image = torch.cat(blocks, dim=-1).double(), torch.cat(images, dim=-1).double()
-    return space.mT @ space, image.mT @ image
-
-
-def spectral_norm(space: Tensor, image: Tensor) -> Tensor:
-    """(L,) ||E||_2 from the Gram matrices of :func:`krylov_moments`, on the host; from below, right to about 1 %.
-
-    Random matrices have the flattest spectra at the top and are the worst case.
-    """
-    # Blocks of little that is new make the space's Gram matrix singular to rounding: what is shorter than the shift
-    # counts for less, never for more.
-    longest = space.diagonal(dim1=-2, dim2=-1).amax(-1)[..., None, None]
-    shifted = space + _SHIFT * longest * torch.eye(space.shape[-1], dtype=space.dtype)
-    lower = torch.linalg.cholesky(shifted)
-    half = torch.linalg.solve_triangular(lower, image, upper=False)
-    core = torch.linalg.solve_triangular(lower, half.mT, upper=False)
-    return values_of_gram((core + core.mT) / 2)[..., 0]
