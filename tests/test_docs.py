@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
 from collections.abc import Iterator
@@ -193,6 +194,18 @@ def test_every_column_has_its_line_in_the_metric_reference() -> None:
     assert not set(COLUMNS) - shown
     told = {name for name in shown if re.match("(angle|sigma|null|delta|block|energy|intruder)_", name)}
     assert not told - set(COLUMNS), "the page speaks of columns that no row has"
+
+
+def test_the_command_line_reference_is_what_the_commands_say() -> None:
+    page = runpy.run_path(str(ROOT / "tools/cli_reference.py"))
+    assert page["PAGE"].read_text() == page["reference"](), "run: python tools/cli_reference.py"
+    told = set(re.findall(r"^\* `(--[\w-]+)", page["reference"](), re.MULTILINE))
+    assert {
+        "--sft-kl-coef",
+        "--slurm",
+        "--win-back",
+        "--prune",
+    } <= told  # fine ones, a plan's, a search's, an IntRange
 
 
 def test_every_page_is_in_the_navigation() -> None:

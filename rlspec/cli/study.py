@@ -58,7 +58,7 @@ def command() -> None:
     """Run all cells of a plan, those that are missing. The same command goes on where it was stopped.
 
     Plans run on the model that comes with rlspec. For a model of yours, with any scores: `rlspec study rank --base B
-    --tuned T`, see `rlspec study rank --base B --help`.
+    --tuned T --out DIR`, see `rlspec study rank --base B --help`.
     """
 
 
