@@ -22,8 +22,8 @@ _HEAD = """\
 Every command with every option, as `--help` tells them. Options marked with † are those that `--help` leaves to
 `--help-all`. How the commands are used is told by the quick starts.
 
-What a command refuses is one line on stderr and exit code 2, and nothing is half-written; what goes wrong later ends with 1,
-Ctrl-C with 130 and SIGTERM with 143. `rlspec --version` prints the version.
+What a command refuses is one line on stderr and exit code 2, and nothing is half-written. Ctrl-C ends a command with 130,
+SIGTERM with 143. `rlspec --version` prints the version.
 """
 _HELP = {"--help", "--help-all"}
 _YOURS = ("study rank --base B --tuned T", rank_any)  # what the group calls in place of its plan
