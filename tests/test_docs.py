@@ -12,10 +12,13 @@ import re
 import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -165,6 +168,10 @@ def test_what_a_page_shows_runs(
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda page: page.name)
 def test_a_notebook_runs_cell_by_cell(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+    drawn: list[str] = []
+    # Every notebook has IPython around it, the tests have not.
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(SVG=drawn.append))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace())
     cells = [cell for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] for cell in cells), "what a cell prints is not kept"
     namespace: dict[str, Any] = {}
@@ -172,6 +179,10 @@ def test_a_notebook_runs_cell_by_cell(page: Path, tmp_path: Path, monkeypatch: p
         code = "".join(cell["source"])
         small = re.sub(r"STEPS, DEALS = \d+, \d+", "STEPS, DEALS = 4, 4", code)
         exec(compile(small, f"{page.name}, cell {number}", "exec"), namespace)
+    for picture in drawn:
+        svg = ElementTree.fromstring(picture)
+        assert {"ID", "OOD"} <= {text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert drawn
 
 
 def trl_dataset(words: list[str]) -> Any:
