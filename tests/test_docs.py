@@ -219,6 +219,17 @@ def test_the_command_line_reference_is_what_the_commands_say() -> None:
     } <= told  # fine ones, a plan's, a search's, an IntRange
 
 
+@pytest.mark.parametrize("room", ["rlspec", "rlspec.train", "rlspec.spectra", "rlspec.report"])
+def test_the_api_page_has_every_public_name(room: str) -> None:
+    shown = re.findall(r"^::: ([\w.]+)\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    for module, name in shown:
+        assert getattr(importlib.import_module(module), name).__doc__, (
+            f"{module}.{name} says nothing of itself"
+        )
+    public = set(importlib.import_module(room).__all__) - {"__version__", "tasks", "train"}
+    assert public <= {name for _, name in shown}
+
+
 def test_every_page_is_in_the_navigation() -> None:
     navigation = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert navigation == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
