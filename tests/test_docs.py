@@ -9,13 +9,18 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import runpy
 import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
+import click
 import pytest
 import torch
 import transformers
@@ -25,7 +30,6 @@ from train_toys import save_toy_model
 
 import rlspec
 from rlspec.cli.main import main
-from rlspec.cli.study import command as study
 from rlspec.models.vocabulary import make_tokenizer
 from rlspec.spectra.table import COLUMNS
 
@@ -87,15 +91,17 @@ def run_command(words: list[str], block: Block) -> None:
     elif words[:2] == ["pip", "install"]:
         what, *extras = re.findall(r"[.\w]+", words[-1])
         declared = set(re.findall(r"^(\w+) = \[", (ROOT / "pyproject.toml").read_text(), re.MULTILINE))
-        assert what in (".", "rlspec") and set(extras) <= declared, f"{block}: {words}"
+        # Of a clone: no index has the package.
+        if what != "." or not set(extras) <= declared:
+            raise AssertionError(
+                f"{block}: `{' '.join(words)}`: wanted '.', or '.[EXTRA]' with a declared extra"
+            )
     elif words[0] == "python":  # a bench: it is there, and knows its options
         bench = importlib.import_module(Path(words[1]).stem)
         assert (ROOT / words[1]).exists()
         bench.main.make_context(words[1], words[2:])
     elif words[:2] == ["rlspec", "study"] and "--base" not in words:  # minutes, even the quick ones
-        name, plan, rest = study.resolve_command(study.make_context("study", words[2:]), words[2:])
-        assert plan is not None
-        plan.make_context(name, rest)
+        parse(words)
     else:
         assert words[0] == "rlspec", f"{block}: nothing knows how to run {words[0]}"
         arguments = words[1:]
@@ -107,6 +113,46 @@ def run_command(words: list[str], block: Block) -> None:
         assert result.exit_code == 0, f"{block}: {' '.join(words)}\n{result.output}\n{result.exception!r}"
         if words[1] == "track":
             furnish(Path("runs/mine"))
+
+
+def parse(words: list[str]) -> None:
+    """Read a command line of rlspec as the command itself does, and go no further.
+
+    Raises:
+        click.UsageError: it is none.
+    """
+    command: click.Command = main
+    name: str | None
+    (name, *rest), found = words, command
+    try:
+        while isinstance(command, click.Group):
+            name, found, rest = command.resolve_command(command.make_context(name, [*rest]), [*rest])
+            assert found is not None
+            command = found
+        command.make_context(name, rest)
+    except click.exceptions.Exit:  # --help
+        pass
+
+
+def spans(page: Path, text: str | None = None) -> Iterator[Block]:
+    """What a page has in backticks in its prose, be it over two lines."""
+    text = page.read_text() if text is None else text
+    prose = _FENCE.sub(lambda block: re.sub(r"[^\n]", "", block[0]), text)
+    for match in re.finditer(r"`([^`]+)`", prose):
+        yield Block(page, prose.count("\n", 0, match.start()) + 1, "span", " ".join(match[1].split()))
+
+
+def check_span(span: Block) -> None:
+    """A command with options is one that can be typed, but for an ellipsis; what is to be installed can be."""
+    if "..." in span.text or "…" in span.text:
+        return
+    if span.text.startswith("pip install "):
+        run_command(shlex.split(span.text), span)
+    elif re.match(r"rlspec [a-z]", span.text) and " -" in span.text:
+        try:
+            parse(shlex.split(span.text))
+        except click.UsageError as error:
+            raise AssertionError(f"{span}: `{span.text}`: {error.format_message()}") from None
 
 
 def furnish(run: Path) -> None:
@@ -161,9 +207,45 @@ def test_what_a_page_shows_runs(
         run_block(block, namespace)
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_a_command_in_a_pages_prose_can_be_typed(page: Path) -> None:
+    wrong = []
+    for span in spans(page):
+        try:
+            check_span(span)
+        except AssertionError as error:
+            wrong.append(str(error))
+    assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "`rlspec study duration\n--seeds 0,1,2`",
+        "`rlspec study nothing --quick`",
+        "`rlspec cache --prune much`",
+        "`rlspec measure --bass x --base y --out z`",
+        "`pip install 'rlspec[png]'`",
+        "`pip install '.[nothing]'`",
+    ],
+)
+def test_a_command_in_prose_that_cannot_be_typed_is_found(text: str) -> None:
+    (span,) = spans(ROOT / "README.md", f"```text\n`rlspec measure --bass`\n```\nSee {text}.\n")
+    with pytest.raises(AssertionError, match=r"README.md:4"):
+        check_span(span)
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").rglob("*.ipynb")), ids=lambda page: page.name)
 def test_a_notebook_runs_cell_by_cell(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RLSPEC_CACHE", str(tmp_path / "cache"))
+    for cell in json.loads(page.read_text())["cells"]:
+        if cell["cell_type"] == "markdown":
+            for span in spans(page, "".join(cell["source"])):
+                check_span(span)
+    drawn: list[str] = []
+    # Every notebook has IPython around it, the tests have not.
+    monkeypatch.setitem(sys.modules, "IPython.display", SimpleNamespace(SVG=drawn.append))
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace())
     cells = [cell for cell in json.loads(page.read_text())["cells"] if cell["cell_type"] == "code"]
     assert not any(cell["outputs"] for cell in cells), "what a cell prints is not kept"
     namespace: dict[str, Any] = {}
@@ -171,6 +253,10 @@ def test_a_notebook_runs_cell_by_cell(page: Path, tmp_path: Path, monkeypatch: p
         code = "".join(cell["source"])
         small = re.sub(r"STEPS, DEALS = \d+, \d+", "STEPS, DEALS = 4, 4", code)
         exec(compile(small, f"{page.name}, cell {number}", "exec"), namespace)
+    for picture in drawn:
+        svg = ElementTree.fromstring(picture)
+        assert {"ID", "OOD"} <= {text.text for text in svg.iter("{http://www.w3.org/2000/svg}text")}
+    assert drawn
 
 
 def trl_dataset(words: list[str]) -> Any:
@@ -193,6 +279,29 @@ def test_every_column_has_its_line_in_the_metric_reference() -> None:
     assert not set(COLUMNS) - shown
     told = {name for name in shown if re.match("(angle|sigma|null|delta|block|energy|intruder)_", name)}
     assert not told - set(COLUMNS), "the page speaks of columns that no row has"
+
+
+def test_the_command_line_reference_is_what_the_commands_say() -> None:
+    page = runpy.run_path(str(ROOT / "tools/cli_reference.py"))
+    assert page["PAGE"].read_text() == page["reference"](), "run: python tools/cli_reference.py"
+    told = set(re.findall(r"^\* `(--[\w-]+)", page["reference"](), re.MULTILINE))
+    assert {
+        "--sft-kl-coef",
+        "--slurm",
+        "--win-back",
+        "--prune",
+    } <= told  # fine ones, a plan's, a search's, an IntRange
+
+
+@pytest.mark.parametrize("room", ["rlspec", "rlspec.train", "rlspec.spectra", "rlspec.report"])
+def test_the_api_page_has_every_public_name(room: str) -> None:
+    shown = re.findall(r"^::: ([\w.]+)\.(\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    for module, name in shown:
+        assert getattr(importlib.import_module(module), name).__doc__, (
+            f"{module}.{name} says nothing of itself"
+        )
+    public = set(importlib.import_module(room).__all__) - {"__version__", "tasks", "train"}
+    assert public <= {name for _, name in shown}
 
 
 def test_every_page_is_in_the_navigation() -> None:

@@ -144,14 +144,35 @@ def test_a_folder_of_other_settings_is_refused_and_left_alone(arguments: list[st
     [
         ("--seeds=1.5", "--seeds '1.5' must be whole numbers"),
         ("--slurm=cpu", "--slurm 'cpu' must be name=value"),
+        ("--slurm=mem=1,mem=2", "Error: --slurm mem=2: mem is given twice, 1 before\n"),
+        ("--slurm=mem=1 --slurm=a=b,mem=1", "Error: --slurm mem=1: mem is given twice, 1 before\n"),
         ("--model=/nowhere", "no such folder; --model wants"),
         ("--threads=0", "--threads"),
     ],
 )
 def test_bad_options_are_told_as_they_were_given(given: str, shown: str, tmp_path: Path) -> None:
-    result = invoke("study", "layers", given, f"--out={tmp_path / 's'}")
+    result = invoke("study", "layers", *given.split(), f"--out={tmp_path / 's'}")
     assert result.exit_code == 2 and shown in result.output
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["--slurm=partition=cpu,timeout_min=60", "--slurm=partition=cpu --slurm=timeout_min=60"],
+    ids=["with commas", "as options of their own"],
+)
+def test_every_setting_of_a_clusters_jobs_reaches_it(
+    given: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reached: list[Places] = []
+
+    def run_plan(plan: str, options: StudyOptions, seeds: Any, out: Path, places: Places) -> list[str]:
+        reached.append(places)
+        return []
+
+    monkeypatch.setattr("rlspec.study.job.run_plan", run_plan)
+    assert invoke("study", "layers", *given.split(), f"--out={tmp_path / 's'}").exit_code == 0
+    assert reached[0].slurm == {"partition": "cpu", "timeout_min": "60"}
 
 
 def test_seeds_may_be_added(model: Path) -> None:

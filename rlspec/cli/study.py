@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,7 +58,7 @@ def command() -> None:
     """Run all cells of a plan, those that are missing. The same command goes on where it was stopped.
 
     Plans run on the model that comes with rlspec. For a model of yours, with any scores: `rlspec study rank --base B
-    --tuned T`, see `rlspec study rank --base B --help`.
+    --tuned T --out DIR`, see `rlspec study rank --base B --help`.
     """
 
 
@@ -82,9 +83,21 @@ def _plan(name: str, told: str) -> click.Command:
         show_default=True,
         help="Where cells run: this machine, or a Slurm cluster.",
     )
-    @click.option("--slurm", "slurm", default="", help="For its jobs, as in partition=cpu,timeout_min=60.")
+    @click.option(
+        "--slurm",
+        "slurm",
+        multiple=True,
+        metavar="NAME=VALUE",
+        help="For its jobs, as in partition=cpu; several with commas or as further --slurm.",
+    )
     def run(
-        out: Path, workers: int, threads: int | None, executor: str, slurm: str, seeds: str, **settings: Any
+        out: Path,
+        workers: int,
+        threads: int | None,
+        executor: str,
+        slurm: tuple[str, ...],
+        seeds: str,
+        **settings: Any,
     ) -> None:
         from rlspec.study.job import Places, run_plan
 
@@ -106,11 +119,17 @@ def _seeds(text: str) -> list[int]:
     return list(dict.fromkeys(map(int, text.split(","))))
 
 
-def _pairs(text: str) -> dict[str, str]:
-    pairs = [part.partition("=") for part in text.split(",") if part]
-    if any(not name or not value for name, _, value in pairs):
-        raise OptionError(f"slurm={text!r} must be name=value, with commas between them")
-    return {name: value for name, _, value in pairs}
+def _pairs(texts: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for text in texts:
+        for part in filter(None, text.split(",")):
+            name, _, value = part.partition("=")
+            if not name or not value:
+                raise OptionError(f"slurm={text!r} must be name=value, with commas between them")
+            if name in pairs:
+                raise OptionError(f"slurm={name}={value}: {name} is given twice, {pairs[name]} before")
+            pairs[name] = value
+    return pairs
 
 
 for _name, _text in _TOLD.items():

@@ -83,7 +83,8 @@ def check_shift(task: Task, shift: str) -> str:
 
 
 def evaluation_problems(task: Task, n: int, *, shift: str = IN_DISTRIBUTION, seed: int = 0) -> list[Any]:
-    """``n`` problems with distinct keys, the same for the same (task, shift, seed) in every process.
+    """``n`` problems with distinct keys, the same for the same (task, shift, seed) in every process. A longer list
+    begins with a shorter one.
 
     Raises:
         OptionError: unknown shift, ``n`` is not positive, or the task has fewer distinct problems than ``n``.
@@ -113,7 +114,11 @@ def evaluation_problems(task: Task, n: int, *, shift: str = IN_DISTRIBUTION, see
 
 
 def training_problem(task: Task, rng: random.Random, exclude: frozenset[Hashable] = frozenset()) -> Any:
-    """An in-distribution problem whose key is not in ``exclude`` (the evaluation problems' keys)."""
+    """An in-distribution problem whose key is not in ``exclude`` (the evaluation problems' keys).
+
+    Raises:
+        OptionError: those leave none, or next to none.
+    """
     for _ in range(10_000):
         problem = task.sample(rng, IN_DISTRIBUTION)
         if problem.key not in exclude:

@@ -17,15 +17,25 @@ from rlspec.train.modes import kept_modes
 
 @dataclass(frozen=True)
 class StepState:
-    """What a callback sees after a step (step 0: before the first)."""
+    """What a callback sees after a step (step 0: before the first).
 
-    stage: str  # "sft" or "ppo"; "restore" in a run that ends with one
-    step: int  # finished optimizer steps (SFT) or updates (PPO)
+    Attributes:
+        stage: "sft" or "ppo"; "restore" in a run that ends with one.
+        step: finished optimizer steps (SFT) or updates (PPO).
+        total: steps or updates of the stage.
+        model: as it is now; to be read only.
+        tokenizer: the model's.
+        logs: figures of the step, such as ``loss``; none before the first.
+        seconds_training: cumulative, over resumes too, without the callbacks.
+    """
+
+    stage: str
+    step: int
     total: int
     model: Any
     tokenizer: Any
     logs: dict[str, float]
-    seconds_training: float  # cumulative, over resumes too, without the callbacks
+    seconds_training: float
 
 
 class Callback:

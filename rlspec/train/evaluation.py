@@ -20,22 +20,37 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EvalResult:
-    """Outcome of one evaluation. An episode succeeds if any of its turns does."""
+    """Outcome of one evaluation. An episode succeeds if any of its turns does.
+
+    Attributes:
+        shift: under which it was made.
+        n: episodes, one for each problem.
+        successes: episodes that ended solved.
+        first_turn_successes: those solved by the first answer.
+        accuracy: successes / n, in [0, 1].
+        low: lower end of its 95 % Wilson interval.
+        high: upper end.
+        per_turn_accuracy: share of episodes solved within the first 1, 2, … turns; as many as there may be turns.
+        outcomes: whether each problem was solved, (n,) in the fixed order, for a paired test between two checkpoints.
+        kinds: how the verifier classed the first answers: name to count.
+        seconds: wall time.
+    """
 
     shift: str
-    n: int  # episodes
+    n: int
     successes: int
     first_turn_successes: int
-    accuracy: float  # successes / n
-    low: float  # 95 % Wilson interval of the accuracy
+    accuracy: float
+    low: float
     high: float
-    per_turn_accuracy: list[float]  # share of episodes solved within the first 1, 2, … turns
-    outcomes: list[bool]  # per problem, in the fixed order, for a paired test between two checkpoints
-    kinds: dict[str, int]  # how the verifier classed the first answers
+    per_turn_accuracy: list[float]
+    outcomes: list[bool]
+    kinds: dict[str, int]
     seconds: float
 
     @property
     def first_turn_accuracy(self) -> float:
+        """Share of episodes solved by the first answer."""
         return self.first_turn_successes / self.n
 
 
@@ -53,14 +68,26 @@ def evaluate(
     batch_size: int = 256,
     dtype: Any = "float32",
 ) -> EvalResult:
-    """Play ``deals`` fixed problems of a shift, ``turns`` verification turns each (the task's limit if None).
+    """Let a model solve fixed problems of a shift.
 
     Problems and random numbers depend on (seed, shift) alone, so two checkpoints are judged on the same
-    problems with the same luck. ``first`` problems of that fixed order are passed over, so that two sets of one seed
-    share none. The model's mode and the global random state are left as they were.
+    problems with the same luck. The model's mode and the global random state are left as they were.
+
+    Args:
+        model: a Hugging Face causal LM, on the device where it is to run.
+        tokenizer: the model's.
+        task: what gives problems and judges answers; see :class:`rlspec.tasks.Task`.
+        shift: one of ``task.shifts``; ``"none"`` is in distribution.
+        deals: problems, all different.
+        turns: verification turns of each; None: the task's limit.
+        seed: of problems and sampling.
+        first: problems of the fixed order that are passed over, so that two sets of one seed share none.
+        temperature: of sampling; 0 takes the likeliest token.
+        batch_size: episodes played side by side (memory).
+        dtype: of the passes: ``"float32"``, ``"bf16"``, or ``"auto"``, which is bf16 on CUDA.
 
     Raises:
-        OptionError: the task has no such shift.
+        OptionError: the task has no such shift, fewer different problems, or no problem is asked for.
     """
     check_shift(task, shift)
     began = time.perf_counter()

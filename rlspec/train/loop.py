@@ -30,13 +30,21 @@ from rlspec.train.state import (
 
 @dataclass(frozen=True)
 class TrainResult:
-    """What a stage did."""
+    """What a stage did.
 
-    losses: list[float]  # one a step, from the first step of the first attempt
-    steps: int  # finished steps
-    seconds: float  # spent training, over resumes too
-    stopped: bool  # by Ctrl-C or SIGTERM, before the last step; what a callback ended was not
-    signal: int | None = None  # number of the one that came, be it during the last step
+    Attributes:
+        losses: one a step, from the first step of the first attempt.
+        steps: those that are finished.
+        seconds: spent training, over resumes too.
+        stopped: by Ctrl-C or SIGTERM, before the last step; what a callback ended was not.
+        signal: number of the one that came, be it during the last step.
+    """
+
+    losses: list[float]
+    steps: int
+    seconds: float
+    stopped: bool
+    signal: int | None = None
 
 
 class StopRequest:

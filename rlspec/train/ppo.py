@@ -49,10 +49,20 @@ def train_ppo(
     """Train every parameter of a model in place, on in-distribution problems. One step is one update.
 
     Args:
+        model: a Hugging Face causal LM, on the device where it is to train. It stays in eval mode: dropout would make the
+            policy another one than the sampler.
+        tokenizer: the model's. Where it has a chat template, conversations are written with it.
+        task: what gives problems and rewards; see :class:`rlspec.tasks.Task`.
+        config: updates, rollouts, advantages, rates.
+        callbacks: told before the first update and after each one; they change no result. Their logs hold
+            ``mean_reward``, ``success_rate``, ``approx_kl`` (nats per action) and the other columns of ``metrics.jsonl``.
         reference: model that ``kl_coef`` pulls towards; needed when that is not 0.
         exclude: keys of the problems never to train on (those of the evaluation).
         resume_dir: folder of the resume state; one that holds a state is continued, the model's weights
             included.
+
+    Returns:
+        The losses, one an update (policy loss and weighted value loss), and the seconds spent.
 
     Raises:
         OptionError: ``kl_coef`` without a reference.

@@ -41,10 +41,19 @@ def train_sft(
     """Train every parameter of a model in place, on in-distribution problems.
 
     Args:
+        model: a Hugging Face causal LM, on the device where it is to train; its parameters are best kept in float32,
+            ``config.dtype`` says what passes compute in.
+        tokenizer: the model's. Where it has a chat template, conversations are written with it.
+        task: what to learn; see :class:`rlspec.tasks.Task`.
+        config: steps, batches, rates, loss.
+        callbacks: told before the first step and after each one; they change no result.
         reference: model that ``kl_coef`` pulls towards; needed when that is not 0.
         exclude: keys of the problems never to train on (those of the evaluation).
         resume_dir: folder of the resume state; one that holds a state is continued, the model's weights
             included.
+
+    Returns:
+        The losses, one a step, in nats per answer token, and the seconds spent.
 
     Raises:
         OptionError: ``kl_coef`` without a reference.

@@ -23,15 +23,25 @@ Part = nn.Module | torch.optim.Optimizer
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where a stage stands. Data, learning rates and random numbers are functions of the step."""
+    """Where a stage stands. Data, learning rates and random numbers are functions of the step.
+
+    Attributes:
+        stage: "sft" or "ppo".
+        step: finished steps.
+        total: steps of the stage.
+        losses: one a step.
+        seconds: spent training so far.
+        settings: those of the stage, by name.
+        parts: state_dicts by name: "model", "optimizer", …
+    """
 
     stage: str
-    step: int  # finished steps
+    step: int
     total: int
     losses: list[float]
-    seconds: float  # spent training so far
+    seconds: float
     settings: dict[str, Any]
-    parts: dict[str, Any]  # state_dicts by name: "model", "optimizer", …
+    parts: dict[str, Any]
 
 
 def write_resume_point(folder: Path, point: ResumePoint) -> None:
