@@ -151,3 +151,73 @@ def test_names_of_checkpoints_are_texts_on_the_page(tmp_path: Path) -> None:
     content = [row | {"checkpoint": "<script>alert(1)</script>", "step": 1} for row in rows(1)]
     page = write_report(write(tmp_path / "spectra", content)).read_text()
     assert "<script>alert" not in page and "&lt;script&gt;" in page
+
+
+def write_scores(folder: Path, content: list[dict[str, Any]]) -> None:
+    (folder / "scores.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+
+
+@pytest.mark.parametrize("by_label", [True, False])
+def test_scores_are_drawn_and_listed_beside_the_spectra(tmp_path: Path, by_label: bool) -> None:
+    """Those of `rlspec measure` name the checkpoint, and have the base's too; those of the callback the step."""
+    content = rows()
+    if not by_label:
+        content = [{name: value for name, value in row.items() if name != "checkpoint"} for row in content]
+    folder = write(tmp_path / "spectra", content)
+    scores = [("text_loss", 2.5), ("text_loss", 2.75), ("text_loss", 3.0), ("forgetting", -0.1)]
+    write_scores(
+        folder,
+        [
+            {"step": 100 * i, "score": name, "value": value}
+            | ({"checkpoint": f"checkpoint-{100 * i}"} if by_label else {})
+            for i, (name, value) in zip((1, 2, 3, 3), scores)
+        ]
+        + [{"checkpoint": "base", "step": None, "score": "of_the_base", "value": 1.0}],
+    )
+    run = read_series(folder)
+    assert list(run.scores) == ["text_loss", "forgetting"]
+    assert [row[-2:] for row in checkpoints(run)] == [["2.5", "–"], ["2.75", "–"], ["3", "-0.1"]]
+    charts = {title: chart for title, chart in spectral_curves(run) if chart is not None}
+    (line,) = charts["Score text_loss"].lines
+    assert [dot.text.rsplit(": ")[-1] for dot in line.dots] == ["2.5", "2.75", "3"]
+    # The axis is around the values, not from 0.
+    heights = [dot.y for dot in line.dots]
+    assert heights[0] - heights[2] > 100 and heights[0] - heights[1] == pytest.approx(heights[1] - heights[2])
+    page = write_report(folder).read_text()
+    assert "Score forgetting" in page and "<th>text_loss</th><th>forgetting</th>" in page
+    assert "of_the_base" not in page
+
+
+@pytest.mark.parametrize(
+    "line", ['{"score": "a", "value": "b"}', '{"score": 3, "value": 1}', "[1]", '{"value": NaN}']
+)
+def test_a_line_that_is_no_score_is_named(tmp_path: Path, line: str) -> None:
+    folder = write(tmp_path / "spectra", rows())
+    (folder / "scores.jsonl").write_text(f'{{"step": 100, "score": "a", "value": 1}}\n{line}\n')
+    with pytest.raises(RunFolderError, match=r"scores\.jsonl, line 2"):
+        write_report(folder)
+
+
+def test_no_module_loses_its_line(tmp_path: Path) -> None:
+    modules = ["q", "k", "v", "o", "mlp", "embed", "lm_head"]
+    content = [row | {"module": module} for module in modules for row in rows(layers=1)[::2]]
+    charts = dict(spectral_curves(read_series(write(tmp_path / "spectra", content))))
+    drawn = charts["Rotation"]
+    assert drawn is not None and [line.label for line in drawn.lines] == modules
+    assert len({line.colour for line in drawn.lines}) == len(modules)
+
+
+def test_branches_of_a_run_start_where_they_did(tmp_path: Path) -> None:
+    places = [
+        ("sft-100", "sft", 100),
+        ("sft-300", "sft", 300),
+        ("ppo-from-100-5", "ppo", 5),
+        ("restore-1", "restore", 1),
+    ]
+    content = [
+        row | {"checkpoint": f"run/{name}", "stage": stage, "step": step}
+        for name, stage, step in places
+        for row in rows(1)
+    ]
+    run = read_series(write(tmp_path / "spectra", content))
+    assert [event["global_step"] for event in run.metrics] == [100, 300, 105, 301]

@@ -108,24 +108,32 @@ def line_chart(
     x_range: tuple[float, float],
     height: int = 260,
     y_max: float | None = None,
+    zoomed: bool = False,
     boundaries: Sequence[Boundary] = (),
 ) -> Chart | None:
     """A line chart with a y axis from 0 to ``y_max``, or to a little above the largest value; None without points.
 
     Args:
+        zoomed: the y axis goes from a little below the least value instead.
         boundaries: their ``x`` in the units of the data.
     """
     shown = [s for s in series if s.points]
     if not shown:
         return None
     tops = [y for s in shown for _, y in s.points] + [high for s in shown for *_, high in s.band]
-    top = y_max if y_max is not None else (max(tops) * 1.08 or 1.0)
+    top, bottom = y_max if y_max is not None else (max(tops) * 1.08 or 1.0), 0.0
+    if zoomed:
+        least, most = min(tops), max(tops)
+        room = 0.08 * (most - least) or 0.08 * abs(most) or 1.0
+        bottom, top = least - room, most + room
     low_x, high_x = x_range
     plot_width, plot_height = WIDTH - LEFT - RIGHT, height - TOP - BOTTOM
 
     def place(x: float, y: float, text: str = "") -> Place:
         right = (x - low_x) / ((high_x - low_x) or 1)
-        return Place(LEFT + right * plot_width, TOP + (1 - min(y, top) / top) * plot_height, text)
+        return Place(
+            LEFT + right * plot_width, TOP + (1 - (min(y, top) - bottom) / (top - bottom)) * plot_height, text
+        )
 
     lines = []
     for s in shown:
@@ -136,8 +144,8 @@ def line_chart(
         height=height,
         x_label=x_label,
         y_label=y_label,
-        x_ticks=[place(x, 0, f"{x:g}") for x in ticks(low_x, high_x, 8)],
-        y_ticks=[place(low_x, y, y_format(y)) for y in ticks(0, top)],
-        boundaries=[Boundary(place(boundary.x, 0).x, boundary.text) for boundary in boundaries],
+        x_ticks=[place(x, bottom, f"{x:g}") for x in ticks(low_x, high_x, 8)],
+        y_ticks=[place(low_x, y, y_format(y)) for y in ticks(bottom, top)],
+        boundaries=[Boundary(place(boundary.x, bottom).x, boundary.text) for boundary in boundaries],
         lines=lines,
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from itertools import cycle
 
 from rlspec.report.chart import Boundary, Chart, Series, line_chart
 from rlspec.report.data import Row, RunData, by_event
@@ -12,7 +13,7 @@ from rlspec.run.segments import event_of
 
 # Title, lines, label and form of the axis, height, top of the axis.
 _Drawing = tuple[str, Sequence[Series], str, Callable[[float], str], int, float | None]
-_COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5")
+_COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9")
 _DASHES = ("d1", "d2", "d3")  # of branches; the trunk's line is whole
 
 
@@ -28,7 +29,7 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     ]
     shifts = run.config.get("shifts")
     others = [s for s in shifts if s not in ("none", ood)] if isinstance(shifts, list) else []
-    for colour, shift in zip(_COLOURS[2:], others):
+    for colour, shift in zip(cycle(_COLOURS[2:]), others):
         accuracies += _metric_series(run, f"OOD ({shift})", f"{shift}_accuracy", colour, shift)
     rotations = _by_module(run, rotation)
     kl = _metric_series(run, "KL(base ‖ current)", "kl_base_nats_per_token", "c3")
@@ -54,22 +55,28 @@ def _sft_loss(settings: Row) -> str:
 
 
 def spectral_curves(run: RunData) -> list[tuple[str, Chart | None]]:
-    """The same of spectra alone: rotation, change of the values, size of the update, subspace locking."""
+    """The same of spectra alone: rotation, change of the values, size of the update, subspace locking, scores."""
     charts: list[_Drawing] = [
         ("Rotation", _by_module(run, rotation), "mean angle, rad", lambda v: f"{v:.3g}", 260, None),
         (
             "Singular-value change", _by_module(run, lambda r: r.get("sigma_change_rel_mean")), "mean, relative",
-            lambda v: f"{100 * v:.2g} %", 200, None,
+            lambda v: f"{100 * v:.3g} %", 200, None,
         ),
         (
             "Update", _by_module(run, lambda r: r.get("delta_relative")), "‖ΔW‖/‖W‖", lambda v: f"{v:.3g}", 200, None,
         ),
         (
             "Leading subspaces that are not yet the last checkpoint's", _by_module(run, _unlocked), "mean share",
-            lambda v: f"{100 * v:.2g} %", 200, None,
+            lambda v: f"{100 * v:.3g} %", 200, None,
         ),
     ]  # fmt: skip
-    return _drawn(run, charts, "step")
+    scores = [(name, segment_lines(run, name, "c0", _score_of(name))) for name in run.scores]
+    drawn = [(f"Score {name}", lines, name, lambda v: f"{v:.4g}", 200, None) for name, lines in scores]
+    return _drawn(run, charts, "step") + _drawn(run, drawn, "step", zoomed=True)
+
+
+def _score_of(name: str) -> Callable[[Row], float | None]:
+    return lambda event: event.get("scores", {}).get(name)
 
 
 def _unlocked(row: Row) -> float | None:
@@ -78,14 +85,16 @@ def _unlocked(row: Row) -> float | None:
     return None if locked is None else 1.0 - locked
 
 
-def _drawn(run: RunData, charts: Sequence[_Drawing], x_label: str) -> list[tuple[str, Chart | None]]:
+def _drawn(
+    run: RunData, charts: Sequence[_Drawing], x_label: str, *, zoomed: bool = False
+) -> list[tuple[str, Chart | None]]:
     x_range, boundaries = _axis(run)
     return [
         (
             title,
             line_chart(
                 series, x_label=x_label, y_label=y_label, y_format=y_format, x_range=x_range, height=height,
-                y_max=y_max, boundaries=boundaries,
+                y_max=y_max, zoomed=zoomed, boundaries=boundaries,
             ),
         )
         for title, series, y_label, y_format, height, y_max in charts
@@ -96,9 +105,9 @@ def _by_module(run: RunData, value_of: Callable[[Row], float | None]) -> list[Se
     """Lines of every module: the mean over its matrices."""
     spectra = by_event(run.spectra)
     found: list[Series] = []
-    for colour, module in zip(
-        _COLOURS[2:] + _COLOURS[:2], dict.fromkeys(row["module"] for row in run.spectra)
-    ):
+    modules = dict.fromkeys(row["module"] for row in run.spectra)
+    # Of more modules than colours some share one: no line is left out.
+    for colour, module in zip(cycle((*_COLOURS[2:6], *_COLOURS[:2], *_COLOURS[6:])), modules):
 
         def mean_of(row: Row, module: str = module) -> float | None:
             return mean(value_of(r) for r in spectra.get(event_of(row), []) if r["module"] == module)

@@ -45,6 +45,9 @@ class RunData:
     spectra: list[Row]
     summary: Row
     segments: list[Segment]
+    scores: Sequence[
+        str
+    ] = ()  #: names of those taken beside spectra alone, which the metrics' ``scores`` hold
 
 
 def read_run(folder: Path | str) -> RunData:
@@ -106,14 +109,15 @@ def _check_values(place: str, row: Row) -> None:
             continue
         if name in _TEXTS and not isinstance(value, str):
             wanted = "a text"
-        elif _NUMBERS.fullmatch(name) and not _is_number(value):
+        elif _NUMBERS.fullmatch(name) and not is_number(value):
             wanted = "a number"
         else:
             continue
         raise RunFolderError(f"{place}: {_cut(name)} is {_cut(value)}, wanted {wanted}")
 
 
-def _is_number(value: Any) -> bool:
+def is_number(value: Any) -> bool:
+    """Whether a value is a number of a size that can be drawn."""
     return isinstance(value, (int, float)) and abs(value) <= _LARGEST  # NaN compares false
 
 

@@ -165,6 +165,7 @@ def render_series(run: RunData) -> str:
         "branches": branch_legend(run),
         "maps": maps(run),
         "checkpoints": checkpoints(run),
+        "scores": tuple(run.scores),
         "nulls": nulls(run),
         "notes": notes(run),
     }

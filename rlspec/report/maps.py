@@ -21,6 +21,7 @@ def maps(run: RunData) -> list[tuple[str, ColourBar, list[HeatMap]]]:
     kept = [g for i, g in enumerate(groups) if (len(groups) - 1 - i) % stride == 0]
     several = len({segment for (segment, _), _ in groups}) > 1
     columns = [f"{segment} {step}" if several else f"step {step}" for (segment, step), _ in kept]
+    thinned = f"; {len(kept)} of {len(groups)} checkpoints, evenly spaced" if stride > 1 else ""
     sections = []
     kinds: tuple[tuple[str, Callable[[Row], float | None], Callable[[float], str]], ...] = (
         ("Rotation (mean angle, rad)", rotation, lambda v: f"{v:.3g} rad"),
@@ -53,5 +54,5 @@ def maps(run: RunData) -> list[tuple[str, ColourBar, list[HeatMap]]]:
             )
             for module, found in cells.items()
         ]  # fmt: skip
-        sections.append((title, colour_bar(top, value_format), drawn))
+        sections.append((title + thinned, colour_bar(top, value_format), drawn))
     return sections

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from rlspec.errors import RunFolderError
 from rlspec.io.jsonl import Row, numbered_rows
 from rlspec.report.data import RunData, by_event, check_row
+from rlspec.report.scores import add_scores
 from rlspec.report.tables import Cells, number
 from rlspec.run.branches import rows_by_segment
 from rlspec.run.rows import mean, rotation
-from rlspec.run.segments import Segment
+from rlspec.run.segments import Segment, event_of
 
 ROWS = "spectra.jsonl"
 _UNNUMBERED = "without a step"
+# What a branch of PPO is named after, where a run has several.
+_BRANCH = re.compile(r"ppo-from-(\d{1,18})-\d+\D*$")
 
 
 def read_series(folder: Path) -> RunData:
@@ -44,9 +48,11 @@ def read_series(folder: Path) -> RunData:
         row["step"] += after if row["segment"] == _UNNUMBERED else 0
     order = {name: i for i, name in enumerate(dict.fromkeys(row["segment"] for row in rows))}
     rows.sort(key=lambda row: (order[row["segment"]], row["step"]))
-    events = [
+    starts = _starts(rows)
+    events: list[Row] = [
         {
-            "stage": found[0]["stage"], "segment": segment, "step": step, "global_step": step,
+            "stage": found[0]["stage"], "segment": segment, "step": step,
+            "global_step": step + starts.get(segment, 0),
             "checkpoint": found[0].get("checkpoint"),
         }
         for (segment, step), found in by_event(rows).items()
@@ -55,7 +61,18 @@ def read_series(folder: Path) -> RunData:
         Segment(name, found[0]["stage"], found[-1]["step"], None, name)
         for name, found in rows_by_segment(events).items()
     ]
-    return RunData(folder, {}, events, rows, {}, segments)
+    return RunData(folder, {}, events, rows, {}, segments, add_scores(folder, events))
+
+
+def _starts(rows: Sequence[Row]) -> dict[str, int]:
+    """Segment -> the step of `rlspec track`'s SFT that it starts from, as its name says, or else the last one."""
+    last = max((row["step"] for row in rows if row["stage"] == "sft"), default=0)
+    found = {}
+    for row in rows:
+        if row["stage"] in ("ppo", "restore"):
+            named = _BRANCH.search(str(row.get("checkpoint")))
+            found[row["segment"]] = int(named[1]) if named else last
+    return found
 
 
 def _segment(row: Row) -> Any:
@@ -69,9 +86,11 @@ def _segment(row: Row) -> Any:
 
 
 def checkpoints(run: RunData) -> Cells:
-    """Per checkpoint: matrices, mean rotation, the largest angle with its bound, values, size of the update."""
+    """Per checkpoint: matrices, mean rotation, the largest angle with its bound, values, size of the update, scores."""
     rows = []
-    for (_, step), matrices in by_event(run.spectra).items():
+    scores = {event_of(event): event.get("scores", {}) for event in run.metrics}
+    for (segment, step), matrices in by_event(run.spectra).items():
+        own = scores.get((segment, step), {})
         largest = max(matrices, key=_largest_angle)
         moved = mean(row.get("sigma_change_rel_mean") for row in matrices)
         rows.append(
@@ -83,6 +102,7 @@ def checkpoints(run: RunData) -> Cells:
                 str(largest.get("name", "")),
                 "–" if moved is None else f"{100 * moved:.2f} %",
                 number(mean(row.get("delta_relative") for row in matrices), ".4f"),
+                *(number(own.get(name), ".4g") for name in run.scores),
             ]
         )
     return rows
