@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import subprocess
@@ -15,6 +16,7 @@ import torch
 from train_toys import ToyTask, toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rlspec import _C
 from rlspec.errors import CheckpointError, OptionError, RunFolderError
 from rlspec.signals import Terminated
 from rlspec.train import (
@@ -312,6 +314,32 @@ def test_a_checkpoint_that_fails_leaves_the_old_one_and_no_other(tmp_path: Path)
     with pytest.raises(OSError, match="disk full"):
         save_checkpoint(toy_model(1), TOKENIZER, folder, overwrite=True, on_complete=fail)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert list(tmp_path.iterdir()) == [folder]
+
+
+def test_a_checkpoint_interrupted_between_two_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the file system cannot swap two names, the old one is put back by whoever writes next."""
+    folder = tmp_path / "checkpoint"
+    save_checkpoint(toy_model(0), TOKENIZER, folder)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr(_C, "exchange", lambda a, b: False)
+    rename = os.rename
+
+    def dying(source: Path, target: Path) -> None:
+        if Path(target) == folder:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as context:
+        context.setattr(os, "rename", dying)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(toy_model(1), TOKENIZER, folder, overwrite=True)
+    with pytest.raises(CheckpointError, match="exists already"):
+        save_checkpoint(toy_model(1), TOKENIZER, folder)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    save_checkpoint(toy_model(1), TOKENIZER, folder, overwrite=True)
     assert list(tmp_path.iterdir()) == [folder]
 
 

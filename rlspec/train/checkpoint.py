@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,7 +46,7 @@ def save_checkpoint(
         on_complete(staging.checkpoint)
         staging.publish()
     except BaseException:
-        shutil.rmtree(staging.folder, ignore_errors=True)
+        staging.close(keep=False)  # not the whole folder: the old checkpoint lies there between two renames
         raise
     finally:
         staging.unlock()
