@@ -17,7 +17,7 @@ from train_toys import ToyTask, toy_model, toy_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlspec import _C
-from rlspec.errors import CheckpointError, OptionError, RunFolderError
+from rlspec.errors import CheckpointError, OptionError, RunFolderError, TensorError
 from rlspec.signals import Terminated
 from rlspec.train import (
     Callback,
@@ -46,6 +46,34 @@ def test_sft_learns_the_answers() -> None:
     result = train_sft(model, TOKENIZER, ToyTask(), config)
     assert result.losses[-1] < 0.5 * result.losses[0]
     assert evaluate(model, TOKENIZER, ToyTask(), deals=40, turns=1).accuracy > 0.9
+
+
+@pytest.mark.parametrize("stage", ["sft", "ppo"])
+def test_gradients_that_are_not_finite_are_no_step(stage: str, tmp_path: Path) -> None:
+    """At a loss that is: the loop, which looks at losses, would save the broken weights."""
+    model, passes = toy_model(), 0
+    start = {}
+
+    def spoil(gradient: torch.Tensor) -> torch.Tensor:
+        nonlocal passes
+        passes += 1
+        if passes < 2:
+            return gradient
+        start.update({name: tensor.clone() for name, tensor in model.state_dict().items()})
+        return gradient * torch.inf
+
+    model.model.layers[0].self_attn.q_proj.weight.register_hook(spoil)
+    with pytest.raises(TensorError, match=f"{stage} step .*gradients is .*; lower the learning rate"):
+        if stage == "sft":
+            config = replace(SFT, checkpoint_every=1, micro_batch_size=12)
+            train_sft(model, TOKENIZER, ToyTask(), config, resume_dir=tmp_path)
+        else:
+            config = replace(PPO, checkpoint_every=1, epochs=2, micro_batch_size=100)
+            train_ppo(model, TOKENIZER, ToyTask(), config, resume_dir=tmp_path)
+    assert all(torch.equal(tensor, start[name]) for name, tensor in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    point = read_resume_point(tmp_path)
+    assert (point is not None and point.step == 1) if stage == "sft" else point is None
 
 
 def test_first_sft_loss_is_the_mean_over_answer_tokens() -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from train_toys import ToyTask, toy_model, toy_prompts, toy_tokenizer
 
+from rlspec.errors import TensorError
 from rlspec.tasks.base import evaluation_problems
 from rlspec.train import evaluate
 from rlspec.train.batch import answer_forward, collate, split_by_length
@@ -72,6 +73,15 @@ def test_sampled_frequencies_follow_the_distribution() -> None:
 def test_tokens_of_probability_zero_are_never_chosen() -> None:
     logprobs = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).expand(3, 3)
     assert choose(logprobs, torch.tensor([0.0, 0.5, 1 - 2**-24])).tolist() == [1, 1, 1]
+
+
+def test_nan_is_told_and_no_token_lies_past_the_vocabulary() -> None:
+    assert choose(torch.full((2, 3), torch.nan), torch.tensor([0.0, 0.5])).max() < 3
+    model = toy_model()
+    with torch.no_grad():
+        model.lm_head.weight[7] = torch.nan
+    with pytest.raises(TensorError, match="NaN probabilities"):
+        generate(model, TOKENIZER, toy_prompts(3), max_new_tokens=2)
 
 
 def test_answer_forward_reads_logits_and_hidden_states_in_the_right_columns() -> None:

@@ -62,6 +62,7 @@ class Staging:
                 raise self._busy()
             self.finished = self._take_over() if resume else {}
             if self.finished:
+                self._drop_unfinished()
                 self._save()
                 forget_launch(self.folder)
             else:
@@ -198,6 +199,11 @@ class Staging:
             return {}
         finished: dict[str, int] = state["finished"] | finished_by_others(self.folder)
         return {name: size for name, size in finished.items() if _size(self.checkpoint / name) == size}
+
+    def _drop_unfinished(self) -> None:
+        """Shards that were begun: they are written anew, and hold room that the disk may not have twice."""
+        for path in self.checkpoint.glob(".*.tmp"):
+            path.unlink()
 
     def _empty(self) -> None:
         self._state.unlink(missing_ok=True)

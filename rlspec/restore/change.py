@@ -111,6 +111,8 @@ def _by_perturbation(reference: Reference, delta: Delta, start: int, stop: int, 
     largest = float(solution.left_over.sigma[0, start])
     wrong = float(solution.subspace[0]) * float(solution.rotation[0])
     error = 2.0 * largest * (2.0**0.5 * wrong + (stop - start) ** 0.5 * float(solution.sigma[0]))
+    # That of the update itself, which may have been taken in less than the factors are kept in.
+    error += 2.0 * torch.finfo(delta.dtype).eps * float(delta.stats.delta_frobenius[0])
     return Change(
         change,
         error,

@@ -244,35 +244,35 @@ def _carry_out(
     journal: Journal,
 ) -> Iterator[tuple[Step, list[MatrixReport]]]:
     """Do the steps in order; tensors that need not be held whole go through row by row."""
+    pool = pool_bytes(plan, memory) // 2  # looks at every step
+    names = frozenset(writer.pending)
     for by_rows, group in groupby(pending, lambda step: streamed_by_rows(step, plan)):
         steps = list(group)
         if by_rows:
             for step in steps:
                 writer.look()
                 with file_named(plan, step):
-                    rows = _by_rows(plan, step, writer, memory)
+                    rows = _by_rows(plan, step, _pending(plan, step, names), writer, pool)
                 journal.append(rows)
                 yield step, rows
             continue
         for step, restored in restore_whole(plan, steps, memory, cache_dir):
             writer.look()
             journal.append(restored.rows)
-            for written in _pending(plan, step, writer):
+            for written in _pending(plan, step, names):
                 scale = restored.scale if written == step.scale else None
                 writer.put(written, restored.weight if scale is None else scale)
             yield step, restored.rows
 
 
-def _pending(plan: Plan, step: Step, writer: CheckpointWriter) -> list[str]:
+def _pending(plan: Plan, step: Step, pending: frozenset[str]) -> list[str]:
     """The tensors to be written with what a step gives; an earlier call may have finished some."""
-    return [name for name in plan.written_by(step) if name in writer.pending]
+    return [name for name in plan.written_by(step) if name in pending]
 
 
-def _by_rows(plan: Plan, step: Step, writer: CheckpointWriter, memory: int) -> list[MatrixReport]:
+def _by_rows(plan: Plan, step: Step, names: list[str], writer: CheckpointWriter, pool: int) -> list[MatrixReport]:
     """Copy, interpolate or merge a tensor without holding it whole."""
     assert step.dtype is not None
-    pool = pool_bytes(plan, memory) // 2
-    names = _pending(plan, step, writer)
     if step.action == "copy":
         assert plan.model is not None
         written = plan.model.rows(step.name, memory_bytes=pool)

@@ -98,7 +98,8 @@ def restore_matrix(
 
     Raises:
         OptionError: an unknown mode or rounding, a strength or band out of range, an argument of another type.
-        TensorError: shapes differ or are not two-dimensional, dtypes that are not floating, NaN or infinity.
+        TensorError: shapes differ or are not two-dimensional, dtypes that are not floating, NaN or infinity; a basis
+            of another matrix.
     """
     for name, given in (("W_base", W_base), ("W_tuned", W_tuned)):
         check_type(name, given, Tensor, "a tensor")
@@ -108,6 +109,8 @@ def restore_matrix(
         "basis", basis, (MatrixBasis, NoneType), "a MatrixBasis, as SpectralBasis.matrix(name) gives it"
     )
     _check(W_base, W_tuned, mode, band, strength, rounding)
+    if basis is not None:
+        _check_basis(basis, W_base)
     target = dtype if dtype is not None else W_tuned.dtype
     if not target.is_floating_point:
         raise OptionError(f"dtype {target} is not a floating one")
@@ -205,6 +208,17 @@ def _check(
         raise OptionError(f"band {band} is not within [0, {min(base.shape)})")
     check_finite("W_base", base)
     check_finite("W_tuned", tuned)
+
+
+def _check_basis(basis: MatrixBasis, base: Tensor) -> None:
+    """Directions of another matrix would be put in without a word."""
+    if basis.W.shape != base.shape:
+        problem = f"shape {tuple(basis.W.shape)}, W_base has {tuple(base.shape)}"
+    elif not torch.equal(basis.W.to(base.device), base.to(basis.W.dtype)):
+        problem = "other entries than W_base"
+    else:
+        return
+    raise TensorError(f"basis {basis.name}: is of a matrix with {problem}; give that of W_base, or none")
 
 
 def _indices(k: int, r: int, mode: str, band: tuple[int, int] | None) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from pathlib import Path
 from typing import Literal
@@ -113,8 +114,15 @@ class Plan:
 
     def written_by(self, step: Step) -> list[str]:
         """The tensors whose content a step gives: its own, and those tied to it."""
-        others = [*self.chosen("tied"), *self.chosen("scale")]
-        return [step.name, *(other.name for other in others if other.source == step.name)]
+        return [step.name, *self._others.get(step.name, ())]
+
+    @cached_property
+    def _others(self) -> dict[str, list[str]]:
+        """The tensors that are written with another one, by its name: looked for once, not for every tensor."""
+        found: dict[str, list[str]] = {}
+        for other in (*self.chosen("tied"), *self.chosen("scale")):
+            found.setdefault(other.source, []).append(other.name)
+        return found
 
     def chosen(self, action: Action) -> list[Step]:
         return [step for step in self.steps.values() if step.action == action]

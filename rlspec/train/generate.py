@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlspec.errors import TensorError
 from rlspec.train.batch import autocast, head_inputs, left_pad
 from rlspec.train.cache import Reader
 from rlspec.train.encode import pad_id, stop_ids
@@ -63,6 +64,7 @@ def generate(
 
     Raises:
         OptionError: prompt and answer may be longer than the model's table of positions.
+        TensorError: what is sampled from is NaN.
     """
     if not prompts:
         return Generation([], [], [])
@@ -166,12 +168,22 @@ class _Sampler:
         return chosen
 
     def result(self) -> Generation:
-        """Each answer ended after its first stop token; later columns belong to no one."""
+        """Each answer ended after its first stop token; later columns belong to no one.
+
+        Raises:
+            TensorError: a token's log-probability is NaN.
+        """
+        logprobs = self._logprobs.cpu()  # looked at once and on the host, where they go anyway
+        if bool(logprobs.isnan().any()):
+            raise TensorError(
+                "the model gives NaN probabilities, so no answer can be sampled; its weights are not finite, or its "
+                "logits overflow: take a checkpoint from before, or compute in float32"
+            )
         stops = set(self._stops.tolist())
         tokens = self.tokens.tolist()
         lengths = [next((i + 1 for i, token in enumerate(row) if token in stops), len(row)) for row in tokens]
         return Generation(
             [row[:length] for row, length in zip(tokens, lengths)],
-            [row[:length] for row, length in zip(self._logprobs.tolist(), lengths)],
+            [row[:length] for row, length in zip(logprobs.tolist(), lengths)],
             [row[:length] for row, length in zip(self._states, lengths)],
         )

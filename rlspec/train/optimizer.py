@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import warnings
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from rlspec.errors import TensorError
 
 
 def make_adamw(groups: list[tuple[nn.Module, float]], weight_decay: float) -> torch.optim.AdamW:
@@ -31,3 +35,25 @@ def set_share(optimizer: torch.optim.Optimizer, share: float) -> None:
     """Set every group's learning rate to a share of its peak."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * share
+
+
+def clipped_step(
+    optimizer: torch.optim.Optimizer, parameters: Iterable[Tensor], max_norm: float, where: str
+) -> float:
+    """Step along the gradients, clipped to ``max_norm`` together; the norm that they had before.
+
+    Args:
+        where: the stage and step, for the error.
+
+    Raises:
+        TensorError: the norm is not finite; the weights are as they were.
+    """
+    # Waits for the device before the step, not after it: a step along NaN cannot be taken back.
+    norm = nn.utils.clip_grad_norm_(parameters, max_norm).item()
+    finite = math.isfinite(norm)
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not finite:
+        raise TensorError(f"{where}: the norm of the gradients is {norm}; lower the learning rate")
+    return norm

@@ -26,7 +26,7 @@ from rlspec.train.forward import forward_passes
 from rlspec.train.loop import TrainResult, run_steps
 from rlspec.train.losses import kl_estimates, policy_losses, value_losses
 from rlspec.train.on_policy import check_on_policy
-from rlspec.train.optimizer import make_adamw, set_share
+from rlspec.train.optimizer import clipped_step, make_adamw, set_share
 from rlspec.train.schedule import derived_seed, learning_rate_at
 from rlspec.train.traces import Trace
 from rlspec.train.value_head import ValueHead
@@ -67,7 +67,7 @@ def train_ppo(
     Raises:
         OptionError: ``kl_coef`` without a reference.
         OnPolicyError: the sampler and the loss disagree about the sampled answers' probabilities.
-        TensorError: the loss is not finite.
+        TensorError: the loss or the norm of the gradients is not finite, or what answers are sampled from is NaN.
         RunFolderError: ``resume_dir`` holds a state of other settings.
     """
     if config.kl_coef > 0 and reference is None:
@@ -140,10 +140,7 @@ def improve(
             forwarded += sum(counts)
             if fresh:
                 deviation = check_on_policy(log_ratio, tokens, config)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            logs["grad_norm"] = norm.item()
+            logs["grad_norm"] = clipped_step(optimizer, parameters, config.max_grad_norm, f"ppo step {step}")
             steps += 1
             for name, value in logs.items():
                 sums[name] = sums.get(name, 0.0) + value

@@ -30,11 +30,13 @@ def choose(logprobs: Tensor, uniforms: Tensor) -> Tensor:
     """Tokens, int64 (B,), drawn by inverting the distribution function of logprobs (B, V) at uniforms (B,).
 
     One uniform number decides one token, so two models that are given the same numbers are compared on the
-    same luck. float64 sums keep a token of probability zero from ever being chosen.
+    same luck. float64 sums keep a token of probability zero from ever being chosen. Of a row of NaN the token is one
+    that exists, and its log-probability tells.
     """
     cumulative = logprobs.double().exp().cumsum(-1)
     points = uniforms.double() * cumulative[:, -1]
-    return torch.searchsorted(cumulative, points[:, None], right=True)[:, 0]
+    found = torch.searchsorted(cumulative, points[:, None], right=True)[:, 0]
+    return found.clamp_max(logprobs.shape[-1] - 1)  # past the last one, CUDA would abort the process
 
 
 def token_logprobs(logits: Tensor, tokens: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:

@@ -19,7 +19,7 @@ from rlspec.train.forward import answer_logits, answer_tokens, forward_passes
 from rlspec.train.loop import TrainResult, run_steps
 from rlspec.train.losses import divergences, token_losses
 from rlspec.train.modes import evaluation_mode
-from rlspec.train.optimizer import make_adamw, set_share
+from rlspec.train.optimizer import clipped_step, make_adamw, set_share
 from rlspec.train.schedule import learning_rate_at
 from rlspec.train.traces import Pair, single
 
@@ -57,7 +57,7 @@ def train_sft(
 
     Raises:
         OptionError: ``kl_coef`` without a reference.
-        TensorError: the loss is not finite.
+        TensorError: the loss or the norm of the gradients is not finite.
         RunFolderError: ``resume_dir`` holds a state of other settings.
     """
     if config.kl_coef > 0 and reference is None:
@@ -89,10 +89,8 @@ def train_sft(
             part = total / count
             part.backward()
             loss += part.item()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return {"loss": loss, "learning_rate": share * config.learning_rate, "grad_norm": norm.item()}
+        norm = clipped_step(optimizer, model.parameters(), config.max_grad_norm, f"sft step {step}")
+        return {"loss": loss, "learning_rate": share * config.learning_rate, "grad_norm": norm}
 
     return run_steps(
         "sft",
