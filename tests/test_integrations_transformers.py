@@ -215,7 +215,7 @@ def test_a_new_training_sets_the_files_of_the_one_before_aside(tmp_path: Path) -
         assert callback.disabled is None and steps(rows_in(tmp_path / "out")) == [0, 4]
     files = {path.name for path in (tmp_path / "out").iterdir()}
     names = {"spectra.jsonl", "reference", "tracking.json"}
-    assert files == names | {f"{name}.{n}" for name in names for n in (1, 2)}
+    assert files == {".lock"} | names | {f"{name}.{n}" for name in names for n in (1, 2)}
 
 
 def test_a_failure_warns_once_and_ends_the_tracking_alone(

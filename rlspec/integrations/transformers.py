@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from rlspec.errors import OptionError, RunFolderError, TensorError
+from rlspec.integrations.hold import belongs_to, new_training, trainings_of
 from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
 from rlspec.io.jsonl import Row
@@ -68,7 +69,9 @@ class SpectralCallback(TrainerCallback):
         per_head: each attention head of q, k, v and o is a matrix of its own.
         out: folder for the rows; None keeps them in memory alone. A resumed training goes on in it and measures no step
             twice; with ``base=None`` it is also where the reference is kept, so such a training needs it to be resumed.
-            A training that starts anew sets the files of the one before aside, under names with a number.
+            A training that starts anew sets the files of the one before aside, under names with a number. One training
+            at a time: a folder that another process uses, or that holds another training than the one that is resumed,
+            ends the tracking.
         budget: the share of the training's time that all this may take, such as ``"1%"`` or ``0.01``, the reference
             included, scores too: measurements wait until there is time for them. None: no limit.
         evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
@@ -132,6 +135,7 @@ class SpectralCallback(TrainerCallback):
         self._tracker: SpectralTracker | DealtTracker | None = None
         self._reference: Path | None = None  # where base=None and the training was resumed
         self._folder: TrackingFolder | None = None
+        self._training: str | None = None  # the first process's, of `hold`
         self._trainer: Trainer | None = None
         self._due = self._told = False
 
@@ -140,6 +144,7 @@ class SpectralCallback(TrainerCallback):
         self._processes = Processes.of_training()
         if self._processes.count == 1 and not state.is_world_process_zero:
             return
+        self._release()  # a training that was interrupted never ended
         self.records, self.disabled, self._due, self._told = [], None, False, False
         self._tracker = self._folder = self._reference = None
         self.fall = self.unscored = None
@@ -149,7 +154,7 @@ class SpectralCallback(TrainerCallback):
         step = state.global_step
         with self.pace.spending(once=True):
             ready = (
-                self._together(model, lambda: self._open(model, args, step))
+                self._together(model, lambda: self._open(model, args, state))
                 and self._together(model, lambda: self._find_reference(model, step))
                 and self._together(model, lambda: self._begin(model))
                 and self._together(model, self._begin_scores)
@@ -178,11 +183,16 @@ class SpectralCallback(TrainerCallback):
             )
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._release()
         self._tracker = self._trainer = None  # the factors' memory, and a cycle
         self._scorers.close()
         self._scorers = Processes()
 
     # What they come to.
+    def _release(self) -> None:
+        if self._folder is not None:
+            self._folder.release()
+
     def _together(self, model: nn.Module, work: Callable[[], None]) -> bool:
         """Do one thing in all processes; False: it failed in one, and the tracking ends in all.
 
@@ -197,15 +207,20 @@ class SpectralCallback(TrainerCallback):
             self._processes.together(isolated)
         except ProcessError as error:
             self.disabled = str(error)
+            self._release()
             self._tracker = self._trainer = None
             self._warn("tracking of the spectra ends here, the training goes on: %s", self.disabled)
             return False
         return True
 
-    def _open(self, model: nn.Module, args: Any, step: int) -> None:
-        """Open the folder: the first process, which alone writes there."""
+    def _open(self, model: nn.Module, args: Any, state: Any) -> None:
+        """Know which training this is, and open its folder: the first process, which alone writes there."""
         _refuse_sharded(model, max(getattr(args, "world_size", 1), self._processes.count))
+        step, known = state.global_step, trainings_of(state)
         if self.out is None:
+            if step == 0 or self._training not in (known or []):
+                self._training = new_training()
+            belongs_to(state, self._training or "")
             return
         settings = {
             "base": None if self.base is None else str(self.base.resolve()),
@@ -216,13 +231,17 @@ class SpectralCallback(TrainerCallback):
         self._folder = TrackingFolder(self.out, settings)
         if self._processes.number > 0:
             return
+        self._folder.hold()
         if step == 0:
             aside = self._folder.start()
             if aside:
                 self._warn("an earlier training's files are now %s", ", ".join(map(str, aside)))
         else:
-            rows = self._folder.resume(step)
+            rows = self._folder.resume(step, known)
             self.records = [SpectralRecord(s, at, group) for (s, at), group in by_event(rows).items()]
+        self._training = self._folder.training
+        if self._training is not None:
+            belongs_to(state, self._training)
 
     def _find_reference(self, model: nn.Module, step: int) -> None:
         """Where the training's start is kept, and all processes' view of what was measured of it."""
