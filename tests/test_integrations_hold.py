@@ -55,7 +55,9 @@ def test_a_folder_that_another_process_writes_to_is_refused_and_free_again_after
     out = tmp_path / "out"
     out.mkdir()
     code = f"import sys; from pathlib import Path; from rlspec.run.lock import take_lock; lock = take_lock(Path({str(out)!r})); print(1, flush=True); sys.stdin.read()"
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
         assert other.stdout is not None and other.stdout.readline()
         callback = SpectralCallback(1, out=out)
         trainer = plain_trainer(tmp_path / "t", [callback])

@@ -20,6 +20,7 @@ from rlspec.errors import OptionError, RunFolderError, TensorError
 from rlspec.integrations.hold import belongs_to, new_training, trainings_of
 from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
+from rlspec.integrations.unheard import kept_flags, unheard
 from rlspec.io.jsonl import Row
 from rlspec.io.projections import parse_modules
 from rlspec.io.weights import open_weights
@@ -76,7 +77,8 @@ class SpectralCallback(TrainerCallback):
             included, scores too: measurements wait until there is time for them. None: no limit.
         evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
             numbers, or better lists of one number per problem (True and False for solved or not), always of the same
-            problems. It may use random numbers, and must change no weight. Scores go to ``out/scores.jsonl``, the
+            problems. It may use random numbers and ``trainer.evaluate()``, of which the trainer's callbacks and loggers
+            are not told, and must change no weight. Scores go to ``out/scores.jsonl``, the
             records and the loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone. Several
             processes all call it, at the same step, and what the first one's call returns counts. Forward passes of
             FSDP2, and whatever else the processes do together, must be the same in all: one that fails in the middle of
@@ -119,7 +121,8 @@ class SpectralCallback(TrainerCallback):
         self.out = None if out is None else Path(out)
         self.budget = budget
         self.pace = Pace(parse_budget(budget))
-        #: one per measurement, in order, without arrays; those of a resumed training's earlier parts too
+        #: one per measurement, in order, without arrays; those of a resumed training's earlier parts too, where ``out``
+        #: or this same callback has them
         self.records: list[SpectralRecord] = []
         #: why tracking ended before the training did; None while all is well
         self.disabled: str | None = None
@@ -145,7 +148,9 @@ class SpectralCallback(TrainerCallback):
         if self._processes.count == 1 and not state.is_world_process_zero:
             return
         self._release()  # a training that was interrupted never ended
-        self.records, self.disabled, self._due, self._told = [], None, False, False
+        goes_on = state.global_step > 0 and self._training in (trainings_of(state) or [])
+        records = [record for record in self.records if goes_on and record.step <= state.global_step]
+        self.records, self.disabled, self._due, self._told = records, None, False, False
         self._tracker = self._folder = self._reference = None
         self.fall = self.unscored = None
         self._trainer = _calling_trainer(self)
@@ -251,9 +256,11 @@ class SpectralCallback(TrainerCallback):
         elif self.base is None and step > 0:
             base = None if self._folder is None else self._folder.reference
             if base is None or not base.is_dir():
-                where = "without out=" if base is None else f"and {base} is not there"
+                where = (
+                    "without out=, which would have kept them" if base is None else f"and {base} is not there"
+                )
                 raise RunFolderError(
-                    f"resumed at step {step} {where}, so the weights that the training began with are not known; give "
+                    f"resumed at step {step} {where}: the weights that the training began with are not known; give "
                     "them as base="
                 )
             self._reference = base
@@ -318,9 +325,10 @@ class SpectralCallback(TrainerCallback):
         if not self._scoring or self.unscored is not None:
             return
         try:
-            rows, fall = self._scoring.score(
-                kwargs["model"], kwargs.get("processing_class"), record.step, self._scorers
-            )
+            with unheard(control, self._trainer):
+                rows, fall = self._scoring.score(
+                    kwargs["model"], kwargs.get("processing_class"), record.step, self._scorers
+                )
         except ProcessError as error:
             self._end_scores(error)
             return
@@ -347,10 +355,8 @@ class SpectralCallback(TrainerCallback):
         logs = {name: value for name, value in means.items() if value is not None}
         logs |= {f"spectra/score/{name}": value for name, value in scores.items()}
         # The base class's: those of TRL would add the averages that they gather for their own next line, and begin anew.
-        # It also takes the trainer's wish to log this step for fulfilled.
-        should_log = control.should_log
-        Trainer.log(trainer, logs)
-        control.should_log = trainer.control.should_log = should_log
+        with kept_flags(control, trainer):
+            Trainer.log(trainer, logs)
 
     def _warn(self, message: str, *values: Any) -> None:
         if self._processes.number == 0:
