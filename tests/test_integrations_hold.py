@@ -54,7 +54,10 @@ def test_a_checkpoint_of_a_resumed_training_still_belongs_to_it(tmp_path: Path) 
 def test_a_folder_that_another_process_writes_to_is_refused_and_free_again_after_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
-    code = f"import sys; from pathlib import Path; from rlspec.run.lock import take_lock; lock = take_lock(Path({str(out)!r})); print(1, flush=True); sys.stdin.read()"
+    code = (
+        "import sys; from pathlib import Path; from rlspec.run.lock import take_lock; "
+        f"lock = take_lock(Path({str(out)!r})); print(1, flush=True); sys.stdin.read()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:

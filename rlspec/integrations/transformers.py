@@ -49,18 +49,24 @@ LOGGED = {
 class SpectralCallback(TrainerCallback):
     """Measures the weights at step 0, every ``every`` optimizer steps and at the last one.
 
+    The last one is that of a training that is stopped early too. It is missing where the best model is loaded at the end
+    and nothing told before of the end, as an evaluation that stops it and is not saved.
+
     Rows go to ``out/spectra.jsonl`` and :attr:`records`, the means of :data:`LOGGED` to the trainer's own loggers
-    (TensorBoard, W&B, …) and its ``state.log_history``. LoRA adapters of PEFT count with their weight, W + s B A. The
+    (TensorBoard, W&B, …), some of which put ``train/`` before the names, and its ``state.log_history``; a ``log()`` that a
+    subclass of Trainer has of its own is not called. LoRA adapters of PEFT count with their weight, W + s B A. The
     reference is decomposed when the training begins, which takes time once (decompositions are cached, see
     ``$RLSPEC_CACHE``); its factors stay on the host.
 
     Several processes share the work, whether each has a copy of the model (DDP) or DTensors of it (FSDP2, tensor
-    parallelism), see ``DealtTracker``; the first one writes. ``base``, and ``out`` of a resumed training, must be
+    parallelism), see ``DealtTracker``; the first one writes. All must have the callback: with it in the first one alone
+    that one waits for the others, and the training hangs or aborts. ``base``, and ``out`` of a resumed training, must be
     readable for all of them.
 
     From there on an error of any kind, in any process, is told in one warning and ends the tracking alone, see
     :attr:`disabled`. Among them are weights spread by FSDP1 or ZeRO-3: measure their saved checkpoints. What raises is
-    wrong arguments, and a process that is gone (GatherError), without which the training could not go on either.
+    wrong arguments, and a process that is gone (GatherError), without which the training could not go on either. So does
+    any failure while spread weights are gathered, memory that runs out too: it looks the same from inside one process.
 
     Args:
         every: optimizer steps between measurements.
@@ -74,7 +80,8 @@ class SpectralCallback(TrainerCallback):
             at a time: a folder that another process uses, or that holds another training than the one that is resumed,
             ends the tracking.
         budget: the share of the training's time that all this may take, such as ``"1%"`` or ``0.01``, the reference
-            included, scores too: measurements wait until there is time for them. None: no limit.
+            and scores included. The reference, step 0 and the last step are always measured, and may take more in a
+            short training; everything between waits until there is time for it. None: no limit.
         evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
             numbers, or better lists of one number per problem (True and False for solved or not), always of the same
             problems. It may use random numbers and ``trainer.evaluate()``, of which the trainer's callbacks and loggers
@@ -170,8 +177,10 @@ class SpectralCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._tracker is None:
             return
-        done = any(record.step == state.global_step for record in self.records)
-        if (state.global_step % self.every == 0 or state.global_step == state.max_steps) and not done:
+        if state.global_step == state.max_steps or getattr(control, "should_training_stop", False):
+            self._measure_last(args, state, control, **kwargs)
+            return
+        if state.global_step % self.every == 0 and not self._has(state.global_step):
             self._due = True
         if not self._due:
             return
@@ -187,6 +196,19 @@ class SpectralCallback(TrainerCallback):
                 self.budget,
             )
 
+    # Where a training ends that is stopped: whoever stops it may be called after this, at the step or in an evaluation.
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if getattr(control, "should_training_stop", False):
+            self._measure_last(args, state, control, **kwargs)
+
+    on_save = on_epoch_end = on_evaluate
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        # The trainer's last words; later ones may find other weights, and earlier versions have the best loaded by now.
+        loaded = getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint is not None
+        if logs is not None and "train_runtime" in logs and not loaded:
+            self._measure_last(args, state, control, **kwargs)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._release()
         self._tracker = self._trainer = None  # the factors' memory, and a cycle
@@ -194,6 +216,14 @@ class SpectralCallback(TrainerCallback):
         self._scorers = Processes()
 
     # What they come to.
+    def _has(self, step: int) -> bool:
+        return any(record.step == step for record in self.records)
+
+    def _measure_last(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the last step, which waits for no budget: nothing comes after it."""
+        if self._tracker is not None and not self._has(state.global_step):
+            self._measure(args, state, control, **kwargs)
+
     def _release(self) -> None:
         if self._folder is not None:
             self._folder.release()
