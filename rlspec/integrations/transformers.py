@@ -53,8 +53,8 @@ class SpectralCallback(TrainerCallback):
     and nothing told before of the end, as an evaluation that stops it and is not saved.
 
     Rows go to ``out/spectra.jsonl`` and :attr:`records`, the means of :data:`LOGGED` to the trainer's own loggers
-    (TensorBoard, W&B, …), some of which put ``train/`` before the names, and its ``state.log_history``; a ``log()`` that a
-    subclass of Trainer has of its own is not called. LoRA adapters of PEFT count with their weight, W + s B A. The
+    (TensorBoard, W&B, …), some of which put ``train/`` before the names, and its ``state.log_history``; a ``log()`` that
+    a subclass of Trainer has of its own is not called. LoRA adapters of PEFT count with their weight, W + s B A. The
     reference is decomposed when the training begins, which takes time once (decompositions are cached, see
     ``$RLSPEC_CACHE``); its factors stay on the host.
 
