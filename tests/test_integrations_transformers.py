@@ -165,8 +165,10 @@ def test_heads_are_measured_by_themselves(tmp_path: Path) -> None:
     assert callback.records[-1].rows == truth and {row["head"] for row in truth} > {0, 1}
 
 
-def resumable(tmp_path: Path, callbacks: list[TrainerCallback], **changes: Any) -> Any:
-    return plain_trainer(tmp_path / "t", callbacks, **{"save_strategy": "steps", "save_steps": 2, **changes})
+def resumable(tmp_path: Path, callbacks: list[TrainerCallback], model: Any = None, **changes: Any) -> Any:
+    return plain_trainer(
+        tmp_path / "t", callbacks, model, **{"save_strategy": "steps", "save_steps": 2, **changes}
+    )
 
 
 def test_a_resumed_training_goes_on_with_the_same_reference_and_doubles_no_step(tmp_path: Path) -> None:
@@ -199,6 +201,24 @@ def test_a_resumed_training_whose_start_is_not_known_is_trained_and_not_measured
     assert sum("tracking of the spectra ends here" in r.message for r in caplog.records) == 2
 
 
+def test_a_callback_that_measured_the_earlier_part_keeps_its_records(tmp_path: Path) -> None:
+    for base in (None, tmp_path / "base"):
+        toy_model(seed=5).save_pretrained(tmp_path / "base")
+        callback = SpectralCallback(every=1, base=base)
+        trainer = resumable(tmp_path, [callback])
+        trainer.train()
+        trainer.train(resume_from_checkpoint=str(tmp_path / "t" / "checkpoint-2"))
+        assert (callback.disabled is None) == (base is not None)
+        assert [record.step for record in callback.records] == (
+            [0, 1, 2] if base is None else [0, 1, 2, 3, 4]
+        )
+    other = resumable(tmp_path / "other", [], toy_model(seed=1))
+    other.train()
+    trainer = resumable(tmp_path / "other", [callback])
+    trainer.train(resume_from_checkpoint=str(tmp_path / "other" / "t" / "checkpoint-2"))
+    assert [record.step for record in callback.records] == [3, 4]  # another training's are not mixed in
+
+
 def test_a_resumed_training_with_other_settings_is_not_mixed_in(tmp_path: Path) -> None:
     resumable(tmp_path, [SpectralCallback(every=2, out=tmp_path / "out")]).train()
     before = (tmp_path / "out" / "spectra.jsonl").read_bytes()
@@ -215,7 +235,7 @@ def test_a_new_training_sets_the_files_of_the_one_before_aside(tmp_path: Path) -
         assert callback.disabled is None and steps(rows_in(tmp_path / "out")) == [0, 4]
     files = {path.name for path in (tmp_path / "out").iterdir()}
     names = {"spectra.jsonl", "reference", "tracking.json"}
-    assert files == names | {f"{name}.{n}" for name in names for n in (1, 2)}
+    assert files == {".lock"} | names | {f"{name}.{n}" for name in names for n in (1, 2)}
 
 
 def test_a_failure_warns_once_and_ends_the_tracking_alone(

@@ -2,7 +2,7 @@
 
 ::
 
-    tracking.json     what is tracked; written first
+    tracking.json     what is tracked, and of which training; written first
     reference/        the tracked weights at the training's start, where no base was given: a checkpoint folder
     spectra.jsonl     one row per event and matrix, with the columns of a run folder's
     scores.jsonl      one row per event and score, where scores are taken
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from rlspec.errors import RunFolderError
+from rlspec.integrations.hold import Hold, new_training
 from rlspec.io.files import read_json_object, replacing, write_atomically
 from rlspec.io.fused import Config
 from rlspec.io.index import INDEX_FILE
@@ -44,6 +45,21 @@ class TrackingFolder:
     def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
         self.path = path
         self.settings = dict(settings)
+        #: which training the files are of, see ``rlspec.integrations.hold``; None where an earlier version began it
+        self.training: str | None = None
+        self._hold: Hold | None = None
+
+    def hold(self) -> None:
+        """Keep the trainings of other processes away from here until :meth:`release`; first of all.
+
+        Raises:
+            RunFolderError: one is here already.
+        """
+        self._hold = Hold(self.path)
+
+    def release(self) -> None:
+        if self._hold is not None:
+            self._hold.release()
 
     @property
     def reference(self) -> Path:
@@ -69,19 +85,25 @@ class TrackingFolder:
         """
         self.path.mkdir(parents=True, exist_ok=True)
         aside = self._set_aside()
-        write_atomically(self._settings_file, (json.dumps(self.settings, indent=2) + "\n").encode())
+        self.training = new_training()
+        told = {**self.settings, "training": self.training}
+        write_atomically(self._settings_file, (json.dumps(told, indent=2) + "\n").encode())
         return aside
 
-    def resume(self, step: int) -> list[Row]:
+    def resume(self, step: int, trainings: Collection[str] | None = None) -> list[Row]:
         """Go on from a step: rows of later steps go, which are trained again.
+
+        Args:
+            trainings: those that the resumed checkpoint belongs to; None where it cannot tell.
 
         Returns:
             The rows that stay.
 
         Raises:
-            RunFolderError: the folder tracks something else, or what it says of that cannot be read.
+            RunFolderError: the folder tracks something else or another training, or what it says of that cannot be read.
         """
-        if not self._settings_file.exists():
+        before = self._settings_file.exists()
+        if not before:
             self.start()
         found = {
             "per_head": False,  # which earlier versions did not tell
@@ -93,6 +115,13 @@ class TrackingFolder:
                     f"{self._settings_file}: {name} is {found.get(name)!r} there and {wanted!r} now; resume with the "
                     "same settings, or choose another folder"
                 )
+        training = found.get("training")
+        if before and trainings is not None and training is not None and training not in trainings:
+            raise RunFolderError(
+                f"{self.path} holds another training than the one that is resumed at step {step}; files of earlier ones "
+                "are there under names with a number: put its own back into a folder and give that as out="
+            )
+        self.training = training
         repair(self.spectra)
         rows = read_rows(self.spectra)
         counts: dict[int, int] = {}
@@ -147,6 +176,8 @@ class TrackingFolder:
         processes.agree(None if failure is None else told(failure))
 
     def append(self, rows: Sequence[Row]) -> None:
+        if self._hold is not None:
+            self._hold.check()
         append_rows(self.spectra, rows)
 
     def append_scores(self, rows: Sequence[Row]) -> None:

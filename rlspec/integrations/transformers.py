@@ -17,8 +17,10 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from rlspec.errors import OptionError, RunFolderError, TensorError
+from rlspec.integrations.hold import belongs_to, new_training, trainings_of
 from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
+from rlspec.integrations.unheard import kept_flags, unheard
 from rlspec.io.jsonl import Row
 from rlspec.io.projections import parse_modules
 from rlspec.io.weights import open_weights
@@ -47,18 +49,24 @@ LOGGED = {
 class SpectralCallback(TrainerCallback):
     """Measures the weights at step 0, every ``every`` optimizer steps and at the last one.
 
+    The last one is that of a training that is stopped early too. It is missing where the best model is loaded at the end
+    and nothing told before of the end, as an evaluation that stops it and is not saved.
+
     Rows go to ``out/spectra.jsonl`` and :attr:`records`, the means of :data:`LOGGED` to the trainer's own loggers
-    (TensorBoard, W&B, …) and its ``state.log_history``. LoRA adapters of PEFT count with their weight, W + s B A. The
+    (TensorBoard, W&B, …), some of which put ``train/`` before the names, and its ``state.log_history``; a ``log()`` that
+    a subclass of Trainer has of its own is not called. LoRA adapters of PEFT count with their weight, W + s B A. The
     reference is decomposed when the training begins, which takes time once (decompositions are cached, see
     ``$RLSPEC_CACHE``); its factors stay on the host.
 
     Several processes share the work, whether each has a copy of the model (DDP) or DTensors of it (FSDP2, tensor
-    parallelism), see ``DealtTracker``; the first one writes. ``base``, and ``out`` of a resumed training, must be
+    parallelism), see ``DealtTracker``; the first one writes. All must have the callback: with it in the first one alone
+    that one waits for the others, and the training hangs or aborts. ``base``, and ``out`` of a resumed training, must be
     readable for all of them.
 
     From there on an error of any kind, in any process, is told in one warning and ends the tracking alone, see
     :attr:`disabled`. Among them are weights spread by FSDP1 or ZeRO-3: measure their saved checkpoints. What raises is
-    wrong arguments, and a process that is gone (GatherError), without which the training could not go on either.
+    wrong arguments, and a process that is gone (GatherError), without which the training could not go on either. So does
+    any failure while spread weights are gathered, memory that runs out too: it looks the same from inside one process.
 
     Args:
         every: optimizer steps between measurements.
@@ -68,12 +76,16 @@ class SpectralCallback(TrainerCallback):
         per_head: each attention head of q, k, v and o is a matrix of its own.
         out: folder for the rows; None keeps them in memory alone. A resumed training goes on in it and measures no step
             twice; with ``base=None`` it is also where the reference is kept, so such a training needs it to be resumed.
-            A training that starts anew sets the files of the one before aside, under names with a number.
+            A training that starts anew sets the files of the one before aside, under names with a number. One training
+            at a time: a folder that another process uses, or that holds another training than the one that is resumed,
+            ends the tracking.
         budget: the share of the training's time that all this may take, such as ``"1%"`` or ``0.01``, the reference
-            included, scores too: measurements wait until there is time for them. None: no limit.
+            and scores included. The reference, step 0 and the last step are always measured, and may take more in a
+            short training; everything between waits until there is time for it. None: no limit.
         evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
             numbers, or better lists of one number per problem (True and False for solved or not), always of the same
-            problems. It may use random numbers, and must change no weight. Scores go to ``out/scores.jsonl``, the
+            problems. It may use random numbers and ``trainer.evaluate()``, of which the trainer's callbacks and loggers
+            are not told, and must change no weight. Scores go to ``out/scores.jsonl``, the
             records and the loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone. Several
             processes all call it, at the same step, and what the first one's call returns counts. Forward passes of
             FSDP2, and whatever else the processes do together, must be the same in all: one that fails in the middle of
@@ -116,7 +128,8 @@ class SpectralCallback(TrainerCallback):
         self.out = None if out is None else Path(out)
         self.budget = budget
         self.pace = Pace(parse_budget(budget))
-        #: one per measurement, in order, without arrays; those of a resumed training's earlier parts too
+        #: one per measurement, in order, without arrays; those of a resumed training's earlier parts too, where ``out``
+        #: or this same callback has them
         self.records: list[SpectralRecord] = []
         #: why tracking ended before the training did; None while all is well
         self.disabled: str | None = None
@@ -132,6 +145,7 @@ class SpectralCallback(TrainerCallback):
         self._tracker: SpectralTracker | DealtTracker | None = None
         self._reference: Path | None = None  # where base=None and the training was resumed
         self._folder: TrackingFolder | None = None
+        self._training: str | None = None  # the first process's, of `hold`
         self._trainer: Trainer | None = None
         self._due = self._told = False
 
@@ -140,7 +154,10 @@ class SpectralCallback(TrainerCallback):
         self._processes = Processes.of_training()
         if self._processes.count == 1 and not state.is_world_process_zero:
             return
-        self.records, self.disabled, self._due, self._told = [], None, False, False
+        self._release()  # a training that was interrupted never ended
+        goes_on = state.global_step > 0 and self._training in (trainings_of(state) or [])
+        records = [record for record in self.records if goes_on and record.step <= state.global_step]
+        self.records, self.disabled, self._due, self._told = records, None, False, False
         self._tracker = self._folder = self._reference = None
         self.fall = self.unscored = None
         self._trainer = _calling_trainer(self)
@@ -149,7 +166,7 @@ class SpectralCallback(TrainerCallback):
         step = state.global_step
         with self.pace.spending(once=True):
             ready = (
-                self._together(model, lambda: self._open(model, args, step))
+                self._together(model, lambda: self._open(model, args, state))
                 and self._together(model, lambda: self._find_reference(model, step))
                 and self._together(model, lambda: self._begin(model))
                 and self._together(model, self._begin_scores)
@@ -160,8 +177,10 @@ class SpectralCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._tracker is None:
             return
-        done = any(record.step == state.global_step for record in self.records)
-        if (state.global_step % self.every == 0 or state.global_step == state.max_steps) and not done:
+        if state.global_step == state.max_steps or getattr(control, "should_training_stop", False):
+            self._measure_last(args, state, control, **kwargs)
+            return
+        if state.global_step % self.every == 0 and not self._has(state.global_step):
             self._due = True
         if not self._due:
             return
@@ -177,12 +196,38 @@ class SpectralCallback(TrainerCallback):
                 self.budget,
             )
 
+    # Where a training ends that is stopped: whoever stops it may be called after this, at the step or in an evaluation.
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if getattr(control, "should_training_stop", False):
+            self._measure_last(args, state, control, **kwargs)
+
+    on_save = on_epoch_end = on_evaluate
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        # The trainer's last words; later ones may find other weights, and earlier versions have the best loaded by now.
+        loaded = getattr(args, "load_best_model_at_end", False) and state.best_model_checkpoint is not None
+        if logs is not None and "train_runtime" in logs and not loaded:
+            self._measure_last(args, state, control, **kwargs)
+
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._release()
         self._tracker = self._trainer = None  # the factors' memory, and a cycle
         self._scorers.close()
         self._scorers = Processes()
 
     # What they come to.
+    def _has(self, step: int) -> bool:
+        return any(record.step == step for record in self.records)
+
+    def _measure_last(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Measure the last step, which waits for no budget: nothing comes after it."""
+        if self._tracker is not None and not self._has(state.global_step):
+            self._measure(args, state, control, **kwargs)
+
+    def _release(self) -> None:
+        if self._folder is not None:
+            self._folder.release()
+
     def _together(self, model: nn.Module, work: Callable[[], None]) -> bool:
         """Do one thing in all processes; False: it failed in one, and the tracking ends in all.
 
@@ -197,15 +242,20 @@ class SpectralCallback(TrainerCallback):
             self._processes.together(isolated)
         except ProcessError as error:
             self.disabled = str(error)
+            self._release()
             self._tracker = self._trainer = None
             self._warn("tracking of the spectra ends here, the training goes on: %s", self.disabled)
             return False
         return True
 
-    def _open(self, model: nn.Module, args: Any, step: int) -> None:
-        """Open the folder: the first process, which alone writes there."""
+    def _open(self, model: nn.Module, args: Any, state: Any) -> None:
+        """Know which training this is, and open its folder: the first process, which alone writes there."""
         _refuse_sharded(model, max(getattr(args, "world_size", 1), self._processes.count))
+        step, known = state.global_step, trainings_of(state)
         if self.out is None:
+            if step == 0 or self._training not in (known or []):
+                self._training = new_training()
+            belongs_to(state, self._training or "")
             return
         settings = {
             "base": None if self.base is None else str(self.base.resolve()),
@@ -216,13 +266,17 @@ class SpectralCallback(TrainerCallback):
         self._folder = TrackingFolder(self.out, settings)
         if self._processes.number > 0:
             return
+        self._folder.hold()
         if step == 0:
             aside = self._folder.start()
             if aside:
                 self._warn("an earlier training's files are now %s", ", ".join(map(str, aside)))
         else:
-            rows = self._folder.resume(step)
+            rows = self._folder.resume(step, known)
             self.records = [SpectralRecord(s, at, group) for (s, at), group in by_event(rows).items()]
+        self._training = self._folder.training
+        if self._training is not None:
+            belongs_to(state, self._training)
 
     def _find_reference(self, model: nn.Module, step: int) -> None:
         """Where the training's start is kept, and all processes' view of what was measured of it."""
@@ -232,9 +286,11 @@ class SpectralCallback(TrainerCallback):
         elif self.base is None and step > 0:
             base = None if self._folder is None else self._folder.reference
             if base is None or not base.is_dir():
-                where = "without out=" if base is None else f"and {base} is not there"
+                where = (
+                    "without out=, which would have kept them" if base is None else f"and {base} is not there"
+                )
                 raise RunFolderError(
-                    f"resumed at step {step} {where}, so the weights that the training began with are not known; give "
+                    f"resumed at step {step} {where}: the weights that the training began with are not known; give "
                     "them as base="
                 )
             self._reference = base
@@ -299,9 +355,10 @@ class SpectralCallback(TrainerCallback):
         if not self._scoring or self.unscored is not None:
             return
         try:
-            rows, fall = self._scoring.score(
-                kwargs["model"], kwargs.get("processing_class"), record.step, self._scorers
-            )
+            with unheard(control, self._trainer):
+                rows, fall = self._scoring.score(
+                    kwargs["model"], kwargs.get("processing_class"), record.step, self._scorers
+                )
         except ProcessError as error:
             self._end_scores(error)
             return
@@ -328,10 +385,8 @@ class SpectralCallback(TrainerCallback):
         logs = {name: value for name, value in means.items() if value is not None}
         logs |= {f"spectra/score/{name}": value for name, value in scores.items()}
         # The base class's: those of TRL would add the averages that they gather for their own next line, and begin anew.
-        # It also takes the trainer's wish to log this step for fulfilled.
-        should_log = control.should_log
-        Trainer.log(trainer, logs)
-        control.should_log = trainer.control.should_log = should_log
+        with kept_flags(control, trainer):
+            Trainer.log(trainer, logs)
 
     def _warn(self, message: str, *values: Any) -> None:
         if self._processes.number == 0:

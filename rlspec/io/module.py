@@ -197,8 +197,9 @@ def with_adapters(name: str, layer: Any, weight: Tensor) -> Tensor:
         or hasattr(layer.base_layer, "base_layer")
     ):
         raise TensorError(
-            f"{name}: an adapter of PEFT ({kind}) is in the way, which is more than a sum of W and B A; call "
-            "merge_adapter() before and unmerge_adapter() after, or give the merged model"
+            f"{name}: an adapter of PEFT ({kind}) is in the way, which is more than a sum of W and B A: a "
+            "trainer's callback cannot track it, merge and measure the checkpoints; in a loop of your own call "
+            "merge_adapter() before and unmerge_adapter() after"
         )
     wide = torch.promote_types(weight.dtype, torch.float32)
     total = weight.to(wide)

@@ -39,8 +39,8 @@ def read_scores(given: object, where: str) -> dict[str, Score]:
     """Scores from what an evaluation returned.
 
     Args:
-        given: name -> a number; or a list of numbers, one per problem (True and False for solved or not) or text; or
-            ``{"value": 0.5, "n": 234}``.
+        given: name -> a number; or a list of numbers, one per problem (True and False for solved or not) or text, an
+            array or a tensor too; or ``{"value": 0.5, "n": 234}``.
         where: what messages call the evaluation.
 
     Raises:
@@ -57,6 +57,8 @@ def _score(given: Any, what: str) -> Score:
         if n is not None and (isinstance(n, bool) or not isinstance(n, int) or n < 1):
             raise OptionError(f"{what} has n={n!r}, wanted a whole number, at least 1")
         return Score(_number(given.get("value"), what), n)
+    if getattr(given, "ndim", None) == 1:  # of numpy or torch
+        given = given.tolist()
     if isinstance(given, Sequence) and not isinstance(given, (str, bytes)):
         results = tuple(_number(value, what) for value in given)
         if not results:
