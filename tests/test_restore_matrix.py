@@ -9,6 +9,7 @@ from spectra_toys import F64, flat_at_the_cut, random_update
 import rlspec
 from rlspec import restore_matrix
 from rlspec.errors import OptionError, TensorError
+from rlspec.spectra import SpectralBasis
 
 
 def pair(m: int, n: int, eps: float, *, seed: int = 0, dtype: torch.dtype = F64):
@@ -242,3 +243,20 @@ def test_a_copy_is_the_base_itself(dtype: torch.dtype) -> None:
     base[0, 0] = -0.0
     found = restore_matrix(base, tuned, 5, mode="copy").weight
     assert torch.equal(found, base) and bool(found[0, 0].signbit())
+
+
+def test_the_basis_of_another_matrix_is_refused() -> None:
+    generator = torch.Generator().manual_seed(0)
+    base, other, tuned = (torch.randn(12, 9, generator=generator) for _ in range(3))
+    bases = SpectralBasis.from_tensors(
+        {"model.layers.0.self_attn.q_proj.weight": base, "model.layers.1.self_attn.q_proj.weight": other},
+        modules="q",
+        rank=3,
+    )
+    own, wrong = (bases.matrix(f"model.layers.{i}.self_attn.q_proj.weight") for i in range(2))
+    found = restore_matrix(base, tuned, 3, basis=own)
+    assert torch.allclose(found.weight, restore_matrix(base, tuned, 3).weight, atol=1e-6)
+    with pytest.raises(TensorError, match="other entries than W_base"):
+        restore_matrix(base, tuned, 3, basis=wrong)
+    with pytest.raises(TensorError, match=r"shape \(12, 9\), W_base has \(9, 12\)"):
+        restore_matrix(base.T, tuned.T, 3, basis=own)

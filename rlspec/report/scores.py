@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from rlspec.errors import RunFolderError
 from rlspec.io.jsonl import Row, numbered_rows
@@ -33,7 +34,8 @@ def add_scores(folder: Path, events: list[Row]) -> list[str]:
     by_event: dict[tuple[str, object], dict[str, float]] = {}
     names: dict[str, None] = {}
     for line, row in numbered_rows(path):
-        name, value = (row.get("score"), row.get("value")) if isinstance(row, dict) else (None, None)
+        name: Any = row.get("score") if isinstance(row, dict) else None
+        value: Any = row.get("value") if isinstance(row, dict) else None
         if not isinstance(name, str) or not is_number(value):
             raise RunFolderError(
                 f"{path}, line {line}: wanted an object with score, a name, and value, a number"

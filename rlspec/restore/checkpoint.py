@@ -270,7 +270,9 @@ def _pending(plan: Plan, step: Step, pending: frozenset[str]) -> list[str]:
     return [name for name in plan.written_by(step) if name in pending]
 
 
-def _by_rows(plan: Plan, step: Step, names: list[str], writer: CheckpointWriter, pool: int) -> list[MatrixReport]:
+def _by_rows(
+    plan: Plan, step: Step, names: list[str], writer: CheckpointWriter, pool: int
+) -> list[MatrixReport]:
     """Copy, interpolate or merge a tensor without holding it whole."""
     assert step.dtype is not None
     if step.action == "copy":
