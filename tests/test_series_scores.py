@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlspec.cli.main import main
 from rlspec.errors import OptionError
-from rlspec.jobs.series.scores import check_loadable, run_command
+from rlspec.jobs.series.scores import check_loadable, find_fall, run_command
 from rlspec.train.texts import text_losses
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -155,3 +155,40 @@ def test_a_command_of_the_user_s_may_read_what_transformers_cannot_load(run: Pat
     result = measure(run, "--eval", script(run, text))
     assert result.exit_code == 0, result.output
     assert [(row["score"], row["value"]) for row in rows(run)] == [("files", 1.0)]
+
+
+def scored(checkpoint: str, step: int, solved: int, by: str = "x") -> dict[str, Any]:
+    results = [float(i < solved) for i in range(60)]
+    return {
+        "checkpoint": checkpoint, "step": step, "score": "ood", "value": solved / 60, "n": 60,
+        "results": results, "by": by,
+    }  # fmt: skip
+
+
+def test_two_trainings_are_two_series_for_the_alarm() -> None:
+    apart = [scored("a/checkpoint-9", 9, 55), scored("b/checkpoint-9", 9, 20)]
+    assert find_fall(apart, "ood") is None
+    falling = [*apart, scored("b/checkpoint-20", 20, 1)]
+    found = find_fall(falling, "ood")
+    assert (
+        found is not None and found[1] == "b/checkpoint-9" and (found[0].peak_step, found[0].step) == (9, 20)
+    )
+
+
+def test_scores_that_no_test_tells_from_chance_are_refused_for_an_alarm() -> None:
+    numbers = [scored("checkpoint-9", 9, 55) | {"n": None, "results": None}]
+    with pytest.raises(
+        OptionError, match="'ood': a number for each checkpoint, which no test tells from chance"
+    ):
+        find_fall(numbers, "ood")
+
+
+def test_another_command_s_scores_are_not_those_of_this_one(run: Path) -> None:
+    for solved in (55, 20):
+        command = (
+            script(run, f"print(json.dumps({{'ood': [i < {solved} for i in range(60)]}}))") + f" {solved}"
+        )
+        result = measure(run, "--eval", command, "--alarm", "ood")
+        assert result.exit_code == 0, result.output
+        assert "ood: no fall from a peak that chance does not explain" in result.output
+    assert len(rows(run)) == 6

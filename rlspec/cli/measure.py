@@ -205,9 +205,10 @@ def _scores(
 
     rows = score_series(series, base, out, evaluate=evaluate, texts=texts, device=device)
     lines = ["", *score_lines(rows)]
-    if alarm is not None and (found := find_fall(rows, alarm)) is not None:
-        fall, label = found
-        lines.append(describe_fall(fall, checkpoint=label))
+    if alarm is not None:
+        found = find_fall(rows, alarm)
+        calm = f"{alarm}: no fall from a peak that chance does not explain"
+        lines.append(calm if found is None else describe_fall(found[0], checkpoint=found[1]))
     return lines
 
 

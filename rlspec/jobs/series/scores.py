@@ -5,6 +5,7 @@ They lie beside the spectra, in ``scores.jsonl``: one row per checkpoint and sco
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -97,7 +98,8 @@ def score_series(
 
     Returns:
         Rows of ``checkpoint``, ``step``, ``score``, ``value``, ``n``, ``results`` and ``by`` (what scored it), in the
-        order of the series; ``checkpoint`` is ``"base"`` for the base.
+        order of the series; ``checkpoint`` is ``"base"`` for the base. What other texts or commands gave is not among
+        them: scores of two kinds under one name would be no series.
 
     Raises:
         OptionError: no texts, a command without ``{checkpoint}``, or one that fails or prints no scores.
@@ -129,19 +131,38 @@ def score_series(
                     on_checkpoint(label)
                 table.put(label, step, evaluate, run_command(evaluate, place))
     labels = [BASE, *(label for label, *_ in places)]
-    return [row for label in labels for row in table.rows if row["checkpoint"] == label]
+    asked = {evaluate, None if texts is None else _by_texts(texts)}
+    return [
+        row for label in labels for row in table.rows if row["checkpoint"] == label and row["by"] in asked
+    ]
 
 
 def find_fall(rows: Sequence[Row], name: str) -> tuple[Fall, str] | None:
     """The first fall of a score from a peak not reached again, in the order of the rows, and that peak's checkpoint.
 
+    Each training by itself: checkpoints whose labels differ by more than their step are of several.
+
     Raises:
-        OptionError: no row has such a score.
+        OptionError: no row has such a score, or its values are of a kind that no test tells from chance.
     """
     events = [row for row in rows if row["score"] == name and row["checkpoint"] != BASE]
     if not events:
         names = dict.fromkeys(row["score"] for row in rows)
         raise OptionError(f"alarm={name!r}: no such score; there are {', '.join(names) or 'none'}")
+    if all(row["n"] is None for row in events):
+        raise OptionError(
+            f"alarm={name!r}: a number for each checkpoint, which no test tells from chance; an alarm needs lists of one "
+            "number per problem, or text_loss"
+        )
+    trainings: dict[str | None, list[Row]] = {}
+    for row in events:
+        training = None if row["step"] is None else re.sub(r"\d+(?=\D*$)", "", row["checkpoint"])
+        trainings.setdefault(training, []).append(row)
+    return next(filter(None, (_fall_of(rows, name) for rows in trainings.values())), None)
+
+
+def _fall_of(events: Sequence[Row], name: str) -> tuple[Fall, str] | None:
+    """The same of one training."""
     results = [None if row["results"] is None else tuple(row["results"]) for row in events]
     scores = [Score(row["value"], row["n"], found) for row, found in zip(events, results)]
     fall = standing_fall(name, enumerate(scores))
