@@ -7,12 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 62, 28, 18, 40  # RIGHT: half of a label of six digits
+#: CSS classes of lines, as many as can be told apart
+COLOURS = tuple(f"c{i}" for i in range(10))
 _BAR = 5  # half the width of an interval's bar
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points (x, y), optionally a band (x, low, high); ``colour`` is a CSS class c0 … c5, ``dash`` one d0 … d3.
+    """One line: points (x, y), optionally a band (x, low, high); ``colour`` is one of `COLOURS`, ``dash`` one d0 … d3.
 
     Lines of one label are one quantity in several segments of a run: the legend tells it once.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from rlspec.report.chart import Chart, Series, line_chart
+from rlspec.report.chart import COLOURS, Chart, Series, line_chart
 from rlspec.report.curves import dashes, segment_lines, steps_from_base
 from rlspec.report.data import Row, RunData, by_event
 from rlspec.report.tables import Cells, number, shown
@@ -15,7 +15,7 @@ from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import Segment, event_of
 
 #: As many as there are colours that can be told apart.
-MOST = 10
+MOST = len(COLOURS)
 FIGURES = ("run", "segment", "ID peak", "ID at the end", "OOD peak", "OOD at the end", "OOD gained, points",
            "rotation, rad", "σ change", "‖ΔW‖/‖W‖", "KL, nats")  # fmt: skip
 
@@ -35,7 +35,7 @@ class Named:
 
 
 def named(names: Sequence[str], runs: Sequence[RunData]) -> list[Named]:
-    return [Named(name, run, f"c{i % MOST}") for i, (name, run) in enumerate(zip(names, runs))]
+    return [Named(name, run, COLOURS[i % MOST]) for i, (name, run) in enumerate(zip(names, runs))]
 
 
 def compared_curves(runs: Sequence[Named]) -> list[tuple[str, Chart | None]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from itertools import cycle
 
-from rlspec.report.chart import Boundary, Chart, Series, line_chart
+from rlspec.report.chart import COLOURS, Boundary, Chart, Series, line_chart
 from rlspec.report.data import Row, RunData, by_event
 from rlspec.run.branches import method_title, rows_by_segment, segment_titles, trained_branches
 from rlspec.run.rows import mean, rotation
@@ -13,7 +13,6 @@ from rlspec.run.segments import event_of
 
 # Title, lines, label and form of the axis, height, top of the axis.
 _Drawing = tuple[str, Sequence[Series], str, Callable[[float], str], int, float | None]
-_COLOURS = ("c0", "c1", "c2", "c3", "c4", "c5", "c6", "c7", "c8", "c9")
 _DASHES = ("d1", "d2", "d3")  # of branches; the trunk's line is whole
 
 
@@ -29,7 +28,7 @@ def curves(run: RunData) -> list[tuple[str, Chart | None]]:
     ]
     shifts = run.config.get("shifts")
     others = [s for s in shifts if s not in ("none", ood)] if isinstance(shifts, list) else []
-    for colour, shift in zip(cycle(_COLOURS[2:]), others):
+    for colour, shift in zip(cycle(COLOURS[2:]), others):
         accuracies += _metric_series(run, f"OOD ({shift})", f"{shift}_accuracy", colour, shift)
     rotations = _by_module(run, rotation)
     kl = _metric_series(run, "KL(base ‖ current)", "kl_base_nats_per_token", "c3")
@@ -107,7 +106,7 @@ def _by_module(run: RunData, value_of: Callable[[Row], float | None]) -> list[Se
     found: list[Series] = []
     modules = dict.fromkeys(row["module"] for row in run.spectra)
     # Of more modules than colours some share one: no line is left out.
-    for colour, module in zip(cycle((*_COLOURS[2:6], *_COLOURS[:2], *_COLOURS[6:])), modules):
+    for colour, module in zip(cycle((*COLOURS[2:6], *COLOURS[:2], *COLOURS[6:])), modules):
 
         def mean_of(row: Row, module: str = module) -> float | None:
             return mean(value_of(r) for r in spectra.get(event_of(row), []) if r["module"] == module)

@@ -37,7 +37,10 @@ _TESTED = {
 
 @dataclass(frozen=True)
 class RunData:
-    """A run folder's contents; ``summary`` is empty while the run is unfinished."""
+    """A run folder's contents; ``summary`` is empty while the run is unfinished.
+
+    ``scores`` names those that were taken beside spectra alone; the metrics hold them as ``scores``.
+    """
 
     folder: Path
     config: Row
@@ -45,9 +48,7 @@ class RunData:
     spectra: list[Row]
     summary: Row
     segments: list[Segment]
-    scores: Sequence[
-        str
-    ] = ()  #: names of those taken beside spectra alone, which the metrics' ``scores`` hold
+    scores: Sequence[str] = ()
 
 
 def read_run(folder: Path | str) -> RunData:

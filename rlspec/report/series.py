@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,10 @@ from rlspec.report.scores import add_scores
 from rlspec.report.tables import Cells, number
 from rlspec.run.branches import rows_by_segment
 from rlspec.run.rows import mean, rotation
-from rlspec.run.segments import Segment, event_of
+from rlspec.run.segments import Segment, branch_origin, event_of, training_of
 
 ROWS = "spectra.jsonl"
 _UNNUMBERED = "without a step"
-# What a branch of PPO is named after, where a run has several.
-_BRANCH = re.compile(r"ppo-from-(\d{1,18})-\d+\D*$")
 
 
 def read_series(folder: Path) -> RunData:
@@ -70,8 +67,8 @@ def _starts(rows: Sequence[Row]) -> dict[str, int]:
     found = {}
     for row in rows:
         if row["stage"] in ("ppo", "restore"):
-            named = _BRANCH.search(str(row.get("checkpoint")))
-            found[row["segment"]] = int(named[1]) if named else last
+            origins = map(branch_origin, Path(row["segment"]).parts)
+            found[row["segment"]] = next((origin for origin in origins if origin is not None), last)
     return found
 
 
@@ -81,8 +78,7 @@ def _segment(row: Row) -> Any:
         return _UNNUMBERED
     if row.get("checkpoint") is None:
         return row.get("segment") or str(row.get("stage") or "series")
-    name, _, rest = re.sub(r"\d+(?=\D*$)", "\0", str(row["checkpoint"])).partition("\0")
-    return name.rstrip("-_./") + rest or "series"
+    return training_of(str(row["checkpoint"]))
 
 
 def checkpoints(run: RunData) -> Cells:

@@ -210,13 +210,16 @@ def _check(
     check_finite("W_tuned", tuned)
 
 
+def same_entries(first: Tensor, second: Tensor) -> bool:
+    """Whether two matrices of one dtype hold the same numbers, wherever they lie; torch.equal does not know fp8."""
+    return torch.equal(first.to(second.device).double(), second.double())
+
+
 def _check_basis(basis: MatrixBasis, base: Tensor) -> None:
     """Directions of another matrix would be put in without a word."""
     if basis.W.shape != base.shape:
         problem = f"shape {tuple(basis.W.shape)}, W_base has {tuple(base.shape)}"
-    elif not torch.equal(
-        basis.W.to(base.device).double(), base.to(basis.W.dtype).double()
-    ):  # fp8 has no equal
+    elif not same_entries(basis.W, base.to(basis.W.dtype)):
         problem = "other entries than W_base"
     else:
         return

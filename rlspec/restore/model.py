@@ -21,7 +21,7 @@ from rlspec.linalg.rank import Rank, RankLike
 from rlspec.linalg.workers import in_order
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
 from rlspec.restore.codes import told_of_codes
-from rlspec.restore.matrix import RestoreResult
+from rlspec.restore.matrix import RestoreResult, same_entries
 from rlspec.restore.options import RestoreOptions, Rounding
 from rlspec.restore.report import MatrixReport
 from rlspec.restore.tensors import draws, restore_with
@@ -179,7 +179,7 @@ def _refuse_two_for_one(places: list[tuple[Projection, Tensor]], basis: Spectral
         first = seen.setdefault((stored.data_ptr(), str(projection.rows)), projection.name)
         if first == projection.name:
             continue
-        if not torch.equal(basis.matrix(first).W, basis.matrix(projection.name).W):
+        if not same_entries(basis.matrix(first).W, basis.matrix(projection.name).W):
             raise TensorError(
                 f"{projection.name}: one tensor with {first} in the model (tied), two different ones in the basis; build "
                 "the basis from a tied model, or with modules that name one of them"

@@ -63,9 +63,10 @@ def event_title(name: str, segments: Sequence[Segment]) -> str:
     """The name in words of a decisive event."""
     segment, _, what = name.rpartition("_")
     title = segment_titles(segments)[segment]
-    if what == "start" and all(s.parent is None for s in segments if s.id == segment):
+    own = next(s for s in segments if s.id == segment)
+    if what == "start" and own.parent is None:
         return "base"
-    if segment.partition("-")[0] == "restore":
+    if own.stage == "restore":
         return "restored"
     return f"{'OOD peak' if what == 'peak' else what} of {title}"
 

@@ -9,14 +9,13 @@ from typing import Any, Literal
 
 from rlspec.errors import OptionError
 from rlspec.run.budget import parse_budget
-from rlspec.run.segments import Segment, accuracy_prefix, method_of
+from rlspec.run.segments import STAGES, Segment, accuracy_prefix, branch_id, method_of
 from rlspec.run.trainers import further_settings, names, trainer_config
 from rlspec.run.values import checked, closest
 from rlspec.settings import Setting, setting, setting_of
 from rlspec.train.config import PPOConfig, SFTConfig
 
 EMBEDDED = "embedded"
-STAGES = ("sft", "ppo", "restore")
 TRAINED = ("sft", "ppo")  # by a trainer, whose settings are among a run's
 
 # Learning rates where none is given: (SFT, PPO). The paper's are for models of 7 to 11 billion parameters.
@@ -331,7 +330,7 @@ class TrackConfig:
         first = self.stages[0]
         trunk = Segment(first, first, self.steps(first), None, method if first == "ppo" else "")
         points = self.ppo_from or ()
-        names = [f"ppo-from-{point}" for point in points] if len(points) > 1 else ["ppo"]
+        names = [branch_id(point) for point in points] if len(points) > 1 else ["ppo"]
         branches = (
             Segment(name, "ppo", self.steps("ppo"), ("sft", point), method)
             for name, point in zip(names, points)
@@ -363,7 +362,9 @@ class TrackConfig:
 
     def is_branch_point(self, stage: str, step: int) -> bool:
         """Whether a branch starts from ``step``."""
-        return (stage, step) in [segment.parent for segment in self.segments]
+        # Asked at every step, and the tree takes the trainers' settings to make.
+        restored = self._has("restore") and step == self.sft_steps
+        return stage == "sft" and (restored or step in (self.ppo_from or ()))
 
     def values(self) -> dict[str, Any]:
         """Every setting by its name in config.yaml."""

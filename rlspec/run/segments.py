@@ -6,12 +6,17 @@ Rows of runs from before there were branches carry no segment; there each stage 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 Event = tuple[str, int]  # id of a segment, step within it
+
+#: what changes the weights of a segment, in the order of a run
+STAGES = ("sft", "ppo", "restore")
+_BRANCH = re.compile(r"ppo-from-(\d{1,18})")
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,23 @@ def method_of(stage: str, settings: Mapping[str, Any]) -> str:
         return ""
     advantages = "grpo" if settings.get("trainer") == "trl" else settings.get("advantages")
     return str(advantages).upper() if advantages in ("grpo", "rloo") else ""
+
+
+def branch_id(step: int) -> str:
+    """What a branch of PPO is called that starts from an SFT step, where a run has several."""
+    return f"ppo-from-{step}"
+
+
+def branch_origin(name: str) -> int | None:
+    """The SFT step that a branch is called after; None of any other name."""
+    match = _BRANCH.fullmatch(name)
+    return None if match is None else int(match[1])
+
+
+def training_of(checkpoint: str) -> str:
+    """What the labels of one training's checkpoints have in common: the path without its last number, the step."""
+    name, _, rest = re.sub(r"\d+(?=\D*$)", "\0", checkpoint).partition("\0")
+    return name.rstrip("-_./") + rest or "series"
 
 
 def accuracy_prefix(shift: str, ood_shift: str | None) -> str:

@@ -21,6 +21,7 @@ from rlspec.io.index import (
 )
 from rlspec.io.weights import Weights, open_weights
 from rlspec.jobs.series.adapted import AdaptedWeights
+from rlspec.run.segments import STAGES, branch_origin
 
 # checkpoint-500, sft-300, global_step_300, step500, iter_0000500: a number at the end, after a separator or such a word.
 _NUMBERED = re.compile(r"(?:(.*?)[-_.]|.*(?:step|iter|checkpoint|ckpt|epoch))(\d{1,18})", re.IGNORECASE)
@@ -30,10 +31,6 @@ _PART = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+|dist_ckpt")
 _INNER = ("actor/huggingface", "actor")
 # Pickled models, which are told of: transformers', and accelerate's of FSDP.
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "pytorch_model_fsdp.bin")
-# The stages that `rlspec track` names its checkpoints after, in their order.
-_STAGES = ("sft", "ppo", "restore")
-# Where a run has several branches of PPO, each is named after the SFT step that it starts from.
-_BRANCH = re.compile(r"ppo-from-(\d{1,18})")
 
 #: name of a file -> its size in bytes and when it was last changed, in nanoseconds
 Files = dict[str, list[int]]
@@ -53,9 +50,10 @@ class Checkpoint:
         match = _NUMBERED.fullmatch(_named(path).name.removesuffix(".safetensors"))
         if match is None:
             return cls(path, "", None)
-        if branch := _BRANCH.fullmatch(match[1] or ""):
-            return cls(path, "ppo", int(match[2]), int(branch[1]))
-        return cls(path, match[1] if match[1] in _STAGES else "", int(match[2]))
+        origin = branch_origin(match[1] or "")
+        if origin is not None:
+            return cls(path, "ppo", int(match[2]), origin)
+        return cls(path, match[1] if match[1] in STAGES else "", int(match[2]))
 
     def open(self, base: Path) -> Weights:
         """Its weights, those of an adapter on top of the base's.
@@ -137,7 +135,7 @@ def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     }
 
     def key(checkpoint: Checkpoint) -> tuple[int, int, int, float]:
-        stage = _STAGES.index(checkpoint.stage) if checkpoint.stage else -1
+        stage = STAGES.index(checkpoint.stage) if checkpoint.stage else -1
         step = float("inf") if checkpoint.step is None else checkpoint.step
         return parents[_named(checkpoint.path).parent], stage, checkpoint.origin, step
 

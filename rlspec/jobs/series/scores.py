@@ -5,7 +5,6 @@ They lie beside the spectra, in ``scores.jsonl``: one row per checkpoint and sco
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -22,6 +21,7 @@ from rlspec.io.jsonl import Row, read_rows, write_rows
 from rlspec.jobs.loading import load_model, load_tokenizer, model_folder
 from rlspec.jobs.series.checkpoints import find_checkpoints
 from rlspec.jobs.series.result import Series
+from rlspec.run.segments import training_of
 from rlspec.tasks.alarm import Fall, standing_fall
 from rlspec.tasks.commands import check_command, last_json, run, words_for
 from rlspec.tasks.scores import Score, read_scores
@@ -156,7 +156,7 @@ def find_fall(rows: Sequence[Row], name: str) -> tuple[Fall, str] | None:
         )
     trainings: dict[str | None, list[Row]] = {}
     for row in events:
-        training = None if row["step"] is None else re.sub(r"\d+(?=\D*$)", "", row["checkpoint"])
+        training = None if row["step"] is None else training_of(row["checkpoint"])
         trainings.setdefault(training, []).append(row)
     return next(filter(None, (_fall_of(rows, name) for rows in trainings.values())), None)
 
