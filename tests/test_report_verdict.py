@@ -172,7 +172,7 @@ def test_reinforcement_learning_has_the_name_of_what_trained(
 )
 def test_the_loss_of_sft_has_its_name(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
     page = write_report(make_tree(tmp_path / "run", TREE, further=settings)).read_text()
-    assert f"</i>SFT, {name}</span>" in page
+    assert f"</svg>SFT, {name}</span>" in page
 
 
 def test_before_the_end_figures_are_told_and_no_more(tmp_path: Path) -> None:

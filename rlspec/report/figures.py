@@ -10,7 +10,6 @@ from typing import Literal, get_args
 
 from rlspec.errors import OptionError, RunFolderError
 from rlspec.io.files import write_atomically
-from rlspec.report import chart
 from rlspec.report.chart import WIDTH, Chart
 from rlspec.report.html import charts_of
 from rlspec.report.pages import rendered
@@ -81,11 +80,11 @@ def _legend(drawn: Chart, branches: list[tuple[str, str]]) -> tuple[list[Entry],
     told = [(line.colour, line.label) for line in drawn.legend]
     told += [(f"ink {dash}", text) for dash, text in branches if len(drawn.dashes) > 1]
     entries: list[Entry] = []
-    x, y = float(chart.LEFT), 14
+    x, y = drawn.left, 14
     for style, text in told:
         width = _MARK + _LETTER * len(text) + 16
         if entries and x + width > WIDTH:
-            x, y = float(chart.LEFT), y + _ROW
+            x, y = drawn.left, y + _ROW
         entries.append(Entry(x, y, style, text))
         x += width
     return entries, y + 10

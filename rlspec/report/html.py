@@ -39,7 +39,7 @@ from rlspec.report.tables import (
     shown,
     time_spent,
 )
-from rlspec.report.verdict import headlines, trained, verdict
+from rlspec.report.verdict import headlines, paragraphs, trained
 
 
 def write_report(run_dir: Path | str, out: Path | None = None) -> Path:
@@ -139,7 +139,7 @@ def render(run: RunData) -> str:
         "task": shown(run.config.get("task", "")),
         "seed": shown(run.config.get("seed", "")),
         "trained": trained(run),
-        "verdict": verdict(run),
+        "verdict": paragraphs(run),
         "cards": headlines(run),
         "charts": curves(run),
         "branches": branch_legend(run),

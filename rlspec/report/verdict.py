@@ -85,10 +85,15 @@ def turned(run: RunData, row: Row) -> float | None:
 
 def verdict(run: RunData) -> str:
     """What happened, in a few sentences."""
-    sentences = [*_fall(run)]
-    for segment, start, before, after in branch_ends(run):
-        sentences += _recovery(run, segment, start, before, after)
-    return " ".join([*sentences, *_limit(run), *_weights(run)])
+    return " ".join(paragraphs(run))
+
+
+def paragraphs(run: RunData) -> list[str]:
+    """The same sentences by what they are about: the fall, each branch, the limit, the weights."""
+    told = [_fall(run)]
+    told += [_recovery(run, *branch) for branch in branch_ends(run)]
+    told += [_limit(run), _weights(run)]
+    return [" ".join(sentences) for sentences in told if sentences]
 
 
 def _fall(run: RunData) -> list[str]:
