@@ -26,6 +26,7 @@ from rlspec.report.comparison import (
 )
 from rlspec.report.curves import branch_legend, curves, spectral_curves
 from rlspec.report.data import RunData, read_run
+from rlspec.report.heatmap import ColourBar, HeatMap
 from rlspec.report.maps import maps
 from rlspec.report.pages import rendered
 from rlspec.report.series import ROWS, checkpoints, read_series, sentence
@@ -108,6 +109,11 @@ def charts_of(folders: Sequence[Path]) -> tuple[list[tuple[str, Chart | None]], 
         return compared_curves(runs), compared_branches(runs)
     run, alone = _read(folders[0])
     return (spectral_curves(run) if alone else curves(run)), branch_legend(run)
+
+
+def maps_of(folders: Sequence[Path]) -> list[tuple[str, ColourBar, list[HeatMap]]]:
+    """The heat maps of the report of a folder; none of a comparison."""
+    return maps(_read(folders[0])[0]) if len(folders) == 1 else []
 
 
 def _named(folders: Sequence[Path]) -> list[Named]:
