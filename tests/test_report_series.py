@@ -52,6 +52,14 @@ def test_figures_are_means_and_the_largest_angle_is_named(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+def test_where_no_angle_was_measured_none_is_told(tmp_path: Path) -> None:
+    measured = {name for name in rows(1)[0] if name.endswith("_rad") or name.startswith(("sigma", "delta"))}
+    folder = write(tmp_path / "spectra", [row | dict.fromkeys(measured) for row in rows(1)])
+    assert checkpoints(read_series(folder)) == [["checkpoint-100", "4", "–", "–", "–", "–", "–"]]
+    page = write_report(folder).read_text()
+    assert "no angle was measured" in page and "Over the training" not in page and "; 1 checkpoint<" in page
+
+
 def test_random_updates_stand_beside_the_rotation(tmp_path: Path) -> None:
     chance = {"null_random_rad": 0.05, "null_random_percentile": 100.0, "null_rounding_rad": 1e-4}
     told = sentence(read_series(write(tmp_path / "spectra", rows(**chance))))

@@ -183,6 +183,14 @@ def test_before_the_end_figures_are_told_and_no_more(tmp_path: Path) -> None:
     assert "chance" not in text and "lost" not in text and "gained" not in text
 
 
+def test_of_a_base_that_is_not_trained_yet_no_training_is_told(tmp_path: Path) -> None:
+    text = told(tmp_path, {("sft", 0): 20}, finished=False)
+    assert text == "The base solves 50.0 % of the task as trained (ID), and 20.0 % of the changed one (OOD)."
+    page = write_report(tmp_path / "run").read_text()
+    steps = re.findall(r'<text class="x"[^>]*>([^<]+)<', page)
+    assert steps and {*steps} == {"0", "1"}  # no fractions of a step
+
+
 def test_without_another_task_nothing_is_said_of_one(tmp_path: Path) -> None:
     folder = make_run(tmp_path / "run")
     for name in ("ood_accuracy", "ood_shift"):

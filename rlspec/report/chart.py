@@ -177,7 +177,9 @@ def line_chart(
         top=head,
         x_label=x_label,
         y_label=y_label,
-        x_ticks=[place(x, bottom, f"{x:g}") for x in ticks(low_x, high_x, 8)],
+        x_ticks=[
+            place(x, bottom, f"{x:g}") for x in ticks(low_x, high_x, max(1, min(8, int(high_x - low_x))))
+        ],
         y_ticks=[place(low_x, y, text) for y, text in zip(marks, told)],
         boundaries=begins,
         lines=lines,
