@@ -187,6 +187,7 @@ def render_comparison(runs: Sequence[Named]) -> str:
         "head": head,
         "figures": rows,
         "shifts": ood_shifts(runs),
+        "measured": "ID peak" in head or "OOD peak" in head,
         "charts": compared_curves(runs),
         "branches": compared_branches(runs),
         "differences": differences(runs),
