@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from report_toys import make_run
 from skips import without_cairosvg
+from test_report_series import rows, write, write_scores
 
 from rlspec.cli.main import main
 from rlspec.errors import MissingPackageError, OptionError, RunFolderError
@@ -75,6 +76,21 @@ def test_heat_maps_are_pictures_with_the_cells_of_the_page(layers: int, tmp_path
         stops = re.findall(r'<stop offset="([\d.]+)" stop-color="(#\w+)"', content)
         assert [code for _, code in stops] == [colour(float(at)) for at, _ in stops] and len(stops) > 5
     assert cells == CELL.findall(page) and len(cells) == 2 * 3 * layers * 22
+
+
+def test_no_figure_takes_the_place_of_another(tmp_path: Path) -> None:
+    folder = write(tmp_path / "spectra", rows())
+    names = ("text loss", "text-loss", "Text_loss", "text/loss")
+    write_scores(folder, [{"checkpoint": "checkpoint-100", "score": name, "value": 1.0} for name in names])
+    written = write_figures([folder], tmp_path / "figures")
+    scores = sorted(path.name for path in written if path.stem.startswith("score"))
+    assert scores == [
+        "score-text-loss-2.svg",
+        "score-text-loss-3.svg",
+        "score-text-loss.svg",
+        "score-text_loss.svg",
+    ]
+    assert len({*written}) == len(written) == len(list((tmp_path / "figures").iterdir()))
 
 
 def test_names_in_a_picture_are_texts() -> None:

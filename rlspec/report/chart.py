@@ -12,11 +12,8 @@ COLOURS = tuple(f"c{i}" for i in range(10))
 #: CSS classes of what a branch's line is dashed with; the trunk's, d0, is whole
 DASHES = ("d1", "d2", "d3", "d4", "d5", "d6")
 _BAR = 5  # half the width of an interval's bar
-_DIGIT, _LETTER, _NAME = (
-    7.7,
-    6.8,
-    30,
-)  # widths of a digit and of a letter on average; of the axis's name and two gaps
+_DIGIT, _LETTER = 7.7, 6.8  # widths of a digit, and of a letter on average
+_NAME = 30  # of the upright axis's name and the gaps on both sides of its labels
 _ROW = 14  # height of a row of texts
 _CROWD = 60  # dots of a line from which on they would touch
 

@@ -71,7 +71,7 @@ def spectral_curves(run: RunData) -> list[tuple[str, Chart | None]]:
     ]  # fmt: skip
     scores = [(name, segment_lines(run, name, "c0", score_of(name))) for name in run.scores]
     drawn = [(f"Score {name}", lines, name, lambda v: f"{v:.4g}", 200, None) for name, lines in scores]
-    return _drawn(run, [*charts, *drawn], "step", zoomed=len(drawn))
+    return _drawn(run, charts, "step", around=drawn)
 
 
 def score_of(name: str) -> Callable[[Row], float | None]:
@@ -86,18 +86,20 @@ def _unlocked(row: Row) -> float | None:
 
 
 def _drawn(
-    run: RunData, charts: Sequence[_Drawing], x_label: str, *, zoomed: int = 0
+    run: RunData, charts: Sequence[_Drawing], x_label: str, around: Sequence[_Drawing] = ()
 ) -> list[tuple[str, Chart | None]]:
-    """Args: zoomed: how many of the last charts have an axis around their values, not from 0."""
+    """Args: around: more charts, whose axes are around their values and do not begin at 0."""
     x_range, boundaries = _axis(run)
     drawings = [
         partial(
             line_chart, series, x_label=x_label, y_label=y_label, y_format=y_format, x_range=x_range, height=height,
-            y_max=y_max, zoomed=i >= len(charts) - zoomed, boundaries=boundaries,
+            y_max=y_max, zoomed=zoomed, boundaries=boundaries,
         )
-        for i, (_, series, y_label, y_format, height, y_max) in enumerate(charts)
+        for kind, zoomed in ((charts, False), (around, True))
+        for _, series, y_label, y_format, height, y_max in kind
     ]  # fmt: skip
-    return [(title, drawn) for (title, *_), drawn in zip(charts, on_one_axis(drawings))]
+    titles = [title for title, *_ in (*charts, *around)]
+    return list(zip(titles, on_one_axis(drawings)))
 
 
 def _by_module(run: RunData, value_of: Callable[[Row], float | None]) -> list[Series]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -60,8 +61,10 @@ def write_figures(
     written = []
     try:
         goal.mkdir(parents=True, exist_ok=True)
+        taken: set[str] = set()
         for title, content in pictures:
-            name = re.sub(r"\W+", "-", title.lower()).strip("-")
+            name = _file_name(title, taken)
+            taken.add(name)
             files = {"svg": content.encode(errors="replace")}
             if image_format == "png":
                 files["png"] = as_png(content)
@@ -72,6 +75,12 @@ def write_figures(
     except OSError as error:
         raise RunFolderError(f"{goal}: cannot be written: {error.strerror or error}") from None
     return written
+
+
+def _file_name(title: str, taken: Container[str]) -> str:
+    """A title as the name of a file; of two scores that differ in punctuation alone the second has a number."""
+    name = re.sub(r"\W+", "-", title.lower()).strip("-")
+    return next(full for i in count(1) if (full := name if i == 1 else f"{name}-{i}") not in taken)
 
 
 def picture(title: str, drawn: Chart, branches: list[tuple[str, str]]) -> str:
