@@ -20,9 +20,9 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, _NAMES)), None)
 
 
-def shown(page: str, folder: Path) -> str:
+def shown(page: str, folder: Path, width: int = 800) -> str:
     """The document as it stands once its scripts have run."""
-    return _opened(page, folder).stdout
+    return _opened(page, folder, f"--window-size={width},600").stdout
 
 
 def complaints(page: str, folder: Path) -> list[str]:
@@ -46,9 +46,9 @@ def _opened(page: str, folder: Path, *more: str) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
 
 
-def answer(page: str, script: str, folder: Path) -> Any:
+def answer(page: str, script: str, folder: Path, width: int = 800) -> Any:
     """What the body of a function in JavaScript returns, which runs after the page's own and is let by its policy."""
-    found = re.search(r'data-answer="([^"]*)"', shown(asked(page, script), folder))
+    found = re.search(r'data-answer="([^"]*)"', shown(asked(page, script), folder, width))
     assert found is not None, "the script did not run"
     return json.loads(unescape(found[1]))
 

@@ -198,6 +198,19 @@ def test_a_script_that_got_into_the_page_would_not_run(tmp_path: Path) -> None:
     assert 'data-attacked="1"' in shown(free, tmp_path)
 
 
+def test_checkpoints_and_their_scores_are_seen_without_scrolling(tmp_path: Path) -> None:
+    folder = write(tmp_path / "series", rows(3))
+    names = ("text_loss", "forgetting")
+    write_scores(
+        folder, [{"checkpoint": "checkpoint-300", "score": name, "value": -0.123456} for name in names]
+    )
+    page = write_report(folder).read_text()
+    script = "return [...document.querySelectorAll('.scroll')].map(box => box.scrollWidth - box.clientWidth);"
+    assert answer(page, script, tmp_path, 1100) == [0]
+    held = page.replace('class="long"', 'class="held"')  # the broken twin: names in one piece
+    assert answer(held, script, tmp_path, 1100) != [0]
+
+
 def test_nothing_of_the_page_is_wider_than_its_window(page: str, tmp_path: Path) -> None:
     script = "return document.documentElement.scrollWidth - innerWidth;"
     assert answer(page, script, tmp_path) <= 0
