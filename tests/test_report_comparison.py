@@ -76,6 +76,13 @@ def test_curves_of_all_runs_lie_on_one_axis(runs: list[Path]) -> None:
     assert ends[4][0] == pytest.approx(300 + 4 * 16, abs=0.5)
 
 
+def test_intervals_of_many_runs_do_not_hide_the_lines(runs: list[Path], tmp_path: Path) -> None:
+    more = [make_tree(tmp_path / f"more{i}", TREE) for i in range(2)]
+    for folders, banded in (([*runs, more[0]], True), ([*runs, *more], False)):
+        chart = drawing(write_comparison(folders).read_text(), "ID accuracy")
+        assert bool(list(chart.iter("polygon"))) == banded and len(list(chart.iter("polyline"))) > 4
+
+
 def test_the_page_is_written_beside_the_reports(runs: list[Path], tmp_path: Path) -> None:
     before = write_report(runs[0]).read_bytes()
     result = report(*runs, "--figures", tmp_path / "figures")

@@ -17,6 +17,7 @@ from rlspec.run.segments import Segment, event_of
 
 #: As many as there are colours that can be told apart.
 MOST = len(COLOURS)
+_BANDED = 3  # runs: intervals of more would lie on each other and hide the lines
 FIGURES = ("run", "segment", "ID peak", "ID at the end", "OOD peak", "OOD at the end", "OOD gained, points",
            "rotation, rad", "σ change", "‖ΔW‖/‖W‖", "KL, nats")  # fmt: skip
 
@@ -64,7 +65,12 @@ def compared_curves(runs: Sequence[Named]) -> list[tuple[str, Chart | None]]:
     drawings = [
         partial(
             line_chart,
-            [line for each in runs for line in segment_lines(each.run, each.name, each.colour, values(each), band)],
+            [
+                line for each in runs
+                for line in segment_lines(
+                    each.run, each.name, each.colour, values(each), band if len(runs) <= _BANDED else None
+                )
+            ],
             x_label="optimizer steps from the base", y_label=y_label, y_format=y_format, x_range=x_range,
             y_max=y_max, zoomed=zoomed,
         )
