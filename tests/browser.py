@@ -20,8 +20,17 @@ def browser() -> str | None:
     return next(filter(None, map(shutil.which, _NAMES)), None)
 
 
-def shown(page: str, folder: Path) -> str:
+def shown(page: str, folder: Path, width: int = 800) -> str:
     """The document as it stands once its scripts have run."""
+    return _opened(page, folder, f"--window-size={width},600").stdout
+
+
+def complaints(page: str, folder: Path) -> list[str]:
+    """What the browser's console says while the page is opened: faults of scripts, and what its policy refused."""
+    return re.findall(r":CONSOLE[^ ]* (.*)", _opened(page, folder, "--enable-logging=stderr").stderr)
+
+
+def _opened(page: str, folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     program = browser()
     assert program is not None
     file = folder / "shown.html"
@@ -33,19 +42,21 @@ def shown(page: str, folder: Path) -> str:
         "--no-first-run",
         "--disable-background-networking",
     ]
-    command = [program, *options, f"--user-data-dir={folder / 'browser'}", "--dump-dom", file.as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    command = [program, *options, *more, f"--user-data-dir={folder / 'browser'}", "--dump-dom", file.as_uri()]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
 
 
-def answer(page: str, script: str, folder: Path) -> Any:
+def answer(page: str, script: str, folder: Path, width: int = 800) -> Any:
     """What the body of a function in JavaScript returns, which runs after the page's own and is let by its policy."""
+    found = re.search(r'data-answer="([^"]*)"', shown(asked(page, script), folder, width))
+    assert found is not None, "the script did not run"
+    return json.loads(unescape(found[1]))
+
+
+def asked(page: str, script: str) -> str:
+    """The page with a script that runs after its own, whose answer it keeps."""
     script = f"document.body.dataset.answer = JSON.stringify((() => {{ {script} }})());"
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policed = page.replace("script-src ", f"script-src 'sha256-{digest}' ", 1)
     assert policed != page
-    found = re.search(
-        r'data-answer="([^"]*)"',
-        shown(policed.replace("</body>", f"<script>{script}</script></body>"), folder),
-    )
-    assert found is not None, "the script did not run"
-    return json.loads(unescape(found[1]))
+    return policed.replace("</body>", f"<script>{script}</script></body>")

@@ -16,6 +16,8 @@ from rlspec.report import write_report
 from rlspec.report.chart import Series, line_chart, ticks
 from rlspec.report.data import read_run
 from rlspec.report.heatmap import colour
+from rlspec.run.config import TrackConfig
+from rlspec.run.folder import RunFolder
 from rlspec.tasks.stats import spearman
 
 
@@ -80,6 +82,9 @@ def test_broken_folders_are_named(tmp_path: Path) -> None:
     (folder / "metrics.jsonl").write_text("")
     with pytest.raises(RunFolderError, match="nothing to report"):
         read_run(folder)
+    RunFolder.create(tmp_path / "begun", TrackConfig().to_settings()).close()
+    with pytest.raises(RunFolderError, match=r"metrics\.jsonl: no complete event yet; nothing to report"):
+        read_run(tmp_path / "begun")
 
 
 def test_spearman_agrees_with_scipy() -> None:

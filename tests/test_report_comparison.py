@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import pytest
 from click.testing import CliRunner, Result
 from report_toys import make_tree
 from test_report_geometry import drawing, points
-from test_report_series import rows, write
+from test_report_series import rows, write, write_scores
 from test_report_verdict import EARLY, TREE
 
 from rlspec.cli.main import main
@@ -60,7 +61,7 @@ def test_settings_that_differ_are_told_and_no_others(runs: list[Path]) -> None:
 
 def test_curves_of_all_runs_lie_on_one_axis(runs: list[Path]) -> None:
     """A line for each segment of each run, each run in its colour, where the labels of the axes put its values."""
-    chart = drawing(write_comparison(runs).read_text(), "mean angle, rad")
+    chart = drawing(write_comparison(runs).read_text(), "Rotation")
     lines = [(line.get("class"), points(chart, line.get("points") or "")) for line in chart.iter("polyline")]
     assert [name for name, _ in lines] == [
         "line c0 d0",
@@ -75,6 +76,13 @@ def test_curves_of_all_runs_lie_on_one_axis(runs: list[Path]) -> None:
     assert ends[4][0] == pytest.approx(300 + 4 * 16, abs=0.5)
 
 
+def test_intervals_of_many_runs_do_not_hide_the_lines(runs: list[Path], tmp_path: Path) -> None:
+    more = [make_tree(tmp_path / f"more{i}", TREE) for i in range(2)]
+    for folders, banded in (([*runs, more[0]], True), ([*runs, *more], False)):
+        chart = drawing(write_comparison(folders).read_text(), "ID accuracy")
+        assert bool(list(chart.iter("polygon"))) == banded and len(list(chart.iter("polyline"))) > 4
+
+
 def test_the_page_is_written_beside_the_reports(runs: list[Path], tmp_path: Path) -> None:
     before = write_report(runs[0]).read_bytes()
     result = report(*runs, "--figures", tmp_path / "figures")
@@ -82,7 +90,7 @@ def test_the_page_is_written_beside_the_reports(runs: list[Path], tmp_path: Path
     assert result.exit_code == 0 and result.output.splitlines()[0] == str(target)
     assert (runs[0] / "report.html").read_bytes() == before and not (runs[1] / "comparison.html").exists()
     page = target.read_text()
-    assert "</i>first</span>" in page and "</i>second</span>" in page and "not finished: second" in page
+    assert "</svg>first</span>" in page and "</svg>second</span>" in page and "not finished: second" in page
     files = sorted(path.stem for path in (tmp_path / "figures").iterdir())
     assert "ood-accuracy-both" in files and "rotation" in files
     assert report(*runs).exit_code == 0  # an earlier comparison is replaced
@@ -118,8 +126,32 @@ def test_spectra_alone_are_compared_too_and_with_a_run(runs: list[Path], tmp_pat
     assert head == ["run", "rotation, rad", "σ change", "‖ΔW‖/‖W‖"]
     assert [row[head.index("rotation, rad")] for row in found] == ["0.0600", "0.0400"]
     page = write_comparison(spectra).read_text()
-    assert "accuracy</figcaption>" not in page and ">Rotation</figcaption>" in page
-    assert "</i>x</span>" in write_comparison([runs[0], spectra[0]]).read_text()
+    assert "accuracy" not in page and ">Rotation</figcaption>" in page
+    assert "</svg>x</span>" in write_comparison([runs[0], spectra[0]]).read_text()
+
+
+def test_scores_are_drawn_and_listed_beside_each_other(tmp_path: Path) -> None:
+    folders = []
+    for name, loss in (("x", 2.0), ("y", 2.5)):
+        folders.append(write(tmp_path / name, rows(3)))
+        scores = [
+            {"checkpoint": f"checkpoint-{100 * i}", "step": 100 * i, "score": "text_loss", "value": value}
+            for i, value in ((1, loss + 0.25), (2, loss - 0.25), (3, loss))
+        ]
+        write_scores(folders[-1], scores)
+    only_one = {"checkpoint": "checkpoint-100", "step": 100, "score": "solved", "value": 0.75}
+    with (folders[1] / "scores.jsonl").open("a") as file:
+        file.write(json.dumps(only_one) + "\n")
+    head, found = compared_figures(named(["x", "y"], [read_series(folder) for folder in folders]))
+    assert head[-4:] == ["‖ΔW‖/‖W‖", "text_loss at the end", "text_loss, range", "solved, range"]
+    assert [row[-3:] for row in found] == [
+        ["2", "1.75 to 2.25", "–"], ["2.5", "2.25 to 2.75", "0.75 to 0.75"]
+    ]  # fmt: skip
+    page = write_comparison(folders).read_text()
+    chart = drawing(page, "Score text_loss")
+    lines = [points(chart, line.get("points") or "") for line in chart.iter("polyline")]
+    assert [[round(y, 2) for _, y in line] for line in lines] == [[2.25, 1.75, 2.0], [2.75, 2.25, 2.5]]
+    assert [line.get("class") for line in drawing(page, "Score solved").iter("polyline")] == ["line c1 d0"]
 
 
 def test_accuracies_of_other_tasks_are_not_taken_for_the_same(runs: list[Path]) -> None:
@@ -135,7 +167,7 @@ def test_runs_of_one_name_are_told_apart(runs: list[Path], tmp_path: Path) -> No
     (tmp_path / "other").mkdir()
     twin = runs[1].rename(tmp_path / "other" / "first")
     page = write_comparison([runs[0], twin]).read_text()
-    assert f"</i>{tmp_path.name}/first</span>" in page and "</i>other/first</span>" in page
+    assert f"</svg>{tmp_path.name}/first</span>" in page and "</svg>other/first</span>" in page
 
 
 def test_each_run_has_a_colour_of_its_own(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def near(found: list[tuple[float, float]], wanted: list[tuple[float, float]]) ->
 
 def accuracies_lie_right(page: str, run: Path) -> bool:
     """A line and a band for each accuracy and each segment, in this order."""
-    chart = drawing(page, "deals solved")
+    chart = drawing(page, "Accuracy")
     segments: dict[str, list[dict[str, Any]]] = {}
     for row in rows_of(run, "metrics"):
         segments.setdefault(row.get("segment", row["stage"]), []).append(row)
@@ -116,14 +116,16 @@ def test_a_chart_drawn_wrong_is_noticed(mutate: Callable[[str], str], run: Path)
 
 
 def test_the_boundary_stands_where_the_second_stage_begins(run: Path) -> None:
-    chart = drawing((run / "report.html").read_text(), "deals solved")
+    chart = drawing((run / "report.html").read_text(), "Accuracy")
     (line,) = [part for part in chart.iter("line") if part.get("class") == "boundary"]
     first = next(row["global_step"] for row in rows_of(run, "metrics") if row["stage"] == "ppo")
     assert line.get("x1") == line.get("x2")
     assert scale(chart, "x")(float(line.get("x1", "nan"))) == pytest.approx(first, abs=0.2)
 
 
-def cells_lie_right(page: str, run: Path, title: str = "q: layer by event") -> bool:
+def cells_lie_right(
+    page: str, run: Path, title: str = "Rotation (mean angle, rad), q: layer by event"
+) -> bool:
     """Rows go by layer downwards, columns by event to the right, colours by value."""
     rows = rows_of(run, "spectra")
     angles = {

@@ -52,6 +52,14 @@ def test_figures_are_means_and_the_largest_angle_is_named(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+def test_where_no_angle_was_measured_none_is_told(tmp_path: Path) -> None:
+    measured = {name for name in rows(1)[0] if name.endswith("_rad") or name.startswith(("sigma", "delta"))}
+    folder = write(tmp_path / "spectra", [row | dict.fromkeys(measured) for row in rows(1)])
+    assert checkpoints(read_series(folder)) == [["checkpoint-100", "4", "–", "–", "–", "–", "–"]]
+    page = write_report(folder).read_text()
+    assert "no angle was measured" in page and "Over the training" not in page and "; 1 checkpoint<" in page
+
+
 def test_random_updates_stand_beside_the_rotation(tmp_path: Path) -> None:
     chance = {"null_random_rad": 0.05, "null_random_percentile": 100.0, "null_rounding_rad": 1e-4}
     told = sentence(read_series(write(tmp_path / "spectra", rows(**chance))))
@@ -103,11 +111,11 @@ def test_checkpoints_of_one_step_from_two_trainings_stay_apart(
     one = [(first.format(100 * i), "4", f"{0.02 * i:.4f}") for i in (1, 2, 3)]
     assert found == one + [(second.format(100 * i), "4", "1.0000") for i in (1, 2, 3)]
     page = write_report(folder).read_text()
-    turned = page[page.index('aria-label="mean angle, rad"') :]
+    turned = page[page.index('aria-label="Rotation"') :]
     dashes = re.findall(r'<polyline class="line c\d (d\d)"', turned[: turned.index("</svg>")])
     assert sorted(dashes) == ["d0", "d0", "d1", "d1"]  # of q and v
     for name in (first, second):
-        assert f'"></i>{name.replace("-{}", "").replace("_{}", "")}</span>' in page
+        assert f'"/></svg>{name.replace("-{}", "").replace("_{}", "")}</span>' in page
 
 
 def test_what_has_no_step_comes_after_what_has_one(tmp_path: Path) -> None:
@@ -122,6 +130,21 @@ def test_a_series_of_an_80_layer_model_stays_a_page(tmp_path: Path) -> None:
     page = write_report(write(tmp_path / "spectra", rows(100, 80)))
     assert page.stat().st_size < 5_000_000
     assert len(re.findall("<figure>", page.read_text())) == 5
+
+
+def test_a_page_of_every_projection_of_a_large_model_is_no_larger(tmp_path: Path) -> None:
+    content = rows(100, 80)[::2]  # of q
+    modules = ("q", "k", "v", "o", "gate", "up", "down")
+    whole = [row | {"module": module} for row in content for module in modules]
+    whole += [row | {"module": "lm_head", "layer": None} for row in content if row["layer"] == 0]
+    page = write_report(write(tmp_path / "spectra", whole))
+    text = page.read_text()
+    assert page.stat().st_size < 5_000_000 and 15_000 < text.count("<rect") <= 30_000
+    assert "of 100 checkpoints, evenly spaced" in text
+    drawn = text[text.index(", lm_head: by event") :]
+    assert (
+        "layer 0" not in drawn[: drawn.index("</svg>")] and ">step 10000: " in drawn[: drawn.index("</svg>")]
+    )
 
 
 @pytest.mark.parametrize(
@@ -184,7 +207,9 @@ def test_scores_are_drawn_and_listed_beside_the_spectra(tmp_path: Path, by_label
     heights = [dot.y for dot in line.dots]
     assert heights[0] - heights[2] > 100 and heights[0] - heights[1] == pytest.approx(heights[1] - heights[2])
     page = write_report(folder).read_text()
-    assert "Score forgetting" in page and "<th>text_loss</th><th>forgetting</th>" in page
+    assert (
+        "Score forgetting" in page and '<th scope="col">text_loss</th><th scope="col">forgetting</th>' in page
+    )
     assert "of_the_base" not in page
 
 

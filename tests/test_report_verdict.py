@@ -172,7 +172,7 @@ def test_reinforcement_learning_has_the_name_of_what_trained(
 )
 def test_the_loss_of_sft_has_its_name(settings: dict[str, Any], name: str, tmp_path: Path) -> None:
     page = write_report(make_tree(tmp_path / "run", TREE, further=settings)).read_text()
-    assert f"</i>SFT, {name}</span>" in page
+    assert f"</svg>SFT, {name}</span>" in page
 
 
 def test_before_the_end_figures_are_told_and_no_more(tmp_path: Path) -> None:
@@ -181,6 +181,14 @@ def test_before_the_end_figures_are_told_and_no_more(tmp_path: Path) -> None:
     assert "it was best at step 50, 55.0 %, and is now at 10.0 %." in text
     assert "from step 100 has taken OOD from 5.0 % to 56.0 %." in text or "has taken OOD" in text
     assert "chance" not in text and "lost" not in text and "gained" not in text
+
+
+def test_of_a_base_that_is_not_trained_yet_no_training_is_told(tmp_path: Path) -> None:
+    text = told(tmp_path, {("sft", 0): 20}, finished=False)
+    assert text == "The base solves 50.0 % of the task as trained (ID), and 20.0 % of the changed one (OOD)."
+    page = write_report(tmp_path / "run").read_text()
+    steps = re.findall(r'<text class="x"[^>]*>([^<]+)<', page)
+    assert steps and {*steps} == {"0", "1"}  # no fractions of a step
 
 
 def test_without_another_task_nothing_is_said_of_one(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ _PATH = click.Path(path_type=Path)
 @click.option(
     "--out", type=_PATH, help="The page; default FOLDER/report.html, of several comparison.html in the first."
 )
-@click.option("--figures", type=_PATH, help="Write the page's charts there too, as SVG files.")
+@click.option("--figures", type=_PATH, help="Write the page's charts and heat maps there too, as SVG files.")
 @click.option(
     "--format",
     "image_format",

@@ -6,15 +6,22 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 62, 28, 18, 40  # RIGHT: half of a label of six digits
+WIDTH, LEFT, RIGHT, TOP, BOTTOM = 900, 62, 28, 18, 40  # LEFT: the least; RIGHT: half of a label of six digits
 #: CSS classes of lines, as many as can be told apart
 COLOURS = tuple(f"c{i}" for i in range(10))
+#: CSS classes of what a branch's line is dashed with; the trunk's, d0, is whole
+DASHES = ("d1", "d2", "d3", "d4", "d5", "d6")
 _BAR = 5  # half the width of an interval's bar
+_DIGIT, _LETTER = 7.7, 6.8  # widths of a digit, and of a letter on average
+_NAME = 30  # of the upright axis's name and the gaps on both sides of its labels
+_ROW = 14  # height of a row of texts
+_CROWD = 60  # dots of a line from which on they would touch
 
 
 @dataclass(frozen=True)
 class Series:
-    """One line: points (x, y), optionally a band (x, low, high); ``colour`` is one of `COLOURS`, ``dash`` one d0 … d3.
+    """One line: points (x, y), optionally a band (x, low, high); ``colour`` is one of `COLOURS`, ``dash`` d0 or
+    one of `DASHES`.
 
     Lines of one label are one quantity in several segments of a run: the legend tells it once.
     """
@@ -45,21 +52,26 @@ class Line:
     dash: str
     dots: Sequence[Place]
     outline: Sequence[Place]
+    radius: float = 3.0  # of a dot
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """A vertical line at ``x`` and what begins there, e.g. a branch of PPO."""
+    """A vertical line at ``x`` and what begins there, e.g. a branch of PPO; in place, the middle of its text too."""
 
     x: float
     text: str
+    text_x: float = 0.0
+    text_y: float = 0.0
 
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart of ``WIDTH`` by ``height``; its axes are at ``LEFT``, ``RIGHT``, ``TOP`` and ``BOTTOM`` from the edges."""
+    """A chart of ``WIDTH`` by ``height``; its axes are at ``left``, ``RIGHT``, ``top`` and ``BOTTOM`` from the edges."""
 
     height: int
+    left: float
+    top: float
     x_label: str
     y_label: str
     x_ticks: Sequence[Place]
@@ -112,12 +124,15 @@ def line_chart(
     y_max: float | None = None,
     zoomed: bool = False,
     boundaries: Sequence[Boundary] = (),
+    left: float = LEFT,
 ) -> Chart | None:
     """A line chart with a y axis from 0 to ``y_max``, or to a little above the largest value; None without points.
 
     Args:
+        height: without the rows of texts that boundaries need beyond the first.
         zoomed: the y axis goes from a little below the least value instead.
         boundaries: their ``x`` in the units of the data.
+        left: the least distance of the y axis from the edge; its longest label may ask for more.
     """
     shown = [s for s in series if s.points]
     if not shown:
@@ -129,25 +144,72 @@ def line_chart(
         room = 0.08 * (most - least) or 0.08 * abs(most) or 1.0
         bottom, top = least - room, most + room
     low_x, high_x = x_range
-    plot_width, plot_height = WIDTH - LEFT - RIGHT, height - TOP - BOTTOM
+    marks = ticks(bottom, top)
+    told = [y_format(y) for y in marks]
+    if len({*told}) < len(told):  # an axis so narrow that the short form does not tell its labels apart
+        told = [f"{y:.10g}" for y in marks]
+    left = max(left, _NAME + _DIGIT * max(map(len, told), default=0))
+    plot_width, plot_height = WIDTH - left - RIGHT, height - TOP - BOTTOM
+    begins = [replace(b, x=left + (b.x - low_x) / ((high_x - low_x) or 1) * plot_width) for b in boundaries]
+    begins, rows = _staggered(begins)
+    head = TOP + _ROW * (rows - 1)
 
     def place(x: float, y: float, text: str = "") -> Place:
         right = (x - low_x) / ((high_x - low_x) or 1)
         return Place(
-            LEFT + right * plot_width, TOP + (1 - (min(y, top) - bottom) / (top - bottom)) * plot_height, text
+            left + right * plot_width,
+            head + (1 - (min(y, top) - bottom) / (top - bottom)) * plot_height,
+            text,
         )
 
     lines = []
     for s in shown:
         name = ", ".join(part for part in (s.label, s.where, "step") if part)
         dots = [place(x, y, f"{name} {x:g}: {y_format(y)}") for x, y in s.points]
-        lines.append(Line(s.label, s.colour, s.dash, dots, _outline(s.band, place)))
+        radius = 3.0 if len(dots) < _CROWD else 1.2
+        lines.append(Line(s.label, s.colour, s.dash, dots, _outline(s.band, place), radius))
     return Chart(
-        height=height,
+        height=height + _ROW * (rows - 1),
+        left=left,
+        top=head,
         x_label=x_label,
         y_label=y_label,
-        x_ticks=[place(x, bottom, f"{x:g}") for x in ticks(low_x, high_x, 8)],
-        y_ticks=[place(low_x, y, y_format(y)) for y in ticks(bottom, top)],
-        boundaries=[Boundary(place(boundary.x, bottom).x, boundary.text) for boundary in boundaries],
+        x_ticks=[
+            place(x, bottom, f"{x:g}") for x in ticks(low_x, high_x, max(1, min(8, int(high_x - low_x))))
+        ],
+        y_ticks=[place(low_x, y, text) for y, text in zip(marks, told)],
+        boundaries=begins,
         lines=lines,
     )
+
+
+def on_one_axis(drawings: Sequence[Callable[..., Chart | None]]) -> list[Chart | None]:
+    """Charts whose y axes stand above each other: as far from the edge as the widest labels of any ask for.
+
+    Args:
+        drawings: `line_chart` with all but ``left`` given.
+    """
+    left = max((drawn.left for drawn in (draw() for draw in drawings) if drawn is not None), default=LEFT)
+    return [draw(left=left) for draw in drawings]
+
+
+def _staggered(boundaries: Sequence[Boundary]) -> tuple[list[Boundary], int]:
+    """Boundaries with places for their texts, and the rows that these take: none leaves the picture or touches another.
+
+    Args:
+        boundaries: their ``x`` in the units of the picture.
+    """
+    ends: list[float] = []  # of each row, from the lowest
+    rows = []
+    middles = []
+    for boundary in sorted(boundaries, key=lambda b: b.x):
+        half = _LETTER * len(boundary.text) / 2
+        middles.append(max(half, min(boundary.x, WIDTH - half)))
+        row = next((i for i, end in enumerate(ends) if end < middles[-1] - half), len(ends))
+        ends[row : row + 1] = [middles[-1] + half + _LETTER]
+        rows.append(row)
+    taken = max(1, len(ends))
+    return [
+        replace(boundary, text_x=x, text_y=TOP - 5 + _ROW * (taken - 1 - row))
+        for boundary, x, row in zip(sorted(boundaries, key=lambda b: b.x), middles, rows)
+    ], taken

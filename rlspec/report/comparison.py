@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
-from rlspec.report.chart import COLOURS, Chart, Series, line_chart
-from rlspec.report.curves import dashes, segment_lines, steps_from_base
+from rlspec.report.chart import COLOURS, Chart, line_chart, on_one_axis
+from rlspec.report.curves import dashes, score_of, segment_lines, steps_from_base
 from rlspec.report.data import Row, RunData, by_event
 from rlspec.report.tables import Cells, number, shown
 from rlspec.report.verdict import percent, trained
@@ -16,8 +17,12 @@ from rlspec.run.segments import Segment, event_of
 
 #: As many as there are colours that can be told apart.
 MOST = len(COLOURS)
+_BANDED = 3  # runs: intervals of more would lie on each other and hide the lines
 FIGURES = ("run", "segment", "ID peak", "ID at the end", "OOD peak", "OOD at the end", "OOD gained, points",
            "rotation, rad", "σ change", "‖ΔW‖/‖W‖", "KL, nats")  # fmt: skip
+
+
+_Values = Callable[[Row], float | None]
 
 
 @dataclass(frozen=True)
@@ -28,10 +33,15 @@ class Named:
     run: RunData
     colour: str
 
-    def spectral(self, value_of: Callable[[Row], float | None]) -> Callable[[Row], float | None]:
+    def spectral(self, value_of: _Values) -> _Values:
         """Row of metrics -> mean over the matrices of that event."""
         means = {event: mean(map(value_of, rows)) for event, rows in by_event(self.run.spectra).items()}
         return lambda row: means.get(event_of(row))
+
+
+# Title, label of the axis, what a row of a run's metrics has, form of the axis, prefix of the interval's columns, top of
+# the axis, and whether it is around the values and not from 0.
+_Kind = tuple[str, str, Callable[[Named], _Values], Callable[[float], str], str | None, float | None, bool]
 
 
 def named(names: Sequence[str], runs: Sequence[RunData]) -> list[Named]:
@@ -39,30 +49,44 @@ def named(names: Sequence[str], runs: Sequence[RunData]) -> list[Named]:
 
 
 def compared_curves(runs: Sequence[Named]) -> list[tuple[str, Chart | None]]:
-    """(title, chart) of what any of the runs has measured: a colour for each run, a dash for each branch."""
+    """(title, chart) of what any of the runs has measured or scored: a colour for each run, a dash for each branch."""
     ends = [steps_from_base(row) for each in runs for row in each.run.metrics]
     x_range = (min(ends), max(*ends, min(ends) + 1))
     shifts = ", ".join(ood_shifts(runs))
-    drawn: list[tuple[str, Chart | None]] = []
-    for title, y_label, value_of, y_format, band, y_max in (
-        ("ID accuracy", "deals solved", "id_accuracy", _percents, "id", 1.0),
-        (f"OOD accuracy ({shifts})", "deals solved", "ood_accuracy", _percents, "ood", 1.0),
-        ("Rotation", "mean angle, rad", rotation, _short, None, None),
-        ("Singular-value change", "mean, relative", _sigma, _percents, None, None),
-        ("Update", "‖ΔW‖/‖W‖", _delta, _short, None, None),
-        ("KL to the base", "nats per token", "kl_base_nats_per_token", _short, None, None),
-    ):
-        lines: list[Series] = []
-        for each in runs:
-            found = _column(value_of) if isinstance(value_of, str) else each.spectral(value_of)
-            lines += segment_lines(each.run, each.name, each.colour, found, band)
-        chart = line_chart(
-            lines, x_label="optimizer steps from the base", y_label=y_label, y_format=y_format, x_range=x_range,
-            y_max=y_max,
-        )  # fmt: skip
-        if chart is not None:
-            drawn.append((title, chart))
-    return drawn
+    kinds: list[_Kind] = [
+        ("ID accuracy", "deals solved", lambda _: _column("id_accuracy"), _percents, "id", 1.0, False),
+        (f"OOD accuracy ({shifts})", "deals solved", lambda _: _column("ood_accuracy"), _percents, "ood", 1.0, False),
+        ("Rotation", "mean angle, rad", lambda each: each.spectral(rotation), _short, None, None, False),
+        ("Singular-value change", "mean, relative", lambda each: each.spectral(_sigma), _percents, None, None, False),
+        ("Update", "‖ΔW‖/‖W‖", lambda each: each.spectral(_delta), _short, None, None, False),
+        ("KL to the base", "nats per token", lambda _: _column("kl_base_nats_per_token"), _short, None, None, False),
+    ]  # fmt: skip
+    kinds += [_score_kind(name) for name in scored(runs)]
+    drawings = [
+        partial(
+            line_chart,
+            [
+                line for each in runs
+                for line in segment_lines(
+                    each.run, each.name, each.colour, values(each), band if len(runs) <= _BANDED else None
+                )
+            ],
+            x_label="optimizer steps from the base", y_label=y_label, y_format=y_format, x_range=x_range,
+            y_max=y_max, zoomed=zoomed,
+        )
+        for _, y_label, values, y_format, band, y_max, zoomed in kinds
+    ]  # fmt: skip
+    drawn = zip(kinds, on_one_axis(drawings))
+    return [(title, chart) for (title, *_), chart in drawn if chart is not None]
+
+
+def _score_kind(name: str) -> _Kind:
+    return f"Score {name}", name, lambda _: score_of(name), _score, None, None, True
+
+
+def scored(runs: Sequence[Named]) -> list[str]:
+    """The names of the scores that any of the runs has."""
+    return list(dict.fromkeys(name for each in runs for name in each.run.scores))
 
 
 def compared_branches(runs: Sequence[Named]) -> list[tuple[str, str]]:
@@ -84,10 +108,17 @@ def ood_shifts(runs: Sequence[Named]) -> list[str]:
 
 
 def compared_figures(runs: Sequence[Named]) -> tuple[list[str], Cells]:
-    """Headings and rows: one for each run and segment, without the columns that nobody has measured."""
-    rows = [_figures(each, segment) for each in runs for segment in each.run.segments]
-    kept = [i for i in range(len(FIGURES)) if any(row[i] != "–" for row in rows)]
-    return [FIGURES[i] for i in kept], [[row[i] for i in kept] for row in rows]
+    """Headings and rows: one for each run and segment, without the columns that nobody has measured. Of a score, where
+    more is not always better: its last value, and the least and the most."""
+    names = scored(runs)
+    head = [*FIGURES, *(f"{name}{what}" for name in names for what in (" at the end", ", range"))]
+    rows = [
+        [*_figures(each, segment), *(cell for name in names for cell in _scores(each, segment, name))]
+        for each in runs
+        for segment in each.run.segments
+    ]
+    kept = [i for i in range(len(head)) if any(row[i] != "–" for row in rows)]
+    return [head[i] for i in kept], [[row[i] for i in kept] for row in rows]
 
 
 def _figures(each: Named, segment: Segment) -> list[str]:
@@ -110,6 +141,14 @@ def _figures(each: Named, segment: Segment) -> list[str]:
         number(each.spectral(_delta)(end), ".4f"),
         number(end.get("kl_base_nats_per_token"), ".3f"),
     ]
+
+
+def _scores(each: Named, segment: Segment, name: str) -> list[str]:
+    rows = rows_by_segment(each.run.metrics)[segment.id]
+    found = [value for value in map(score_of(name), rows) if value is not None]
+    if not found:
+        return ["–", "–"]
+    return [number(score_of(name)(rows[-1]), ".4g"), f"{min(found):.4g} to {max(found):.4g}"]
 
 
 def _peak(rows: Sequence[Row], column: str) -> str:
@@ -136,7 +175,7 @@ def _trained(run: RunData) -> str:
     return trained(run).removeprefix("trained by ") if run.config else "–"
 
 
-def _column(name: str) -> Callable[[Row], float | None]:
+def _column(name: str) -> _Values:
     return lambda row: row.get(name)
 
 
@@ -146,6 +185,10 @@ def _sigma(row: Row) -> float | None:
 
 def _delta(row: Row) -> float | None:
     return row.get("delta_relative")
+
+
+def _score(value: float) -> str:
+    return f"{value:.4g}"
 
 
 def _percents(value: float) -> str:

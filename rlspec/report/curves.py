@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import cycle
 
-from rlspec.report.chart import COLOURS, Boundary, Chart, Series, line_chart
+from rlspec.report.chart import COLOURS, DASHES, Boundary, Chart, Series, line_chart, on_one_axis
 from rlspec.report.data import Row, RunData, by_event
 from rlspec.run.branches import method_title, rows_by_segment, segment_titles, trained_branches
 from rlspec.run.rows import mean, rotation
@@ -13,7 +14,6 @@ from rlspec.run.segments import event_of
 
 # Title, lines, label and form of the axis, height, top of the axis.
 _Drawing = tuple[str, Sequence[Series], str, Callable[[float], str], int, float | None]
-_DASHES = ("d1", "d2", "d3")  # of branches; the trunk's line is whole
 
 
 def curves(run: RunData) -> list[tuple[str, Chart | None]]:
@@ -69,12 +69,13 @@ def spectral_curves(run: RunData) -> list[tuple[str, Chart | None]]:
             lambda v: f"{100 * v:.3g} %", 200, None,
         ),
     ]  # fmt: skip
-    scores = [(name, segment_lines(run, name, "c0", _score_of(name))) for name in run.scores]
+    scores = [(name, segment_lines(run, name, "c0", score_of(name))) for name in run.scores]
     drawn = [(f"Score {name}", lines, name, lambda v: f"{v:.4g}", 200, None) for name, lines in scores]
-    return _drawn(run, charts, "step") + _drawn(run, drawn, "step", zoomed=True)
+    return _drawn(run, charts, "step", around=drawn)
 
 
-def _score_of(name: str) -> Callable[[Row], float | None]:
+def score_of(name: str) -> Callable[[Row], float | None]:
+    """Row of metrics -> its score of that name."""
     return lambda event: event.get("scores", {}).get(name)
 
 
@@ -85,19 +86,20 @@ def _unlocked(row: Row) -> float | None:
 
 
 def _drawn(
-    run: RunData, charts: Sequence[_Drawing], x_label: str, *, zoomed: bool = False
+    run: RunData, charts: Sequence[_Drawing], x_label: str, around: Sequence[_Drawing] = ()
 ) -> list[tuple[str, Chart | None]]:
+    """Args: around: more charts, whose axes are around their values and do not begin at 0."""
     x_range, boundaries = _axis(run)
-    return [
-        (
-            title,
-            line_chart(
-                series, x_label=x_label, y_label=y_label, y_format=y_format, x_range=x_range, height=height,
-                y_max=y_max, zoomed=zoomed, boundaries=boundaries,
-            ),
+    drawings = [
+        partial(
+            line_chart, series, x_label=x_label, y_label=y_label, y_format=y_format, x_range=x_range, height=height,
+            y_max=y_max, zoomed=zoomed, boundaries=boundaries,
         )
-        for title, series, y_label, y_format, height, y_max in charts
+        for kind, zoomed in ((charts, False), (around, True))
+        for _, series, y_label, y_format, height, y_max in kind
     ]  # fmt: skip
+    titles = [title for title, *_ in (*charts, *around)]
+    return list(zip(titles, on_one_axis(drawings)))
 
 
 def _by_module(run: RunData, value_of: Callable[[Row], float | None]) -> list[Series]:
@@ -124,7 +126,7 @@ def branch_legend(run: RunData) -> list[tuple[str, str]]:
 def dashes(run: RunData) -> Iterable[tuple[str, str]]:
     """(segment id, the class of its dash)."""
     for i, segment in enumerate(run.segments):
-        yield segment.id, _DASHES[(i - 1) % len(_DASHES)] if i else "d0"
+        yield segment.id, DASHES[(i - 1) % len(DASHES)] if i else "d0"
 
 
 def steps_from_base(row: Row) -> float:

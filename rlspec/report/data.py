@@ -67,7 +67,8 @@ def read_run(folder: Path | str) -> RunData:
         config = yaml.safe_load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RunFolderError(f"{config_file}: not YAML: {' '.join(str(error).split())}") from None
-    metrics = _rows(path / "metrics.jsonl")
+    begun = (path / "metrics.jsonl").exists()  # a run has this file from its first event on
+    metrics = _rows(path / "metrics.jsonl") if begun else []
     if not metrics:
         raise RunFolderError(f"{path / 'metrics.jsonl'}: no complete event yet; nothing to report")
     config = config if isinstance(config, dict) else {}

@@ -9,7 +9,7 @@ from rlspec.report.chart import Place
 
 #: Dark to bright, evenly spaced in lightness, readable without colour vision.
 _STOPS = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-_LEFT, _TOP = 30, 16  # of the first cell
+_LEFT, _TOP = 30, 19  # of the first cell
 _LABEL, _LETTER = 24, 6.6  # of a column: its longest text, the width of a letter
 
 
@@ -55,15 +55,19 @@ def colour(share: float) -> str:
 
 
 def heatmap(
-    cells: Mapping[tuple[int, int], float],
+    cells: Mapping[tuple[int | None, int], float],
     *,
-    layers: Sequence[int],
+    layers: Sequence[int | None],
     columns: Sequence[str],
     top: float,
     value_format: Callable[[float], str],
     title: str,
 ) -> HeatMap:
-    """One map: rows are layers, columns are events, ``cells[layer, column index]`` values in [0, top]."""
+    """One map: rows are layers, columns are events, ``cells[layer, column index]`` values in [0, top].
+
+    Args:
+        layers: None for a matrix of no layer, such as ``lm_head``; it is told by the title alone.
+    """
     # Few columns are wide enough for the title above them and the two labels below.
     ends = [
         name if len(name) <= _LABEL else f"…{name[1 - _LABEL :]}"
@@ -76,19 +80,20 @@ def heatmap(
     placed, labels = [], []
     for row, layer in enumerate(layers):
         y = _TOP + row * high
-        if row % label_every == 0:
+        if row % label_every == 0 and layer is not None:
             labels.append(Place(_LEFT - 5, y + high / 2 + 4, str(layer)))
         for column, name in enumerate(columns):
             value = cells.get((layer, column))
             if value is not None:
                 fill = colour(value / top if top > 0 else 0.0)
-                text = f"layer {layer}, {name}: {value_format(value)}"
+                where = name if layer is None else f"layer {layer}, {name}"
+                text = f"{where}: {value_format(value)}"
                 placed.append(Cell(_LEFT + column * wide, y, fill, text))
     bottom = _TOP + len(layers) * high + 14
     return HeatMap(
         title=title,
         width=_LEFT + wide * len(columns) + 4,
-        height=high * len(layers) + 38,
+        height=_TOP + high * len(layers) + 22,
         wide=wide,
         high=high,
         cells=placed,

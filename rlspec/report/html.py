@@ -26,6 +26,7 @@ from rlspec.report.comparison import (
 )
 from rlspec.report.curves import branch_legend, curves, spectral_curves
 from rlspec.report.data import RunData, read_run
+from rlspec.report.heatmap import ColourBar, HeatMap
 from rlspec.report.maps import maps
 from rlspec.report.pages import rendered
 from rlspec.report.series import ROWS, checkpoints, read_series, sentence
@@ -39,7 +40,7 @@ from rlspec.report.tables import (
     shown,
     time_spent,
 )
-from rlspec.report.verdict import headlines, trained, verdict
+from rlspec.report.verdict import headlines, paragraphs, trained
 
 
 def write_report(run_dir: Path | str, out: Path | None = None) -> Path:
@@ -110,6 +111,11 @@ def charts_of(folders: Sequence[Path]) -> tuple[list[tuple[str, Chart | None]], 
     return (spectral_curves(run) if alone else curves(run)), branch_legend(run)
 
 
+def maps_of(folders: Sequence[Path]) -> list[tuple[str, ColourBar, list[HeatMap]]]:
+    """The heat maps of the report of a folder; none of a comparison."""
+    return maps(_read(folders[0])[0]) if len(folders) == 1 else []
+
+
 def _named(folders: Sequence[Path]) -> list[Named]:
     if not 2 <= len(folders) <= MOST:
         raise OptionError(f"{len(folders)} folders to compare, wanted 2 to {MOST}")
@@ -139,7 +145,7 @@ def render(run: RunData) -> str:
         "task": shown(run.config.get("task", "")),
         "seed": shown(run.config.get("seed", "")),
         "trained": trained(run),
-        "verdict": verdict(run),
+        "verdict": paragraphs(run),
         "cards": headlines(run),
         "charts": curves(run),
         "branches": branch_legend(run),
@@ -181,6 +187,7 @@ def render_comparison(runs: Sequence[Named]) -> str:
         "head": head,
         "figures": rows,
         "shifts": ood_shifts(runs),
+        "measured": "ID peak" in head or "OOD peak" in head,
         "charts": compared_curves(runs),
         "branches": compared_branches(runs),
         "differences": differences(runs),

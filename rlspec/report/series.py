@@ -87,15 +87,13 @@ def checkpoints(run: RunData) -> Cells:
     scores = {event_of(event): event.get("scores", {}) for event in run.metrics}
     for (segment, step), matrices in by_event(run.spectra).items():
         own = scores.get((segment, step), {})
-        largest = max(matrices, key=_largest_angle)
         moved = mean(row.get("sigma_change_rel_mean") for row in matrices)
         rows.append(
             [
                 str(matrices[0].get("checkpoint") or step),
                 str(len(matrices)),
                 number(mean(rotation(row) for row in matrices), ".4f"),
-                f"{number(_largest_angle(largest), '.4f')} ± {number(largest.get('angle_error_bound_rad'), '.1g')}",
-                str(largest.get("name", "")),
+                *_largest(matrices),
                 "–" if moved is None else f"{100 * moved:.2f} %",
                 number(mean(row.get("delta_relative") for row in matrices), ".4f"),
                 *(number(own.get(name), ".4g") for name in run.scores),
@@ -126,6 +124,16 @@ def sentence(run: RunData) -> str:
     return text
 
 
+def _largest(matrices: Sequence[Row]) -> tuple[str, str]:
+    """The largest angle with its bound, and the matrix that has it."""
+    found = max(matrices, key=_largest_angle)
+    if _largest_angle(found) < 0:
+        return "–", "–"
+    bound = number(found.get("angle_error_bound_rad"), ".1g")
+    return f"{_largest_angle(found):.4f} ± {bound}", str(found.get("name", ""))
+
+
 def _largest_angle(row: Row) -> float:
+    """-1 where none was measured."""
     found = [row.get(f"angle_{side}_max_rad") for side in ("left", "right")]
     return max((float(angle) for angle in found if angle is not None), default=-1.0)

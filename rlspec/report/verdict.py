@@ -85,10 +85,15 @@ def turned(run: RunData, row: Row) -> float | None:
 
 def verdict(run: RunData) -> str:
     """What happened, in a few sentences."""
-    sentences = [*_fall(run)]
-    for segment, start, before, after in branch_ends(run):
-        sentences += _recovery(run, segment, start, before, after)
-    return " ".join([*sentences, *_limit(run), *_weights(run)])
+    return " ".join(paragraphs(run))
+
+
+def paragraphs(run: RunData) -> list[str]:
+    """The same sentences by what they are about: the fall, each branch, the limit, the weights."""
+    told = [_fall(run)]
+    told += [_recovery(run, *branch) for branch in branch_ends(run)]
+    told += [_limit(run), _weights(run)]
+    return [" ".join(sentences) for sentences in told if sentences]
 
 
 def _fall(run: RunData) -> list[str]:
@@ -96,6 +101,8 @@ def _fall(run: RunData) -> list[str]:
     if "sft_start" not in events:
         return []
     start, end, peak = events["sft_start"], events["sft_end"], events.get("sft_peak")
+    if end is start:
+        return [_base(start)]
     told = [
         f"Supervised fine-tuning (SFT) took accuracy on the task as trained (ID) from "
         f"{percent(start.get('id_accuracy'))} to {percent(end.get('id_accuracy'))}."
@@ -121,6 +128,14 @@ def _fall(run: RunData) -> list[str]:
         f"{words}: {_points(top - left)} were lost, more than chance explains (McNemar p = {test['p_value']:.2g}; "
         f"the best step was chosen on the same deals, which favours a fall).",
     ]
+
+
+def _base(row: Row) -> str:
+    """Of a trunk that has not been trained, or not yet."""
+    changed = "" if row.get("ood_accuracy") is None else (
+        f", and {percent(row['ood_accuracy'])} of the changed one (OOD)"
+    )  # fmt: skip
+    return f"The base solves {percent(row.get('id_accuracy'))} of the task as trained (ID){changed}."
 
 
 def _recovery(run: RunData, segment: Segment, start: str, before: Row, after: Row) -> list[str]:
