@@ -222,3 +222,14 @@ def test_tied_models_and_other_prefixes(tmp_path: Path) -> None:
     assert [row["name"] for row in saved.rows] == [p.name for p in basis.projections]
     inside = {f"language_model.{name}": w for name, w in model.state_dict().items()}
     assert len(SpectralTracker(basis).measure(inside, step=0).rows) == len(saved.rows)
+
+
+def test_a_record_is_a_table(tmp_path: Path) -> None:
+    weights = {Q0: torch.randn(12, 8, generator=torch.Generator().manual_seed(0))}
+    record = SpectralTracker(SpectralBasis.from_tensors(weights, modules="q")).measure(weights, step=7)
+    frame = record.to_pandas()
+    assert list(frame.columns) == list(COLUMNS) and frame["step"].tolist() == [7]
+    record.to_csv(tmp_path / "record.csv")
+    names, cells = (line.split(",") for line in (tmp_path / "record.csv").read_text().splitlines()[:2])
+    assert names == list(COLUMNS) and cells[names.index("name")] == Q0
+    assert float(cells[names.index("sigma_max")]) == record.rows[0]["sigma_max"]
