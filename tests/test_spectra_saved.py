@@ -191,6 +191,7 @@ HOSTILE: dict[str, tuple[Edit, str]] = {
     "columns": (lambda c: c["matrices"][0].update(columns=[24, 24]), "is no range"),
     "integers": (lambda c: c["matrices"][0].update(dtype="I32"), "none of a weight"),
     "factors": (lambda c: c["matrices"][0].update(factors="BF16"), "wanted F32 or F64"),
+    "no text": (lambda c: c["matrices"][0].update(name="\ud800"), "surrogates not allowed"),
     "module": (lambda c: c["matrices"][0].update(module=["q"]), "module is"),
     "shape": (lambda c: c["matrices"][0].update(shape=[41, 24]), "basis.json wants (41, 24)"),
     "checksum": (lambda c: c["matrices"][0].update(checksum="00000000"), "is damaged"),
