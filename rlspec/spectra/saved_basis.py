@@ -269,7 +269,7 @@ def _entry(given: Mapping[str, Any]) -> _Entry:
 def _typed(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         raise ValueError(f"{value!r:.80} is no {kind.__name__}")
-    if kind is str:
+    if isinstance(value, str):
         value.encode()  # half a surrogate pair is a ValueError, which JSON can say and nothing else can
     return value
 
