@@ -10,6 +10,7 @@ import pytest
 from click.testing import CliRunner
 from train_toys import save_toy_model
 
+from rlspec import SpectralBasis
 from rlspec.cli.main import main
 from rlspec.io.jsonl import read_rows
 from rlspec.spectra.table import COLUMNS
@@ -54,6 +55,11 @@ def untold_files(folder: Path, title: str) -> set[str]:
 def invoke(*words: str) -> None:
     result = CliRunner().invoke(main, list(words))
     assert result.exit_code == 0, result.output
+
+
+def test_every_file_of_a_saved_basis_is_told(model: Path, tmp_path: Path) -> None:
+    SpectralBasis.from_checkpoint(model).save_pretrained(tmp_path / "basis")
+    assert untold_files(tmp_path / "basis", "A saved basis") == set()
 
 
 def test_every_file_and_column_of_a_run_is_told(model: Path, tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from train_toys import toy_model
 from rlspec.errors import RunFolderError
 from rlspec.integrations.hold import Hold
 from rlspec.integrations.transformers import SpectralCallback
-from rlspec.run.lock import take_lock
+from rlspec.io.lock import take_lock
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
@@ -55,7 +55,7 @@ def test_a_folder_that_another_process_writes_to_is_refused_and_free_again_after
     out = tmp_path / "out"
     out.mkdir()
     code = (
-        "import sys; from pathlib import Path; from rlspec.run.lock import take_lock; "
+        "import sys; from pathlib import Path; from rlspec.io.lock import take_lock; "
         f"lock = take_lock(Path({str(out)!r})); print(1, flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

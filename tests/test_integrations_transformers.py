@@ -70,6 +70,12 @@ def test_rows_are_those_of_the_tracker_on_the_models_of_those_steps(tmp_path: Pa
         assert record.rows == truth
         assert [row for row in rows if row["step"] == step] == truth
     assert rows[0]["delta_relative"] == 0 and rows[-1]["delta_relative"] > 1e-4
+    frame = callback.records.to_pandas()
+    assert list(frame.columns) == list(COLUMNS) and frame["angle_left_max_rad"].tolist() == [
+        row["angle_left_max_rad"] for row in rows
+    ]
+    callback.records.to_csv(tmp_path / "all.csv")
+    assert len((tmp_path / "all.csv").read_text().splitlines()) == 1 + len(rows)
 
 
 def test_the_trainers_loggers_get_the_means_and_lose_no_line_of_their_own(tmp_path: Path) -> None:
@@ -171,6 +177,10 @@ def resumable(tmp_path: Path, callbacks: list[TrainerCallback], model: Any = Non
     )
 
 
+def steps_of_rows(lines: bytes) -> list[int]:
+    return [json.loads(line)["step"] for line in lines.splitlines()]
+
+
 def test_a_resumed_training_goes_on_with_the_same_reference_and_doubles_no_step(tmp_path: Path) -> None:
     def callback() -> SpectralCallback:
         return SpectralCallback(every=1, out=tmp_path / "out")
@@ -185,6 +195,7 @@ def test_a_resumed_training_goes_on_with_the_same_reference_and_doubles_no_step(
     assert second.disabled is None
     assert (tmp_path / "out" / "spectra.jsonl").read_bytes() == whole
     assert [record.step for record in second.records] == [0, 1, 2, 3, 4]
+    assert second.records.to_pandas()["step"].tolist() == steps_of_rows(whole)
 
 
 def test_a_resumed_training_whose_start_is_not_known_is_trained_and_not_measured(

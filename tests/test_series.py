@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import rlspec
 from rlspec.cli.main import main
 from rlspec.errors import CheckpointError, OptionError, RunFolderError, TensorError
+from rlspec.io.jsonl import write_rows
 from rlspec.io.projections import find_projections
 from rlspec.jobs.series import Series
 from rlspec.jobs.series import job as jobs
@@ -131,6 +132,20 @@ def test_what_is_in_the_table_is_not_measured_again(run: Path, monkeypatch: pyte
     once = (out / "spectra.jsonl").read_bytes()
     again = rlspec.measure(base, [run / "checkpoint-20"], out=out)
     assert measured == [] and again.rows == both.rows and (out / "spectra.jsonl").read_bytes() == once
+
+
+def test_a_table_of_before_a_column_came_is_gone_on_with(run: Path) -> None:
+    base, out = run.parent / "base", run.parent / "out"
+    rlspec.measure(base, [run / "checkpoint-300"], out=out)
+    later = ("best_match_left_mean", "best_match_left_min", "best_match_right_mean", "best_match_right_min")
+    old = [{name: value for name, value in row.items() if name not in later} for row in rows_in(out)]
+    write_rows(out / "spectra.jsonl", old)
+    series = rlspec.measure(base, run, out=out)
+    assert [row for row in rows_in(out) if row["step"] == 300] == old
+    assert sum(row.get("best_match_left_min") is None for row in series.rows) == len(old) < len(series.rows)
+    series.to_csv(out / "table.csv")
+    result = CliRunner().invoke(main, ["report", str(out)])
+    assert result.exit_code == 0, result.output
 
 
 def test_a_series_that_was_killed_anywhere_goes_on_without_doubles(

@@ -19,8 +19,8 @@ import rlspec
 from rlspec.cli.main import main
 from rlspec.errors import OptionError, RunFolderError
 from rlspec.io import launch
-from rlspec.io.launch import locked
-from rlspec.io.share import Share, is_held
+from rlspec.io.lock import is_held, locked
+from rlspec.io.share import Share
 from rlspec.jobs.series import job as jobs
 from rlspec.jobs.series import parts, table
 from rlspec.jobs.series.parts import launch_file

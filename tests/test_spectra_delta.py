@@ -37,6 +37,27 @@ def test_agrees_with_the_exact_engine(shape, rank, dtype):
         torch.testing.assert_close(found.delta_spectral, truth.delta_spectral, rtol=0.02, atol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("shape", [(48, 48), (40, 96), (96, 40)])
+def test_best_matches_agree_with_the_exact_engine(shape, dtype):
+    """Where values lie apart. Vectors of close ones are anybody's choice within their span."""
+    g = torch.Generator().manual_seed(3)
+    r = min(shape)
+    u, v = (torch.linalg.qr(torch.randn(n, r, dtype=F64, generator=g)).Q for n in shape)
+    s = torch.cat([torch.linspace(4.0, 2.0, 8, dtype=F64), torch.linspace(1.0, 0.1, r - 8, dtype=F64)])
+    weight = (u * s) @ v.T
+    reference, exact_reference = stacked([weight], rank=8, dtype=dtype), stacked([weight], rank=8)
+    for eps in (1e-4, 1e-3, 1e-2, 1e-1):
+        tuned = (weight + random_update(weight, eps, None, g))[None]
+        found, truth = by_delta(reference, tuned), by_exact(exact_reference, tuned)
+        for mine, exact in (
+            (found.best_match_left, truth.best_match_left),
+            (found.best_match_right, truth.best_match_right),
+        ):
+            assert float(exact.min()) < 1.0
+            torch.testing.assert_close(1.0 - mine, 1.0 - exact, rtol=1e-3, atol=2e-14)
+
+
 def test_small_updates_stay_in_the_delta_form_and_large_ones_leave_it():
     g = torch.Generator().manual_seed(1)
     weights = [flat_at_the_cut(64, 64, g) for _ in range(2)]

@@ -76,6 +76,44 @@ def test_planted_rotation_and_values(shape, largest):
     assert abs(found_left[0].item() - left[0].item()) <= row["angle_error_bound_rad"]
 
 
+@pytest.mark.parametrize("engine", ["delta", "exact"])
+@pytest.mark.parametrize("largest", [1e-4, 1e-2, 1e-1])
+@pytest.mark.parametrize("shape", [(40, 40), (24, 60), (60, 24)])
+def test_best_matches_of_a_planted_rotation(shape, largest, engine):
+    """Each leading vector turns towards one past the cut, so that its best match among the leading ones is itself."""
+    ref, weight, left, right, _, _ = planted(*shape, 8, largest=largest)
+    basis = SpectralBasis.from_tensors(tensors(ref), modules="q", rank=8)
+    (row,) = SpectralTracker(basis, engine=engine).measure(tensors(weight), step=1).rows
+    # The delta engine stops where angles are known to some thousandths: 1 - cos of the largest to a hundredth.
+    near = 1e-13 if engine == "exact" else 1e-13 + 0.01 * (1 - math.cos(largest))
+    assert row["engine"] == engine
+    for side, angles in (("left", left), ("right", right)):
+        assert row[f"best_match_{side}_min"] == pytest.approx(float(angles.cos().min()), rel=0, abs=near)
+        assert row[f"best_match_{side}_mean"] == pytest.approx(float(angles.cos().mean()), rel=0, abs=near)
+
+
+@pytest.mark.parametrize("engine", ["delta", "exact"])
+def test_best_matches_know_no_order_and_tell_a_rotation_within_the_subspace(engine):
+    g = torch.Generator().manual_seed(5)
+    u, v = orthonormal(30, 6, g), orthonormal(20, 6, g)
+    s = torch.tensor([4.01, 4.0, 3.0, 2.0, 1.0, 0.5], dtype=F64)
+    basis = SpectralBasis.from_tensors(tensors((u * s) @ v.T), modules="q", rank=4)
+
+    def row(u: torch.Tensor, s: torch.Tensor, v: torch.Tensor) -> dict[str, float]:
+        return SpectralTracker(basis, engine=engine).measure(tensors((u * s) @ v.T), step=1).rows[0]
+
+    swapped = row(u, s[[1, 0, 2, 3, 4, 5]] + torch.tensor([0, 0.02, 0, 0, 0, 0]), v)
+    turn = torch.eye(6, dtype=F64)
+    turn[:2, :2] = torch.tensor([[1.0, -1.0], [1.0, 1.0]], dtype=F64) * 0.5**0.5
+    turned = row(u @ turn, s, v @ turn)
+    for side in ("left", "right"):
+        assert swapped[f"best_match_{side}_min"] == pytest.approx(1.0, abs=1e-12)
+        assert turned[f"best_match_{side}_min"] == pytest.approx(0.5**0.5, abs=1e-6)
+        assert turned[f"best_match_{side}_mean"] == pytest.approx((2 + 2 * 0.5**0.5) / 4, abs=1e-6)
+        assert turned[f"angle_{side}_max_rad"] < 1e-9
+    assert turned["block_vectors"] == 2
+
+
 def test_rows_hold_every_column_and_are_json():
     ref, weight, *_ = planted(30, 30, 6, largest=0.01)
     basis = SpectralBasis.from_tensors(tensors(ref), modules="q", rank=0.2)
@@ -108,6 +146,7 @@ def test_unchanged_weights_measure_exact_zeros():
     zero += ["projector_distance_left", "projector_distance_right", "intruder_dimensions"]
     assert {name: row[name] for name in zero} == dict.fromkeys(zero, 0)
     assert row["update_sparsity"] == 1.0
+    assert row["best_match_left_min"] == row["best_match_right_mean"] == 1.0
 
 
 def test_whole_dimension_side_is_skipped_with_a_note():
@@ -117,6 +156,7 @@ def test_whole_dimension_side_is_skipped_with_a_note():
     record = SpectralTracker(basis).measure(tensors(ref + 0.01), step=1)
     (row,) = record.rows
     assert row["angle_left_max_rad"] is None and row["projector_distance_left"] is None
+    assert 0 < row["best_match_left_min"] < 1  # vectors turn within it
     assert row["angle_right_max_rad"] > 0
     assert "left angles skipped" in row["note"]
     assert f"{Q0}/sines_left" not in record.arrays
@@ -222,3 +262,14 @@ def test_tied_models_and_other_prefixes(tmp_path: Path) -> None:
     assert [row["name"] for row in saved.rows] == [p.name for p in basis.projections]
     inside = {f"language_model.{name}": w for name, w in model.state_dict().items()}
     assert len(SpectralTracker(basis).measure(inside, step=0).rows) == len(saved.rows)
+
+
+def test_a_record_is_a_table(tmp_path: Path) -> None:
+    weights = {Q0: torch.randn(12, 8, generator=torch.Generator().manual_seed(0))}
+    record = SpectralTracker(SpectralBasis.from_tensors(weights, modules="q")).measure(weights, step=7)
+    frame = record.to_pandas()
+    assert list(frame.columns) == list(COLUMNS) and frame["step"].tolist() == [7]
+    record.to_csv(tmp_path / "record.csv")
+    names, cells = (line.split(",") for line in (tmp_path / "record.csv").read_text().splitlines()[:2])
+    assert names == list(COLUMNS) and cells[names.index("name")] == Q0
+    assert float(cells[names.index("sigma_max")]) == record.rows[0]["sigma_max"]

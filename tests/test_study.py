@@ -269,7 +269,7 @@ def test_the_noise_floor_passes_a_spike_and_no_noise() -> None:
 
 
 def test_a_study_in_use_is_refused(whole: Path) -> None:
-    from rlspec.run.lock import take_lock
+    from rlspec.io.lock import take_lock
 
     folder = StudyFolder(whole)
     study = folder.study()

@@ -27,6 +27,7 @@ from rlspec.study.repair.candidates import coarse, directions, straight_line
 from rlspec.study.repair.choice import Trial, difference_interval, front, recommend
 from rlspec.study.repair.losses import mean
 from rlspec.study.repair.scores import Costs
+from rlspec.study.repair.search import _middle
 from rlspec.study.repair.texts import read_traces
 from rlspec.tasks.general_points import GeneralPoints
 
@@ -286,6 +287,14 @@ def test_the_rule_and_the_curve() -> None:
     assert best is trials[1] and recommend(trials, base, tuned, 0.0) is trials[0]
     assert recommend([Trial(directions(0.5), Costs(2.0, 1.0))], base, tuned, 0.05) is None
     assert front(trials) == [trials[2], trials[1], trials[0]]
+
+
+def test_a_search_without_a_recommended_restoration_stays_where_the_task_is_kept() -> None:
+    line, near, far = straight_line(0.5), directions(0.1), directions(0.5)
+    control = Trial(line, Costs(1.1, 1.1))
+    trials = [control, Trial(far, Costs(1.0, 4.0)), Trial(near, Costs(1.8, 1.3))]
+    assert _middle(trials, control) == _middle(trials, None) == near  # least general cost: far
+    assert _middle(trials, trials[1]) == far and _middle(trials[:1], control) is None
 
 
 def test_the_interval_is_paired() -> None:

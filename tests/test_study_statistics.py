@@ -14,15 +14,8 @@ from rlspec.study.statistics import (
     bootstrap,
     holm,
     interval,
-    quantile,
     spearman_interval,
 )
-
-
-def test_quantiles_are_numpys() -> None:
-    values = [random.Random(0).gauss(0, 1) for _ in range(31)]
-    for share in (0.0, 0.025, 0.5, 0.8, 1.0):
-        assert quantile(values, share) == pytest.approx(np.quantile(values, share), rel=1e-14)
 
 
 def test_the_interval_of_a_mean_is_scipys() -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rlspec.errors import RunFolderError
-from rlspec.run.lock import take_lock
+from rlspec.io.lock import take_lock
 
 #: by folder: who holds it in this process
 _HOLDS: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()

@@ -31,7 +31,7 @@ from rlspec.run.rows import mean
 from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.dealt import DealtTracker
 from rlspec.spectra.processes import ProcessError, Processes, told
-from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
+from rlspec.spectra.tracker import SpectralRecord, SpectralRecords, SpectralTracker
 from rlspec.tasks.alarm import Fall, describe_fall
 from rlspec.train.callbacks import undisturbed
 
@@ -130,7 +130,7 @@ class SpectralCallback(TrainerCallback):
         self.pace = Pace(parse_budget(budget))
         #: one per measurement, in order, without arrays; those of a resumed training's earlier parts too, where ``out``
         #: or this same callback has them
-        self.records: list[SpectralRecord] = []
+        self.records = SpectralRecords()
         #: why tracking ended before the training did; None while all is well
         self.disabled: str | None = None
         if stop and alarm is None:
@@ -156,8 +156,8 @@ class SpectralCallback(TrainerCallback):
             return
         self._release()  # a training that was interrupted never ended
         goes_on = state.global_step > 0 and self._training in (trainings_of(state) or [])
-        records = [record for record in self.records if goes_on and record.step <= state.global_step]
-        self.records, self.disabled, self._due, self._told = records, None, False, False
+        kept = [record for record in self.records if goes_on and record.step <= state.global_step]
+        self.records, self.disabled, self._due, self._told = SpectralRecords(kept), None, False, False
         self._tracker = self._folder = self._reference = None
         self.fall = self.unscored = None
         self._trainer = _calling_trainer(self)
@@ -273,7 +273,8 @@ class SpectralCallback(TrainerCallback):
                 self._warn("an earlier training's files are now %s", ", ".join(map(str, aside)))
         else:
             rows = self._folder.resume(step, known)
-            self.records = [SpectralRecord(s, at, group) for (s, at), group in by_event(rows).items()]
+            events = by_event(rows).items()
+            self.records = SpectralRecords(SpectralRecord(s, at, group) for (s, at), group in events)
         self._training = self._folder.training
         if self._training is not None:
             belongs_to(state, self._training)

@@ -20,6 +20,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 #: of a checkpoint of torch.distributed.checkpoint, see rlspec.io.distributed
 METADATA_FILE = ".metadata"
+#: of a saved SpectralBasis, see rlspec.spectra.saved_basis
+BASIS_FILE = "basis.json"
 _LONGEST_NAME = 255  # of a file, in bytes
 
 
@@ -243,6 +245,8 @@ def merged_first(place: Path) -> str:
 def _nothing_to_read(folder: Path) -> str:
     if (told := only_measured(folder)) is not None:
         return told
+    if (folder / BASIS_FILE).is_file():
+        return f"{folder}: a saved SpectralBasis, not a checkpoint; SpectralBasis.from_pretrained reads it"
     if (distributed := distributed_format(folder)) is not None:
         return distributed
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))

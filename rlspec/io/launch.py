@@ -21,7 +21,8 @@ from uuid import uuid4
 from rlspec.errors import CheckpointError, RlspecError, RunFolderError, TensorError
 from rlspec.io.files import write_error
 from rlspec.io.jsonl import append_rows, read_rows
-from rlspec.io.share import APART, LOOK, Share, is_held, take
+from rlspec.io.lock import is_held, locked
+from rlspec.io.share import APART, LOOK, Share
 
 _NAME = "launch"
 
@@ -255,27 +256,6 @@ class JoinedStaging:
         if self._lock is not None:
             self._lock.close()
             self._lock = None
-
-
-def locked(path: Path, content: bytes) -> IO[bytes]:
-    """Give a new file its name once it has its content and is locked, until what is returned is closed.
-
-    Raises:
-        OSError: it cannot be written.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.unlink(missing_ok=True)
-    file = temporary.open("xb")
-    try:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-        take(file)
-        os.replace(temporary, path)
-    except BaseException:
-        file.close()
-        raise
-    return file
 
 
 def _parts(folder: Path) -> dict[int, Path]:

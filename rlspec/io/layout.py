@@ -150,6 +150,11 @@ def _header(source: Path, entries: list[TensorEntry], dtypes: Mapping[str, str])
             "data_offsets": [at, at + size],
         }
         at += size
+    return header_bytes(content)
+
+
+def header_bytes(content: Mapping[str, Any]) -> bytes:
+    """The length and the JSON with which a file starts, from ``dtype``, ``shape`` and ``data_offsets`` by name."""
     text = json.dumps(content, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # the format's own writer aligns the tensors so
     return struct.pack("<Q", len(text)) + text

@@ -1,16 +1,15 @@
-"""Which process this is of several that share a piece of work, and whether another one still lives.
+"""Which process this is of several that share a piece of work, as they were launched.
 
-They need nothing but a file system in common. So a process that dies takes nobody with it, and what it wrote stays.
+They need nothing but a file system in common, and learn by locks who still lives (rlspec.io.lock). So a process that dies
+takes nobody with it, and what it wrote stays.
 """
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from rlspec.errors import OptionError
 
@@ -60,25 +59,3 @@ class Share:
 
 #: One process that does everything.
 ALONE = Share()
-
-
-def take(file: IO[bytes], *, shared: bool = False) -> bool:
-    """Lock an open file until it is closed; False where another process holds it."""
-    try:
-        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def is_held(lock: Path) -> bool:
-    """Whether a living process holds a lock; false where there is no such file.
-
-    Those that look do not take each other for one: their locks are shared. The file is opened for writing, which NFS
-    asks of who tries a lock.
-    """
-    try:
-        with lock.open("r+b") as file:
-            return not take(file, shared=True)
-    except FileNotFoundError:
-        return False

@@ -6,6 +6,14 @@ from rlspec.linalg.rank import Rank
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.dealt import DealtTracker
-from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
+from rlspec.spectra.tracker import SpectralRecord, SpectralRecords, SpectralTracker
 
-__all__ = ["DealtTracker", "MatrixBasis", "Rank", "SpectralBasis", "SpectralRecord", "SpectralTracker"]
+__all__ = [
+    "DealtTracker",
+    "MatrixBasis",
+    "Rank",
+    "SpectralBasis",
+    "SpectralRecord",
+    "SpectralRecords",
+    "SpectralTracker",
+]

@@ -28,9 +28,10 @@ Progress = Callable[[int, int], None]  # called with (matrices done, matrices in
 class SpectralBasis:
     """Reference weights with their complete thin SVDs, against which checkpoints are measured.
 
-    Build one with :meth:`from_model`, :meth:`from_checkpoint` or :meth:`from_tensors`. The reference
-    weights are copied, so a model that goes on training does not move its own reference. Weights and factors are kept
-    on the host; a :class:`SpectralTracker` takes them to the device where each matrix is measured.
+    Build one with :meth:`from_model`, :meth:`from_checkpoint` or :meth:`from_tensors`; :meth:`save_pretrained` keeps it
+    in a folder, which :meth:`from_pretrained` reads. The reference weights are copied, so a model that goes on training
+    does not move its own reference. Weights and factors are kept on the host; a :class:`SpectralTracker` takes them to
+    the device where each matrix is measured.
 
     Attributes:
         projections: the matrices, layer by layer.
@@ -120,6 +121,53 @@ class SpectralBasis:
         """Decompose named tensors (names as in a Hugging Face checkpoint). Arguments as
         :meth:`from_model`."""
         return cls._build(tensors, modules, rank, per_head, cache_dir, device, progress)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        rank: RankLike | None = None,
+        device: torch.device | str = "auto",
+        progress: Progress | None = None,
+    ) -> SpectralBasis:
+        """Read what :meth:`save_pretrained` wrote. It measures bit for bit as the basis that was saved.
+
+        Args:
+            folder: of the saved basis.
+            rank: another rule for the leading directions than the saved one; nothing is decomposed anew for it.
+            device: where to measure. ``"auto"``: the GPU if there is one.
+            progress: called with (done, total) after every matrix.
+
+        Raises:
+            CheckpointError: there is no saved basis, one of a later version, or files that are missing, damaged or
+                made by something else.
+            TensorError: a weight or a factor holds NaN or infinity.
+            OptionError: an invalid rank.
+        """
+        # Imported here: measuring tensors in memory needs no compiled extension.
+        from rlspec.spectra.saved_basis import load_basis
+
+        check_type("folder", folder, (str, Path), "the path of a saved basis")
+        given = None if rank is None else Rank.parse(rank)
+        place = choose_device(device)
+        projections, matrices, rule, note = load_basis(Path(folder), given, progress)
+        return cls(projections, matrices, rule, note, devices={p.name: place for p in projections})
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write weights and factors to a folder, a matrix at a time: safetensors shards of a few GiB, and ``basis.json``.
+
+        Args:
+            folder: to be made; it appears when all of it is on the disk.
+
+        Raises:
+            CheckpointError: there is something of that name, or it cannot be written.
+        """
+        from rlspec.spectra.saved_basis import save_basis  # as above
+
+        check_type("folder", folder, (str, Path), "the path of a folder to be made")
+        matrices = [self.matrix(projection.name) for projection in self.projections]
+        save_basis(Path(folder), self.projections, matrices, self.rank, self.note)
 
     @classmethod
     @pinned_arithmetic()

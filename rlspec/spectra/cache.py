@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -73,9 +74,13 @@ def cached_factors(weight: Tensor, cache_dir: str | Path | None = None) -> Facto
     return factors
 
 
+def fresh(tensor: Tensor) -> Tensor:
+    """A copy laid out row by row, where the allocator puts it."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
 def _fresh(factors: Factors) -> Factors:
-    """Copies laid out row by row, where the allocator puts them."""
-    u, s, vh = (factor.clone(memory_format=torch.contiguous_format) for factor in factors)
+    u, s, vh = (fresh(factor) for factor in factors)
     return u, s, vh
 
 
@@ -83,7 +88,7 @@ def content_key(weight: Tensor) -> str:
     """Hexadecimal hash of the format version, the dtype, the shape and the bytes of a contiguous CPU
     tensor."""
     digest = hashlib.blake2b(f"{_VERSION} {weight.dtype} {tuple(weight.shape)} ".encode(), digest_size=20)
-    digest.update(_bytes(weight))
+    digest.update(bytes_of(weight))
     return digest.hexdigest()
 
 
@@ -97,13 +102,13 @@ def _load(path: Path, key: str) -> Factors | None:
             u, s, vh = (file.get_tensor(name) for name in ("U", "S", "Vh"))
     except (OSError, SafetensorError):
         return None
-    return (u, s, vh) if described.get("checksum") == _checksum((u, s, vh)) else None
+    return (u, s, vh) if described.get("checksum") == checksum((u, s, vh)) else None
 
 
 def _store(folder: Path, key: str, factors: Factors) -> None:
     u, s, vh = (t.contiguous() for t in factors)
     path = entry_path(folder, key)
-    metadata = {"key": key, "checksum": _checksum((u, s, vh))}
+    metadata = {"key": key, "checksum": checksum((u, s, vh))}
     with changing:  # the room that was made is not another thread's
         if not make_room(folder, sum(t.nbytes for t in factors) + _HEADER_BYTES):
             return
@@ -112,12 +117,14 @@ def _store(folder: Path, key: str, factors: Factors) -> None:
             save_file({"U": u, "S": s, "Vh": vh}, temporary, metadata=metadata)
 
 
-def _checksum(tensors: Factors) -> str:
+def checksum(tensors: Iterable[Tensor]) -> str:
+    """Hexadecimal CRC-32 of the bytes of tensors on the CPU, one after the other."""
     value = 0
     for tensor in tensors:
-        value = zlib.crc32(_bytes(tensor), value)
+        value = zlib.crc32(bytes_of(tensor), value)
     return f"{value:08x}"
 
 
-def _bytes(tensor: Tensor) -> Any:  # a buffer, which Python 3.10 cannot name
+def bytes_of(tensor: Tensor) -> Any:  # a buffer, which Python 3.10 cannot name
+    """The bytes of a tensor on the CPU, row by row; a view where it lies so."""
     return tensor.contiguous().view(-1).view(torch.uint8).numpy()

@@ -29,7 +29,7 @@ from rlspec.perturb.solve import Solution, is_perturbation, solve
 from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
 from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement, combine
-from rlspec.spectra.metrics import arcsine_rounding, effective_rank, effective_rank_bound
+from rlspec.spectra.metrics import arcsine_rounding, best_match, effective_rank, effective_rank_bound
 from rlspec.spectra.subspaces import Subspaces
 
 # Past this share of the reference's norm an update is no perturbation, and refinement costs more than it
@@ -97,6 +97,8 @@ def _assemble(
     left_over = solution.left_over.select(kept)
     found = to_host(
         [
+            best_match(pair.left.lead[..., :k, :k]),
+            best_match(pair.right.lead[..., :k, :k]),
             _longest_projection(pair.left, labels, k),
             block[..., :k, :k],
             labels,
@@ -104,7 +106,7 @@ def _assemble(
             *(beyond(side, k) for side, dim in ((pair.left, m), (pair.right, n)) if k < dim),
         ]
     )
-    best, core, labels, space, image, *outside = found
+    match_left, match_right, best, core, labels, space, image, *outside = found
     squared = reference.device.type != "cpu"
     norm = spectral_norm(space, image)
     wide = solution.delta.select(kept)
@@ -131,6 +133,8 @@ def _assemble(
         core=core,
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
+        best_match_left=match_left.clamp_max(1.0).masked_fill(column, 1.0),
+        best_match_right=match_right.clamp_max(1.0).masked_fill(column, 1.0),
         best_cosine=best.clamp_max(1.0).masked_fill(column, 1.0),
         delta_spectral=norm,
         effective_rank=effective_rank(spectrum),

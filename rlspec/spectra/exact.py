@@ -15,7 +15,7 @@ from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import Reference
 from rlspec.spectra.blocks import block_cosines, near_degenerate, split_block
 from rlspec.spectra.measurement import Measurement
-from rlspec.spectra.metrics import arcsine_rounding, effective_rank
+from rlspec.spectra.metrics import arcsine_rounding, best_match, effective_rank
 from rlspec.spectra.subspaces import Subspaces
 
 
@@ -61,6 +61,10 @@ def measure_exact(
     block = u_ref[..., :w].mT @ e @ v_ref[..., :w]
     labels = near_degenerate(reference.S[..., :w], block)
     coordinates = u_ref.mT @ u[..., :k]
+    matches = [
+        best_match(cosines).clamp_max(1.0).masked_fill(same, 1.0)
+        for cosines in (coordinates[..., :k, :], v_ref[..., :k].mT @ vh.mT[..., :k])
+    ]
     best = block_cosines(coordinates[..., :w, :], labels).amax(-2)
     if w < coordinates.shape[-2]:
         best = torch.maximum(best, coordinates[..., w:, :].abs().amax(-2))
@@ -80,6 +84,8 @@ def measure_exact(
         core=block[..., :k, :k],
         blocks=labels[..., :k],
         block_at_cut=split_block(labels, k),
+        best_match_left=matches[0],
+        best_match_right=matches[1],
         best_cosine=torch.where(same, torch.ones_like(best), best.clamp_max(1.0)),
         delta_spectral=norm(delta),
         effective_rank=effective_rank(s),

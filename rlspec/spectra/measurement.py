@@ -26,6 +26,10 @@ class Measurement:
     core: Tensor  # (L, k, k) U_kᵀ ΔW V_k in the reference basis
     blocks: Tensor  # (L, k) int64, the block of near-degenerate reference vectors of each
     block_at_cut: Tensor  # (L,) int64, size of the block that the cut at k splits, 0 where it splits none
+    best_match_left: (
+        Tensor  # (L, k) best |cosine| of each leading reference vector with a leading current one
+    )
+    best_match_right: Tensor  # (L, k) likewise
     best_cosine: Tensor  # (L, k) best |cosine| of each current left vector with a reference vector or block
     delta_spectral: Tensor  # (L,) ||ΔW||_2
     effective_rank: Tensor  # (L,)

@@ -7,6 +7,7 @@ has measured zeros.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -76,6 +77,18 @@ def projected_energy(core: Tensor, delta_frobenius: Tensor) -> tuple[Tensor, Ten
     off = (squares - torch.diag_embed(squares.diagonal(dim1=-2, dim2=-1))).sum((-2, -1))
     total = delta_frobenius.square()
     return ratio((diagonal + off).sqrt(), delta_frobenius), ratio(diagonal, total), ratio(off, total)
+
+
+def best_match(coordinates: Tensor) -> Tensor:
+    """Largest |cosine| of each leading reference vector with any of the leading current vectors.
+
+    Args:
+        coordinates: (L, k, k) U_ref,kᵀ U_k, or the same of the right side.
+
+    Returns:
+        (L, k), one for each reference vector; it may exceed one by rounding.
+    """
+    return torch.linalg.vector_norm(coordinates, ord=math.inf, dim=-1)
 
 
 def intruders(

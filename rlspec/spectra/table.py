@@ -58,6 +58,10 @@ COLUMNS: dict[str, str] = {
     "angle_right_rms_rad": "their root mean square",
     "projector_distance_left": "||U_k U_kᵀ - U_ref,k U_ref,kᵀ||_F",
     "projector_distance_right": "the same of the right side",
+    "best_match_left_mean": "best |cos| of a leading reference left vector with any leading left vector: mean of them",
+    "best_match_left_min": "the worst of them",
+    "best_match_right_mean": "the same of the right side: mean",
+    "best_match_right_min": "the worst of them",
     "rho_k": "||U_kᵀ ΔW V_k||_F / ||ΔW||_F in the reference basis",
     "energy_diagonal": "share of ||ΔW||²_F on the diagonal of U_kᵀ ΔW V_k",
     "energy_offdiagonal": "share of ||ΔW||²_F off it",
@@ -119,6 +123,8 @@ def measured_rows(
         "delta_stable_rank": stable_rank(change.delta_frobenius, measurement.delta_spectral),
         "effective_rank": measurement.effective_rank,
         "effective_rank_error_bound": measurement.effective_rank_error_bound,
+        **_matches("left", measurement.best_match_left),
+        **_matches("right", measurement.best_match_right),
         "rho_k": rho,
         "energy_diagonal": diagonal,
         "energy_offdiagonal": off,
@@ -163,6 +169,10 @@ def _blocks(labels: Tensor, at_cut: Tensor) -> dict[str, Tensor]:
         "block_largest": torch.maximum(sizes.amax(-1), at_cut),
         "block_at_cut": at_cut,
     }
+
+
+def _matches(side: str, cosines: Tensor) -> dict[str, Tensor]:
+    return {f"best_match_{side}_mean": cosines.mean(-1), f"best_match_{side}_min": cosines.amin(-1)}
 
 
 def _angles(side: str, sines: Tensor) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Literal, TypeVar, get_args
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from rlspec.errors import OptionError, check_type
 from rlspec.io.projections import Projection
+from rlspec.io.tabular import Tabular
 from rlspec.io.weights import READ_AHEAD_BYTES, WeightSource, open_weights
 from rlspec.linalg.dense import lapack_values
 from rlspec.linalg.precision import pinned_arithmetic
@@ -27,7 +28,7 @@ from rlspec.spectra.exact import measure_exact
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.nulls import null_rotations
 from rlspec.spectra.subspaces import Subspaces, locking
-from rlspec.spectra.table import Row, empty_row, measured_rows, put_locking, put_nulls, put_spectrum
+from rlspec.spectra.table import COLUMNS, Row, empty_row, measured_rows, put_locking, put_nulls, put_spectrum
 
 Engine = Literal["delta", "exact"]
 Factors = Literal["auto", "device", "host"]
@@ -43,7 +44,7 @@ STACK_ENTRIES, _DEVICE_STACK_ENTRIES = 1 << 20, 1 << 28
 
 
 @dataclass
-class SpectralRecord:
+class SpectralRecord(Tabular):
     """The spectra of one checkpoint: one row per matrix (see ``table.COLUMNS``) and the arrays behind them.
 
     ``arrays`` maps ``"<name>/sigma"``, ``"<name>/sigma_ref"``, ``"<name>/block"``, ``"<name>/sines_left"``
@@ -58,6 +59,16 @@ class SpectralRecord:
     arrays: dict[str, Tensor] = field(default_factory=dict)
     seconds: float = 0.0
     scores: dict[str, float] = field(default_factory=dict)
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Row]]:
+        return list(COLUMNS), self.rows
+
+
+class SpectralRecords(Tabular, list[SpectralRecord]):
+    """A list of records, whose rows make one table."""
+
+    def _table(self) -> tuple[Sequence[str], Sequence[Row]]:
+        return list(COLUMNS), [row for record in self for row in record.rows]
 
 
 @dataclass(frozen=True)

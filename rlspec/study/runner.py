@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlspec.errors import JobError
-from rlspec.run.lock import take_lock
+from rlspec.io.lock import take_lock
 from rlspec.run.progress import Progress, eta_text
 from rlspec.study.cells import Cell, Study
 from rlspec.study.folder import StudyFolder

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Sequence
 from typing import TypeVar
+
+import numpy as np
 
 from rlspec.tasks.stats import spearman
 
@@ -14,24 +15,10 @@ Interval = tuple[float, float]
 DRAWS = 2000
 
 
-def quantile(values: Sequence[float], share: float) -> float:
-    """The quantile of a sample, linear between its order statistics.
-
-    Raises:
-        ValueError: the sample is empty.
-    """
-    if not values:
-        raise ValueError("an empty sample has no quantiles")
-    ordered = sorted(values)
-    place = share * (len(ordered) - 1)
-    low = math.floor(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])
-
-
 def interval(values: Sequence[float], level: float = 0.95) -> Interval:
     """The percentile interval of bootstrap replicates."""
-    return quantile(values, (1 - level) / 2), quantile(values, (1 + level) / 2)
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
 
 
 def bootstrap(

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
+from rlspec.io.lock import take_lock
 from rlspec.jobs.loading import load_model
-from rlspec.run.lock import take_lock
 from rlspec.signals import interrupt
 from rlspec.study.cells import Cell
 from rlspec.study.context import Context, context_of

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import IO
 
 from rlspec.errors import RunFolderError
-from rlspec.io.share import APART, LOOK, take
+from rlspec.io.lock import take
+from rlspec.io.share import APART, LOOK
 
 _PATTERN = "spectra.part-*.jsonl"
 

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, overload
+from typing import overload
 
-from rlspec.errors import MissingPackageError
-from rlspec.io.csv_text import csv_text
-from rlspec.io.files import write_atomically, write_error
 from rlspec.io.jsonl import Row
+from rlspec.io.tabular import Tabular
 from rlspec.spectra.table import COLUMNS
 
 
@@ -24,7 +21,7 @@ class CheckpointSpectra:
     rows: list[Row]
 
 
-class Series(Sequence[CheckpointSpectra]):
+class Series(Tabular, Sequence[CheckpointSpectra]):
     """The spectra of checkpoints in the order of their steps."""
 
     def __init__(self, checkpoints: Sequence[CheckpointSpectra]) -> None:
@@ -35,33 +32,8 @@ class Series(Sequence[CheckpointSpectra]):
         """All rows, checkpoint by checkpoint."""
         return [row for checkpoint in self._checkpoints for row in checkpoint.rows]
 
-    def to_pandas(self) -> Any:
-        """A DataFrame of all rows.
-
-        Raises:
-            MissingPackageError: pandas is not installed.
-        """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            if error.name != "pandas":
-                raise
-            raise MissingPackageError("Series.to_pandas", "pandas") from None
-        return pandas.DataFrame(self.rows)
-
-    def to_csv(self, path: str | Path) -> None:
-        """Write all rows as a table of comma-separated values, its first line the names of the columns.
-
-        Numbers are written so that they read back as the same; what is missing is an empty cell. Put there at once.
-
-        Raises:
-            CheckpointError: it cannot be written.
-        """
-        text = csv_text(["checkpoint", *COLUMNS], self.rows)
-        try:
-            write_atomically(Path(path), text.encode())
-        except OSError as error:
-            raise write_error(path, error) from None
+    def _table(self) -> tuple[Sequence[str], Sequence[Row]]:
+        return ["checkpoint", *COLUMNS], self.rows
 
     @overload
     def __getitem__(self, index: int) -> CheckpointSpectra: ...

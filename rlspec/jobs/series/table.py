@@ -20,12 +20,12 @@ from typing import IO, Any, TypeVar
 from rlspec.errors import CheckpointError, RunFolderError
 from rlspec.io.files import read_json_object, write_atomically, write_error
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_rows
-from rlspec.io.launch import FirstMissingError, locked
-from rlspec.io.share import ALONE, APART, LOOK, Share, is_held
+from rlspec.io.launch import FirstMissingError
+from rlspec.io.lock import is_held, locked, take_lock
+from rlspec.io.share import ALONE, APART, LOOK, Share
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, in_order, labels
 from rlspec.jobs.series.parts import ended, launch_file, parts, take_part
 from rlspec.jobs.series.result import CheckpointSpectra, Series
-from rlspec.run.lock import take_lock
 
 _VERSION = 1
 T = TypeVar("T")

@@ -138,7 +138,8 @@ def _rounds(
 
 
 def _middle(trials: list[Trial], best: Trial | None) -> Candidate | None:
-    """Where to look next: the recommended one, or the restoration of least general cost where that is a control."""
+    """Where to look next: the recommended one. Where that is a control, or there is none, the restoration of least task
+    cost: by general cost alone the search would go on towards the base, away from what the tolerance allows."""
     if best is not None and not best.candidate.is_control:
         return best.candidate
     ours = [trial for trial in trials if not trial.candidate.is_control]
