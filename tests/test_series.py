@@ -249,7 +249,18 @@ def test_the_order_of_checkpoints_is_that_of_their_steps(tmp_path: Path) -> None
         ("global_step300", 300, ""),
         ("iter_0000500", 500, ""),
         ("epoch3", 3, ""),
+        ("checkpoint-10-merged", 10, ""),
+        ("checkpoint-10-bf16", 10, ""),
+        ("epoch_3_merged", 3, ""),
+        ("epoch=3-step=500", 500, ""),
+        ("step_000500_hf", 500, ""),
+        ("global_step300_hf", 300, ""),
         ("Llama-3.2-1B", None, ""),
+        ("llama-3-8b", None, ""),
+        ("Qwen2.5-7B-Instruct", None, ""),
+        ("model-v2", None, ""),
+        ("Step-3.5-Flash", None, ""),
+        ("Jupiter-8-chat", None, ""),
         ("final", None, ""),
         ("run2", None, ""),
     ],
@@ -275,6 +286,69 @@ def test_two_runs_with_checkpoints_of_one_name_stay_apart(run: Path) -> None:
     names = [spectra.checkpoint for spectra in both]
     assert len(both) == 6 and len(set(names)) == 6
     assert set(names) == {s.checkpoint for s in first} | {f"other/{s.checkpoint}" for s in first}
+
+
+def linked(link: Path, to: Path) -> Path:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(to)
+    return link
+
+
+def test_a_link_gives_its_name_and_step_to_what_it_leads_to(run: Path) -> None:
+    """Stores and caches call what they hold by digests; who links to it says what it is."""
+    base, out, store = run.parent / "base", run.parent / "out", run.parent / "store"
+    store.mkdir()
+    for digest, step in (("abc", 1000), ("zz9", 20), ("b77", 300)):
+        (run / f"checkpoint-{step}").rename(store / digest)
+        linked(run / f"checkpoint-{step}", store / digest)
+    linked(run / "latest", run / "checkpoint-1000")
+    linked(run / "best", store / "b77")
+    names = ["checkpoint-20", "checkpoint-300", "checkpoint-1000"]
+    series = rlspec.measure(base, run, out=out, modules="q")
+    assert [(s.checkpoint, s.step) for s in series] == list(zip(names, (20, 300, 1000), strict=True))
+    assert [row["step"] for row in series.rows] == [step for step in (20, 300, 1000) for _ in range(2)]
+    # By its other paths, each is known.
+    again = rlspec.measure(base, [run / "latest", store / "zz9"], out=out, modules="q")
+    assert again.rows == series.rows and [s.step for s in again] == [20, 300, 1000]
+    (alone,) = rlspec.measure(base, linked(run / "last", Path("checkpoint-20")), modules="q")
+    assert (alone.checkpoint, alone.step) == ("checkpoint-20", 20)
+
+
+def test_a_table_from_before_links_kept_their_names_goes_on(run: Path) -> None:
+    base, out, store = run.parent / "base", run.parent / "out", run.parent / "store"
+    (run / "checkpoint-20").rename(store)
+    rlspec.measure(base, store, out=out, modules="q")  # as earlier versions entered it: by the resolved path
+    linked(run / "checkpoint-20", store)
+    series = rlspec.measure(base, run, out=out, modules="q")
+    assert [(s.checkpoint, s.step) for s in series] == [
+        ("store", 20), ("checkpoint-300", 300), ("checkpoint-1000", 1000),
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_a_link_replaces_is_the_same_and_a_link_moved_on_leads_to_another(run: Path) -> None:
+    base, out, store = run.parent / "base", run.parent / "out", run.parent / "store"
+    first = rlspec.measure(base, run / "checkpoint-20", out=out, modules="q")
+    store.mkdir()
+    (run / "checkpoint-20").rename(store / "abc")
+    linked(run / "checkpoint-20", store / "abc")
+    assert rlspec.measure(base, run / "checkpoint-20", out=out, modules="q").rows == first.rows
+    (run / "checkpoint-300").rename(store / "def")
+    current = linked(run.parent / "current", store / "def")
+    rlspec.measure(base, current, out=out, modules="q")
+    current.unlink()
+    (run / "checkpoint-1000").rename(store / "ghi")
+    current.symlink_to(store / "ghi")
+    series = rlspec.measure(base, current, out=out, modules="q")
+    assert {s.checkpoint for s in series} == {"checkpoint-20", "current", "ghi"}
+    assert len({row["delta_frobenius"] for row in series.rows}) == 6
+
+
+def test_a_checkpoint_called_as_the_base_is_told_apart_from_it(run: Path) -> None:
+    """Rows of scores call the reference "base"."""
+    (run / "checkpoint-20").rename(run / "base")
+    series = rlspec.measure(run.parent / "base", run, modules="q")
+    assert [s.checkpoint for s in series] == ["checkpoint-300", "checkpoint-1000", "run/base"]
+    assert labels([Checkpoint.at(Path("/base"))]) == ["/base"]
 
 
 @pytest.mark.parametrize("kind", ["accelerate", "torchtune"])
