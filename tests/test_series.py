@@ -325,7 +325,9 @@ def test_a_table_from_before_links_kept_their_names_goes_on(run: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_checkpoint_that_a_link_replaces_is_the_same_and_a_link_moved_on_leads_to_another(run: Path) -> None:
+def test_a_checkpoint_that_a_link_replaces_is_the_same_and_a_link_moved_on_leads_to_another(
+    run: Path,
+) -> None:
     base, out, store = run.parent / "base", run.parent / "out", run.parent / "store"
     first = rlspec.measure(base, run / "checkpoint-20", out=out, modules="q")
     store.mkdir()
@@ -445,6 +447,24 @@ def test_what_does_not_fit_the_base_is_refused_before_the_work(run: Path) -> Non
     rewrite(run / "checkpoint-1000", lambda tensors: tensors.pop("model.layers.1.self_attn.q_proj.weight"))
     with pytest.raises(TensorError, match="checkpoint-1000.*no such tensor|no such tensor.*checkpoint-1000"):
         rlspec.measure(run.parent / "base", run)
+
+
+def test_a_half_written_checkpoint_is_refused_with_what_to_do_about_the_others(run: Path) -> None:
+    base, out = run.parent / "base", run.parent / "out"
+    weights = run / "checkpoint-1000" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    done = CliRunner().invoke(main, ["measure", str(run), "--base", str(base), "--out", str(out)])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and not (out / "spectra.jsonl").exists()
+    assert "checkpoint-1000" in done.stderr and "2 of 3 checkpoints can be measured" in done.stderr
+    assert "follow it (--watch)" in done.stderr
+    with pytest.raises(CheckpointError) as caught:  # alone, there are no others to speak of
+        rlspec.measure(base, run / "checkpoint-1000")
+    assert "can be measured" not in str(caught.value)
+    # What it says works, and nothing is measured twice once the last one is whole.
+    rlspec.measure(base, [run / "checkpoint-20", run / "checkpoint-300"], out=out)
+    weights.write_bytes(whole)
+    assert [s.step for s in rlspec.measure(base, run, out=out)] == [20, 300, 1000]
 
 
 def test_nan_is_told_with_the_checkpoint(run: Path) -> None:

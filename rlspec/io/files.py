@@ -93,9 +93,7 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def told_apart(
-    paths: Iterable[Path], known: Iterable[Path] = (), taken: Collection[str] = ()
-) -> list[str]:
+def told_apart(paths: Iterable[Path], known: Iterable[Path] = (), taken: Collection[str] = ()) -> list[str]:
     """The end of each path that tells it from the others, and from those known before.
 
     Links are kept: a link's own name is what whoever made it calls the thing.

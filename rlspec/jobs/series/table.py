@@ -243,9 +243,7 @@ class SpectraTable:
     def _in_order(self, labels: Iterable[str]) -> list[tuple[str, Checkpoint]]:
         """Checkpoints of the table with their labels, where they were."""
         by_place = {Path(self._known[label]["path"]): label for label in labels}
-        found = in_order(
-            Checkpoint.at(place, self._called(label)) for place, label in by_place.items()
-        )
+        found = in_order(Checkpoint.at(place, self._called(label)) for place, label in by_place.items())
         return [(by_place[checkpoint.path], checkpoint) for checkpoint in found]
 
     def last(self) -> tuple[str, Checkpoint]:
