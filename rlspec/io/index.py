@@ -245,7 +245,8 @@ def _nothing_to_read(folder: Path) -> str:
         return told
     if (distributed := distributed_format(folder)) is not None:
         return distributed
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
+    pickles.sort(key=lambda name: (not name.startswith("pytorch_model"), name))  # the optimizer's tell less
     if pickles:
         return (
             f"{folder}: holds {pickles[0]} but no {SINGLE_FILE}; pickled weights are not read, "

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlspec.errors import CheckpointError
-from rlspec.io.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, is_adapter
+from rlspec.io.adapter import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE, Adapter, check_weights, is_adapter
 from rlspec.io.files import told_apart
 from rlspec.io.index import (
     INDEX_FILE,
@@ -86,6 +86,7 @@ class Checkpoint:
             CheckpointError: it is not whole.
         """
         if is_adapter(self.path):
+            check_weights(self.path)
             paths = {self.path / CONFIG_FILE, self.path / WEIGHTS_FILE}
         elif places := distributed_places(self.path):
             paths = {place / METADATA_FILE for place in places}.union(
@@ -96,6 +97,16 @@ class Checkpoint:
             paths = {entry.shard for entry in index.tensors.values()}
             if self.path.is_dir():
                 paths |= {self.path / name for name in (INDEX_FILE, "config.json")}
+        return self._states(paths)
+
+    def pickles(self) -> Files:
+        """The files of a pickled model; none where there is a file of safetensors too, or a checkpoint in parts."""
+        if not self.path.is_dir() or next(self.path.glob("*.safetensors"), None) is not None:
+            return {}
+        names = (PICKLED_FILE, "pytorch_model*.bin")
+        return self._states({path for name in names for path in self.path.glob(name)})
+
+    def _states(self, paths: Iterable[Path]) -> Files:
         found: Files = {}
         for path in sorted(paths):
             try:
