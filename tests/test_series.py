@@ -519,6 +519,35 @@ def test_wrong_arguments_are_told_before_the_work(run: Path) -> None:
         rlspec.measure(base, run.parent / "empty")
 
 
+def test_a_models_folder_in_the_cache_is_refused_with_the_snapshot_to_give(run: Path) -> None:
+    base, model = run.parent / "base", run.parent / "models--org--x"
+    (model / "blobs").mkdir(parents=True)
+    for revision in ("1f0", "2e1"):
+        shutil.copytree(base, model / "snapshots" / revision)
+
+    def told() -> str:
+        """The same of a base and of a checkpoint."""
+        found = set()
+        for arguments in ((model, run), (base, model)):
+            with pytest.raises(CheckpointError) as caught:
+                rlspec.measure(*arguments)
+            found.add(str(caught.value))
+        (one,) = found
+        return one
+
+    assert told().endswith(f"give one of its 2 snapshots, such as {model / 'snapshots' / '1f0'}")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("2e1\n")
+    assert told().endswith(f"; give {model / 'snapshots' / '2e1'}")
+    (model / "refs" / "main").write_text("../../base")
+    assert "give one of its 2 snapshots" in told()
+    shutil.rmtree(model / "snapshots" / "2e1")
+    path = told().rpartition(" ")[2]
+    assert len(rlspec.measure(base, path, modules="q")) == 1
+    shutil.rmtree(path)
+    assert "there is no snapshot in it" in told()
+
+
 def test_a_data_frame_of_all_rows(run: Path) -> None:
     pandas = pytest.importorskip("pandas")
     series = rlspec.measure(run.parent / "base", run)

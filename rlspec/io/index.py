@@ -240,7 +240,25 @@ def merged_first(place: Path) -> str:
     return f"write its weights as safetensors first: {way}"
 
 
+def _snapshot_of(repository: Path) -> str | None:
+    """What to say of a model's folder in Hugging Face's cache, whose snapshots are the checkpoints; None of all else."""
+    if not (repository / "snapshots").is_dir() or not repository.name.startswith("models--"):
+        return None
+    there = sorted(path for path in (repository / "snapshots").iterdir() if path.is_dir())
+    try:
+        main = (repository / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        main = ""
+    chosen = [path for path in there if path.name == main] or there
+    told = f"{repository}: a model's folder in Hugging Face's cache, not a checkpoint; "
+    if not chosen:
+        return told + "there is no snapshot in it: download the model anew"
+    return told + ("give " if len(chosen) == 1 else f"give one of its {len(chosen)} snapshots, such as ") + str(chosen[0])
+
+
 def _nothing_to_read(folder: Path) -> str:
+    if (snapshot := _snapshot_of(folder)) is not None:
+        return snapshot
     if (told := only_measured(folder)) is not None:
         return told
     if (distributed := distributed_format(folder)) is not None:
