@@ -9,18 +9,21 @@ whoever has the folder made it, and it is read as safetensors or not at all.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
+from rlspec.io.tie_setting import says_tied
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 #: of a checkpoint of torch.distributed.checkpoint, see rlspec.io.distributed
 METADATA_FILE = ".metadata"
 _LONGEST_NAME = 255  # of a file, in bytes
+_HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)\.weight")
 
 
 @dataclass(frozen=True)
@@ -84,7 +87,10 @@ def _by_name(entries: Iterable[TensorEntry]) -> dict[str, TensorEntry]:
 
 
 def _read_shards(folder: Path) -> dict[str, TensorEntry]:
-    """The tensors of a sharded checkpoint; index and shards must name the same ones."""
+    """The tensors of a sharded checkpoint; index and shards must name the same ones.
+
+    But for a head that is tied to the embedding: some writers list it and leave it out, and transformers ties it then.
+    """
     weight_map = _read_weight_map(folder / INDEX_FILE)
     shards = {
         name: file_below(folder, name, folder / INDEX_FILE) for name in dict.fromkeys(weight_map.values())
@@ -97,6 +103,9 @@ def _read_shards(folder: Path) -> dict[str, TensorEntry]:
             if weight_map.get(entry.name) != file_name:
                 raise CheckpointError(f"{shard}: holds {entry.name!r}, not placed there by {INDEX_FILE}")
             tensors[entry.name] = entry
+    absent = [name for name in weight_map if name not in tensors]
+    if len(absent) == 1 and _HEAD.fullmatch(absent[0]) and says_tied(folder / "config.json"):
+        del weight_map[absent[0]]
     for name, file_name in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{folder / file_name}: lacks {name!r}, which {INDEX_FILE} places there")
@@ -253,7 +262,11 @@ def _snapshot_of(repository: Path) -> str | None:
     told = f"{repository}: a model's folder in Hugging Face's cache, not a checkpoint; "
     if not chosen:
         return told + "there is no snapshot in it: download the model anew"
-    return told + ("give " if len(chosen) == 1 else f"give one of its {len(chosen)} snapshots, such as ") + str(chosen[0])
+    return (
+        told
+        + ("give " if len(chosen) == 1 else f"give one of its {len(chosen)} snapshots, such as ")
+        + str(chosen[0])
+    )
 
 
 def _nothing_to_read(folder: Path) -> str:
