@@ -26,6 +26,7 @@ from rlspec.jobs.series import Series
 from rlspec.jobs.series import job as jobs
 from rlspec.jobs.series.checkpoints import Checkpoint, find_checkpoints, labels
 from rlspec.jobs.series.stacks import stack_bytes, stacks
+from rlspec.run.segments import training_of
 from rlspec.spectra import SpectralBasis, SpectralTracker
 from rlspec.spectra.table import COLUMNS
 
@@ -270,6 +271,23 @@ def test_steps_are_read_from_names(name: str, step: int | None, stage: str) -> N
     assert (found.step, found.stage) == (step, stage)
 
 
+@pytest.mark.parametrize(
+    ("names", "training"),
+    [
+        (("checkpoint-10-bf16", "checkpoint-20-bf16"), "checkpoint-bf16"),
+        (("run2/step_10_hf", "run2/step_300_hf"), "run2/step_hf"),
+        (("epoch_1_step500", "epoch_1_step600"), "epoch_1_step"),
+        (("step_3_x/checkpoint-20", "step_3_x/checkpoint-30"), "step_3_x/checkpoint"),
+        (("global_step_20/actor/huggingface", "global_step_300/actor/huggingface"), None),
+    ],
+)
+def test_checkpoints_that_differ_by_their_step_are_of_one_training(
+    names: tuple[str, str], training: str | None
+) -> None:
+    one, other = map(training_of, names)
+    assert one == other and (training is None or one == training)
+
+
 def test_labels_are_the_ends_of_paths_that_tell_them_apart() -> None:
     paths = [Path("/a/run/checkpoint-5"), Path("/b/run/checkpoint-5"), Path("/b/run/checkpoint-6")]
     checkpoints = [Checkpoint.at(path) for path in paths]
@@ -457,7 +475,7 @@ def test_a_half_written_checkpoint_is_refused_with_what_to_do_about_the_others(r
     done = CliRunner().invoke(main, ["measure", str(run), "--base", str(base), "--out", str(out)])
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and not (out / "spectra.jsonl").exists()
     assert "checkpoint-1000" in done.stderr and "2 of 3 checkpoints can be measured" in done.stderr
-    assert "follow it (--watch)" in done.stderr
+    assert "`rlspec measure` (--watch)" in done.stderr
     with pytest.raises(CheckpointError) as caught:  # alone, there are no others to speak of
         rlspec.measure(base, run / "checkpoint-1000")
     assert "can be measured" not in str(caught.value)

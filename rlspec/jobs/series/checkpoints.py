@@ -22,14 +22,8 @@ from rlspec.io.index import (
 )
 from rlspec.io.weights import Weights, open_weights
 from rlspec.jobs.series.adapted import AdaptedWeights
-from rlspec.run.segments import STAGES, branch_origin
+from rlspec.run.segments import STAGES, STEP_INSIDE, STEP_LAST, branch_origin
 
-# checkpoint-500, sft-300, global_step_300, step500, iter_0000500: a number at the end, after a separator or such a word.
-_NUMBERED = re.compile(r"(?:(.*?)[-_.=]|.*(?:step|iter|checkpoint|ckpt|epoch))(\d{1,18})", re.IGNORECASE)
-# checkpoint-10-merged, step_000500_hf: a number before other words, after such a word only. Llama-3-8B has no step.
-_INSIDE = re.compile(
-    r".*(?<![a-z])(?:global)?(?:step|iter|checkpoint|ckpt|epoch)[-_.=]?(\d{1,18})[-_.][a-z].*", re.IGNORECASE
-)
 #: what rows of scores call the reference, so that no checkpoint is called it
 BASE_LABEL = "base"
 # What accelerate and verl put below the folder that bears the step, with torch.distributed.checkpoint.
@@ -62,7 +56,7 @@ class Checkpoint:
                 called = _beside(called) or called
         name = _named(called).name.removesuffix(".safetensors")
         step = _step_in(called)
-        match = _NUMBERED.fullmatch(name)
+        match = STEP_LAST.fullmatch(name)
         origin = None if match is None else branch_origin(match[1] or "")
         if origin is not None:
             return cls(path, called, "ppo", step, origin)
@@ -100,7 +94,7 @@ class Checkpoint:
         return self._states(paths)
 
     def pickles(self) -> Files:
-        """The files of a pickled model; none where there is a file of safetensors too, or a checkpoint in parts."""
+        """The files of a pickled model or adapter; none where there is a file of safetensors too."""
         if not self.path.is_dir() or next(self.path.glob("*.safetensors"), None) is not None:
             return {}
         names = (PICKLED_FILE, "pytorch_model*.bin")
@@ -199,9 +193,9 @@ def _beside(path: Path) -> Path | None:
 
 def _step_in(called: Path) -> int | None:
     name = _named(called).name.removesuffix(".safetensors")
-    if (match := _NUMBERED.fullmatch(name)) is not None:
+    if (match := STEP_LAST.fullmatch(name)) is not None:
         return int(match[2])
-    return None if (match := _INSIDE.fullmatch(name)) is None else int(match[1])
+    return None if (match := STEP_INSIDE.fullmatch(name)) is None else int(match[1])
 
 
 def _named(path: Path) -> Path:

@@ -345,7 +345,8 @@ class Job:
             raise first
         raise type(first)(
             f"{first}; {len(found)} of {len(checkpoints)} checkpoints can be measured: give those by name, or, where a "
-            "trainer still writes to the folder, follow it (watch=True), which passes over what is not whole"
+            "trainer still writes to the folder, follow it with `rlspec measure` (watch=True), which passes over what is "
+            "not whole"
         )
 
     def _checked(self, checkpoint: Checkpoint) -> Weights:

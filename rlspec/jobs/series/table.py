@@ -261,8 +261,8 @@ class SpectraTable:
     def _refuse_rewritten(self, label: str, checkpoint: Checkpoint, files: Files) -> None:
         if self._known[label]["files"] != files:
             raise CheckpointError(
-                f"{checkpoint.path}: written anew since its rows in {self._path} were measured; choose another "
-                "folder for out="
+                f"{checkpoint.path}: written anew since its rows in {self._path} were measured (size or time of a "
+                "file differs; cp -p and rsync -t keep them); choose another folder for out="
             )
 
     def drop_outdated(self, labels: Iterable[str], end: str) -> None:
@@ -350,8 +350,8 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         if found.get(name) != value:
             if name == "base_files":
                 raise RunFolderError(
-                    f"{path}: measured against another base, or its files were written anew since; choose another folder "
-                    "for out="
+                    f"{path}: measured against another base, or its files were written anew since (size or time of "
+                    "one differs; cp -p and rsync -t keep them); choose another folder for out="
                 )
             raise RunFolderError(
                 f"{path}: measured with {name}={found.get(name)!r}, now {name}={value!r}; choose another folder for out="
