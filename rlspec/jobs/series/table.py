@@ -181,11 +181,6 @@ class SpectraTable:
         place = str(checkpoint.path.resolve())
         return next((label for label, entry in self._known.items() if entry["path"] == place), None)
 
-    def _require(self, checkpoint: Checkpoint) -> str:
-        label = self.label_of(checkpoint)
-        assert label is not None
-        return label
-
     def add(self, checkpoints: Sequence[tuple[Checkpoint, Files]]) -> list[str]:
         """Enter checkpoints, those that are known already too.
 
@@ -197,7 +192,8 @@ class SpectraTable:
         """
         if self._share.number > 0:
             self._join(checkpoints)
-            return [self._require(checkpoint) for checkpoint, _ in checkpoints]
+            by_path = {entry["path"]: label for label, entry in self._known.items()}
+            return [by_path[str(checkpoint.path.resolve())] for checkpoint, _ in checkpoints]
         known = [self._known_as(checkpoint, files) for checkpoint, files in checkpoints]
         names = [self._named(checkpoint, label) for (checkpoint, _), label in zip(checkpoints, known)]
         new = labels(names, map(self._called, self._known), self._known)
