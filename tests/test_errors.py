@@ -192,6 +192,7 @@ def command(name: str) -> click.Command:
         ("part='tail' with mode='copy'", "--part 'tail' with --mode 'copy'"),
         ("memory_gib=0.0 is too little", "--memory-gib 0.0 is too little"),
         ("x: exists; give overwrite=True to", "x: exists; give --overwrite to"),
+        ("measured with overwrite=False, now", "measured with no --overwrite, now"),
         ("modules= also takes", "--modules also takes"),
         ("resume=True needs out=, the folder", "--resume needs --out, the folder"),
         ("report_file='x'", "--report 'x'"),

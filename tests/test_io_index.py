@@ -269,6 +269,28 @@ def test_index_and_shards_must_agree(sharded: Path) -> None:
         CheckpointIndex.open(sharded)
 
 
+def test_a_tied_head_that_is_listed_and_left_out_is_no_tensor(sharded: Path) -> None:
+    """As some writers leave it: transformers ties the head then, and nothing is missing."""
+    names = list(CheckpointIndex.open(sharded).tensors)
+    edit_index(sharded, lambda m: m.update({"lm_head.weight": m["layers.2.a"]}))
+
+    def says(**config: object) -> None:
+        (sharded / "config.json").write_text(json.dumps(config))
+
+    says(tie_word_embeddings=True)
+    assert list(CheckpointIndex.open(sharded).tensors) == names
+    says(text_config={"tie_word_embeddings": True})
+    assert list(CheckpointIndex.open(sharded).tensors) == names
+    for config in ({}, {"tie_word_embeddings": False}):
+        says(**config)
+        with pytest.raises(CheckpointError, match=r"lacks 'lm_head\.weight'"):
+            CheckpointIndex.open(sharded)
+    says(tie_word_embeddings=True)
+    edit_index(sharded, lambda m: m.update({"layers.1.c": m["layers.1.b"]}))
+    with pytest.raises(CheckpointError, match="lacks 'l"):
+        CheckpointIndex.open(sharded)
+
+
 def test_missing_and_truncated_shards(sharded: Path) -> None:
     shard = sharded / "model-00002-of-00002.safetensors"
     content = shard.read_bytes()

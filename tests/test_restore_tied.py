@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from restore_toys import Tensors, bytes_of, pair, rewrite, save_model, svd_formula, tensors_of
+from restore_toys import Tensors, bytes_of, pair, rewrite, save_model, svd_formula, tensors_of, tune
 from safetensors.torch import load_file, save_file
 
 import rlspec
@@ -100,6 +100,51 @@ def test_adapters_of_tied_models_give_the_logits_of_peft(name: str, stored: bool
             assert tensor in load_file(tmp_path / "out" / shard)
         assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in found.values())
         assert index["metadata"]["total_parameters"] == sum(t.numel() for t in found.values())
+
+
+def list_head(folder: Path, *, beside: bool) -> None:
+    """List the tied head in the index, in the embedding's shard or another, where it is not."""
+    path = folder / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    shard = content["weight_map"][EMBED]
+    content["weight_map"][HEAD] = next(s for s in content["weight_map"].values() if (s == shard) == beside)
+    path.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+@pytest.mark.parametrize("unties", [True, False])
+@pytest.mark.usefixtures("own_cache")
+def test_a_head_that_the_index_lists_and_no_shard_holds_is_measured_and_restored_without(
+    unties: bool, beside: bool, tmp_path: Path
+) -> None:
+    """To the weights of the same checkpoint with a right index; the output's index is right."""
+    peft = pytest.importorskip("peft")
+    base, tuned = tmp_path / "base", tmp_path / "tuned"
+    save_model(base, "tied llama", shard="60KB")
+    if unties:
+        model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+        live = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["lm_head", "q_proj"]))
+        with torch.no_grad():
+            for parameter in live.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(0.1)
+        live.save_pretrained(tuned)
+    else:
+        tune(base, tuned)
+    rlspec.restore_checkpoint(base, tuned, tmp_path / "right", modules="q")
+    before = None if unties else rlspec.measure(base, tuned, modules="q").rows
+    for folder in (base, tuned):
+        if (folder / "model.safetensors.index.json").exists():
+            list_head(folder, beside=beside)
+    if before is not None:  # adapters on tied heads are restored alone
+        assert rlspec.measure(base, tuned, modules="q").rows == before
+    rlspec.restore_checkpoint(base, tuned, tmp_path / "out", modules="q")
+    found, right = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "right")
+    assert found.keys() == right.keys() and (HEAD in found) == unties
+    assert all(torch.equal(found[name], right[name]) for name in right)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"].keys() == found.keys()
+    assert all(name in load_file(tmp_path / "out" / file) for name, file in index["weight_map"].items())
 
 
 def test_a_head_that_is_trained_alone_is_restored_to_the_embedding(tmp_path: Path) -> None:

@@ -83,6 +83,6 @@ def test_heads_that_the_configuration_does_not_tell_are_refused_before_the_run(t
     done = invoke(*command(model, tmp_path / "run"), *FLAGS)
     assert done.exit_code == 2 and done.stderr.count("\n") == 1
     assert (
-        "config.json says; measure whole matrices (--per-head" in done.stderr
+        "config.json says; measure whole matrices (no --per-head)" in done.stderr
         and not (tmp_path / "run").exists()
     )

@@ -27,6 +27,7 @@ from rlspec.jobs.series import Series
 from rlspec.jobs.series import job as jobs
 from rlspec.jobs.series.checkpoints import Checkpoint, find_checkpoints, labels
 from rlspec.jobs.series.stacks import stack_bytes, stacks
+from rlspec.run.segments import training_of
 from rlspec.spectra import SpectralBasis, SpectralTracker
 from rlspec.spectra.table import COLUMNS
 
@@ -264,7 +265,18 @@ def test_the_order_of_checkpoints_is_that_of_their_steps(tmp_path: Path) -> None
         ("global_step300", 300, ""),
         ("iter_0000500", 500, ""),
         ("epoch3", 3, ""),
+        ("checkpoint-10-merged", 10, ""),
+        ("checkpoint-10-bf16", 10, ""),
+        ("epoch_3_merged", 3, ""),
+        ("epoch=3-step=500", 500, ""),
+        ("step_000500_hf", 500, ""),
+        ("global_step300_hf", 300, ""),
         ("Llama-3.2-1B", None, ""),
+        ("llama-3-8b", None, ""),
+        ("Qwen2.5-7B-Instruct", None, ""),
+        ("model-v2", None, ""),
+        ("Step-3.5-Flash", None, ""),
+        ("Jupiter-8-chat", None, ""),
         ("final", None, ""),
         ("run2", None, ""),
     ],
@@ -272,6 +284,23 @@ def test_the_order_of_checkpoints_is_that_of_their_steps(tmp_path: Path) -> None
 def test_steps_are_read_from_names(name: str, step: int | None, stage: str) -> None:
     found = Checkpoint.at(Path("x") / name)
     assert (found.step, found.stage) == (step, stage)
+
+
+@pytest.mark.parametrize(
+    ("names", "training"),
+    [
+        (("checkpoint-10-bf16", "checkpoint-20-bf16"), "checkpoint-bf16"),
+        (("run2/step_10_hf", "run2/step_300_hf"), "run2/step_hf"),
+        (("epoch_1_step500", "epoch_1_step600"), "epoch_1_step"),
+        (("step_3_x/checkpoint-20", "step_3_x/checkpoint-30"), "step_3_x/checkpoint"),
+        (("global_step_20/actor/huggingface", "global_step_300/actor/huggingface"), None),
+    ],
+)
+def test_checkpoints_that_differ_by_their_step_are_of_one_training(
+    names: tuple[str, str], training: str | None
+) -> None:
+    one, other = map(training_of, names)
+    assert one == other and (training is None or one == training)
 
 
 def test_labels_are_the_ends_of_paths_that_tell_them_apart() -> None:
@@ -290,6 +319,71 @@ def test_two_runs_with_checkpoints_of_one_name_stay_apart(run: Path) -> None:
     names = [spectra.checkpoint for spectra in both]
     assert len(both) == 6 and len(set(names)) == 6
     assert set(names) == {s.checkpoint for s in first} | {f"other/{s.checkpoint}" for s in first}
+
+
+def linked(link: Path, to: Path) -> Path:
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(to)
+    return link
+
+
+def test_a_link_gives_its_name_and_step_to_what_it_leads_to(run: Path) -> None:
+    """Stores and caches call what they hold by digests; who links to it says what it is."""
+    base, out, store = run.parent / "base", run.parent / "out", run.parent / "store"
+    store.mkdir()
+    for digest, step in (("abc", 1000), ("zz9", 20), ("b77", 300)):
+        (run / f"checkpoint-{step}").rename(store / digest)
+        linked(run / f"checkpoint-{step}", store / digest)
+    linked(run / "latest", run / "checkpoint-1000")
+    linked(run / "best", store / "b77")
+    names = ["checkpoint-20", "checkpoint-300", "checkpoint-1000"]
+    series = rlspec.measure(base, run, out=out, modules="q")
+    assert [(s.checkpoint, s.step) for s in series] == list(zip(names, (20, 300, 1000), strict=True))
+    assert [row["step"] for row in series.rows] == [step for step in (20, 300, 1000) for _ in range(2)]
+    # By its other paths, each is known.
+    again = rlspec.measure(base, [run / "latest", store / "zz9"], out=out, modules="q")
+    assert again.rows == series.rows and [s.step for s in again] == [20, 300, 1000]
+    (alone,) = rlspec.measure(base, linked(run / "last", Path("checkpoint-20")), modules="q")
+    assert (alone.checkpoint, alone.step) == ("checkpoint-20", 20)
+
+
+def test_a_table_from_before_links_kept_their_names_goes_on(run: Path) -> None:
+    base, out, store = run.parent / "base", run.parent / "out", run.parent / "store"
+    (run / "checkpoint-20").rename(store)
+    rlspec.measure(base, store, out=out, modules="q")  # as earlier versions entered it: by the resolved path
+    linked(run / "checkpoint-20", store)
+    series = rlspec.measure(base, run, out=out, modules="q")
+    assert [(s.checkpoint, s.step) for s in series] == [
+        ("store", 20), ("checkpoint-300", 300), ("checkpoint-1000", 1000),
+    ]  # fmt: skip
+
+
+def test_a_checkpoint_that_a_link_replaces_is_the_same_and_a_link_moved_on_leads_to_another(
+    run: Path,
+) -> None:
+    base, out, store = run.parent / "base", run.parent / "out", run.parent / "store"
+    first = rlspec.measure(base, run / "checkpoint-20", out=out, modules="q")
+    store.mkdir()
+    (run / "checkpoint-20").rename(store / "abc")
+    linked(run / "checkpoint-20", store / "abc")
+    assert rlspec.measure(base, run / "checkpoint-20", out=out, modules="q").rows == first.rows
+    (run / "checkpoint-300").rename(store / "def")
+    current = linked(run.parent / "current", store / "def")
+    rlspec.measure(base, current, out=out, modules="q")
+    current.unlink()
+    (run / "checkpoint-1000").rename(store / "ghi")
+    current.symlink_to(store / "ghi")
+    series = rlspec.measure(base, current, out=out, modules="q")
+    assert {s.checkpoint for s in series} == {"checkpoint-20", "current", "ghi"}
+    assert len({row["delta_frobenius"] for row in series.rows}) == 6
+
+
+def test_a_checkpoint_called_as_the_base_is_told_apart_from_it(run: Path) -> None:
+    """Rows of scores call the reference "base"."""
+    (run / "checkpoint-20").rename(run / "base")
+    series = rlspec.measure(run.parent / "base", run, modules="q")
+    assert [s.checkpoint for s in series] == ["checkpoint-300", "checkpoint-1000", "run/base"]
+    assert labels([Checkpoint.at(Path("/base"))]) == ["/base"]
 
 
 @pytest.mark.parametrize("kind", ["accelerate", "torchtune"])
@@ -388,6 +482,24 @@ def test_what_does_not_fit_the_base_is_refused_before_the_work(run: Path) -> Non
         rlspec.measure(run.parent / "base", run)
 
 
+def test_a_half_written_checkpoint_is_refused_with_what_to_do_about_the_others(run: Path) -> None:
+    base, out = run.parent / "base", run.parent / "out"
+    weights = run / "checkpoint-1000" / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-100])
+    done = CliRunner().invoke(main, ["measure", str(run), "--base", str(base), "--out", str(out)])
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and not (out / "spectra.jsonl").exists()
+    assert "checkpoint-1000" in done.stderr and "2 of 3 checkpoints can be measured" in done.stderr
+    assert "`rlspec measure` (--watch)" in done.stderr
+    with pytest.raises(CheckpointError) as caught:  # alone, there are no others to speak of
+        rlspec.measure(base, run / "checkpoint-1000")
+    assert "can be measured" not in str(caught.value)
+    # What it says works, and nothing is measured twice once the last one is whole.
+    rlspec.measure(base, [run / "checkpoint-20", run / "checkpoint-300"], out=out)
+    weights.write_bytes(whole)
+    assert [s.step for s in rlspec.measure(base, run, out=out)] == [20, 300, 1000]
+
+
 def test_nan_is_told_with_the_checkpoint(run: Path) -> None:
     def spoil(tensors: dict[str, torch.Tensor]) -> None:
         tensors["model.layers.1.self_attn.v_proj.weight"][3, 3] = torch.nan
@@ -438,6 +550,35 @@ def test_wrong_arguments_are_told_before_the_work(run: Path) -> None:
     os.mkdir(run.parent / "empty")
     with pytest.raises(CheckpointError, match="empty: neither"):
         rlspec.measure(base, run.parent / "empty")
+
+
+def test_a_models_folder_in_the_cache_is_refused_with_the_snapshot_to_give(run: Path) -> None:
+    base, model = run.parent / "base", run.parent / "models--org--x"
+    (model / "blobs").mkdir(parents=True)
+    for revision in ("1f0", "2e1"):
+        shutil.copytree(base, model / "snapshots" / revision)
+
+    def told() -> str:
+        """The same of a base and of a checkpoint."""
+        found = set()
+        for arguments in ((model, run), (base, model)):
+            with pytest.raises(CheckpointError) as caught:
+                rlspec.measure(*arguments)
+            found.add(str(caught.value))
+        (one,) = found
+        return one
+
+    assert told().endswith(f"give one of its 2 snapshots, such as {model / 'snapshots' / '1f0'}")
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text("2e1\n")
+    assert told().endswith(f"; give {model / 'snapshots' / '2e1'}")
+    (model / "refs" / "main").write_text("../../base")
+    assert "give one of its 2 snapshots" in told()
+    shutil.rmtree(model / "snapshots" / "2e1")
+    path = told().rpartition(" ")[2]
+    assert len(rlspec.measure(base, path, modules="q")) == 1
+    shutil.rmtree(path)
+    assert "there is no snapshot in it" in told()
 
 
 def test_a_data_frame_of_all_rows(run: Path) -> None:

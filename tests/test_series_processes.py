@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -158,6 +160,16 @@ def test_a_process_that_never_comes_is_not_waited_for_in_vain(
         rlspec.measure(run.parent / "base", run, out=run.parent / "first", share=Share(0, 2), **OPTIONS)
     with pytest.raises(RunFolderError, match="process 0 of 2 has not entered the checkpoints"):
         rlspec.measure(run.parent / "base", run, out=run.parent / "second", share=Share(1, 2), **OPTIONS)
+
+
+def test_all_processes_call_a_checkpoint_as_the_first_one_does(run: Path) -> None:
+    """Which knows labels that the table had already: here those of another run's checkpoints of the same names."""
+    out, other = run.parent / "alone", run.parent / "other"
+    shutil.copytree(run, other)
+    done = ended([start(number, 2, other, out) for number in range(2)])
+    assert [code for code, *_ in done] == [0, 0], done
+    names = {json.loads(line)["checkpoint"] for line in (out / "spectra.jsonl").open()}
+    assert names == {"checkpoint-1", "checkpoint-2", "other/checkpoint-1", "other/checkpoint-2"}
 
 
 def test_processes_without_a_folder_and_broken_launches_are_refused(run: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,6 +203,49 @@ def test_formats_that_are_not_read_are_told_of_once(base: Path) -> None:
     (folder / "model_world_size_2_rank_0.pt").touch()
     added, warnings = looks(base, nothing, nothing, nothing)
     assert added == [] and len(warnings) == 1 and "verl's model_merger" in warnings[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("pytorch_model.bin", "pytorch_model.bin but no .*save_pretrained"),
+        ("adapter_model.bin", "adapter_model.bin is a pickle.*save the adapter with safetensors"),
+    ],
+)
+def test_pickles_are_told_of_once_they_are_all_that_comes(name: str, told: str, base: Path) -> None:
+    folder = base.parent / "run" / "checkpoint-5"
+    folder.mkdir()
+    if name == "adapter_model.bin":
+        (folder / "adapter_config.json").write_text("{}")
+    for other in ("optimizer.pt", "training_args.bin"):
+        (folder / other).write_bytes(b"x")
+
+    def grow() -> None:
+        with (folder / name).open("ab") as file:
+            file.write(b"x")
+
+    assert looks(base, nothing, grow, grow, grow) == ([], [])  # still being written
+    added, warnings = looks(base, nothing, nothing, nothing)
+    assert added == [] and len(warnings) == 1
+    assert "checkpoint-5" in warnings[0] and re.search(told, warnings[0])
+
+
+def test_a_checkpoint_in_the_making_is_not_told_of_for_the_pickles_beside_it(base: Path) -> None:
+    """Trainers put the optimizer's beside the weights, before or after them; and who converts leaves a model's, too."""
+    folder, source = base.parent / "run" / "checkpoint-5", base.parent / "source"
+    tune(base, source)
+    whole = (source / "model.safetensors").read_bytes()
+    folder.mkdir()
+    for name in ("optimizer.pt", "training_args.bin", "pytorch_model.bin"):
+        (folder / name).write_bytes(b"x")
+    shutil.copy(source / "config.json", folder)
+    (folder / "model.safetensors").write_bytes(whole[:1000])
+
+    def finish() -> None:
+        (folder / "model.safetensors").write_bytes(whole)
+
+    assert looks(base, nothing, nothing, nothing) == ([], [])
+    assert looks(base, nothing, finish, nothing, nothing) == ([["checkpoint-5"]], [])
 
 
 def test_a_folder_that_is_not_there_is_no_folder_to_watch(base: Path) -> None:

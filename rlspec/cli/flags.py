@@ -14,7 +14,7 @@ def flag(name: str) -> str:
 
 def as_flags(message: str, command: click.Command) -> str:
     """A message with the command's options in place of arguments: ``rank=2`` becomes ``--rank 2``, ``resume=True``
-    becomes ``--resume``, and ``out=`` without a value ``--out``."""
+    becomes ``--resume``, ``resume=False`` ``no --resume``, and ``out=`` without a value ``--out``."""
     below = command.commands.values() if isinstance(command, click.Group) else ()
     for option in (param for each in (command, *below) for param in each.params):
         if isinstance(option, click.Option) and option.name is not None:
@@ -23,6 +23,8 @@ def as_flags(message: str, command: click.Command) -> str:
             here = rf"(?<![\w.=/-]){name}="
             if option.is_flag:
                 message = re.sub(here + r"True\b", spelled, message)
+                off = option.secondary_opts[0] if option.secondary_opts else f"no {spelled}"
+                message = re.sub(here + r"False\b", off, message)
             message = re.sub(here + r"(?=[\w'\"./~-])", f"{spelled} ", message)
             message = re.sub(here, spelled, message)
     return message

@@ -26,6 +26,7 @@ from rlspec.io.updates import Update
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "adapter_model.safetensors"
+PICKLED_FILE = "adapter_model.bin"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(.+)\.lora_([AB])(?:\.default)?\.weight")
 _EMBEDDING_FACTOR = re.compile(r"(.+)\.lora_embedding_([AB])(?:\.default)?")
@@ -145,14 +146,23 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG_FILE).is_file()
 
 
+def check_weights(folder: Path) -> None:
+    """Refuse an adapter without weights that are read.
+
+    Raises:
+        CheckpointError: there are none; the message tells of a pickle.
+    """
+    if not (folder / WEIGHTS_FILE).is_file():
+        pickled = f" ({PICKLED_FILE} is a pickle, which is never loaded)"
+        hint = pickled if (folder / PICKLED_FILE).exists() else ""
+        raise CheckpointError(f"{folder}: no {WEIGHTS_FILE} in it{hint}; save the adapter with safetensors")
+
+
 def _read_config(folder: Path) -> Mapping[str, Any]:
     """adapter_config.json, after refusing what is not a plain LoRA adapter."""
     path = folder / CONFIG_FILE
     config = read_json_object(path)
-    if not (folder / WEIGHTS_FILE).is_file():
-        pickled = " (adapter_model.bin is a pickle, which is never loaded)"
-        hint = pickled if (folder / "adapter_model.bin").exists() else ""
-        raise CheckpointError(f"{folder}: no {WEIGHTS_FILE} in it{hint}; save the adapter with safetensors")
+    check_weights(folder)
     if config.get("peft_type") != "LORA":
         raise CheckpointError(
             f"{path}: peft_type {config.get('peft_type')!r}; only LORA adapters are supported"

@@ -7,7 +7,7 @@ import json
 import os
 import stat
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -93,16 +93,27 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def told_apart(paths: Iterable[Path], known: Iterable[Path] = ()) -> list[str]:
-    """The end of each path that tells it from the others, and from those known before (resolved)."""
-    resolved = [path.resolve() for path in paths]
-    places = {*known, *resolved}
+def told_apart(paths: Iterable[Path], known: Iterable[Path] = (), taken: Collection[str] = ()) -> list[str]:
+    """The end of each path that tells it from the others, and from those known before.
+
+    Links are kept: a link's own name is what whoever made it calls the thing.
+
+    Args:
+        paths: made absolute.
+        known: absolute.
+        taken: ends that are not given to any.
+    """
+    places = [Path(os.path.abspath(path)) for path in paths]
+    every = {*known, *places}
     found = []
-    for path in resolved:
+    for path in places:
         parts = path.parts
-        others = [place.parts for place in places if place.parts != parts]
+        others = [place.parts for place in every if place.parts != parts]
         length = 1
-        while length < len(parts) and any(other[-length:] == parts[-length:] for other in others):
+        while length < len(parts) and (
+            os.path.join(*parts[-length:]) in taken
+            or any(other[-length:] == parts[-length:] for other in others)
+        ):
             length += 1
         found.append(os.path.join(*parts[-length:]))
     return found

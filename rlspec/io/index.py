@@ -9,12 +9,14 @@ whoever has the folder made it, and it is read as safetensors or not at all.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
+from rlspec.io.tie_setting import says_tied
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -23,6 +25,7 @@ METADATA_FILE = ".metadata"
 #: of a saved SpectralBasis, see rlspec.spectra.saved_basis
 BASIS_FILE = "basis.json"
 _LONGEST_NAME = 255  # of a file, in bytes
+_HEAD = re.compile(r"(?:.+\.)?(?:lm_head|embed_out)\.weight")
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,10 @@ def _by_name(entries: Iterable[TensorEntry]) -> dict[str, TensorEntry]:
 
 
 def _read_shards(folder: Path) -> dict[str, TensorEntry]:
-    """The tensors of a sharded checkpoint; index and shards must name the same ones."""
+    """The tensors of a sharded checkpoint; index and shards must name the same ones.
+
+    But for a head that is tied to the embedding: some writers list it and leave it out, and transformers ties it then.
+    """
     weight_map = _read_weight_map(folder / INDEX_FILE)
     shards = {
         name: file_below(folder, name, folder / INDEX_FILE) for name in dict.fromkeys(weight_map.values())
@@ -99,6 +105,9 @@ def _read_shards(folder: Path) -> dict[str, TensorEntry]:
             if weight_map.get(entry.name) != file_name:
                 raise CheckpointError(f"{shard}: holds {entry.name!r}, not placed there by {INDEX_FILE}")
             tensors[entry.name] = entry
+    absent = [name for name in weight_map if name not in tensors]
+    if len(absent) == 1 and _HEAD.fullmatch(absent[0]) and says_tied(folder / "config.json"):
+        del weight_map[absent[0]]
     for name, file_name in weight_map.items():
         if name not in tensors:
             raise CheckpointError(f"{folder / file_name}: lacks {name!r}, which {INDEX_FILE} places there")
@@ -242,14 +251,37 @@ def merged_first(place: Path) -> str:
     return f"write its weights as safetensors first: {way}"
 
 
+def _snapshot_of(repository: Path) -> str | None:
+    """What to say of a model's folder in Hugging Face's cache, whose snapshots are the checkpoints; None of all else."""
+    if not (repository / "snapshots").is_dir() or not repository.name.startswith("models--"):
+        return None
+    there = sorted(path for path in (repository / "snapshots").iterdir() if path.is_dir())
+    try:
+        main = (repository / "refs" / "main").read_text().strip()
+    except (OSError, ValueError):
+        main = ""
+    chosen = [path for path in there if path.name == main] or there
+    told = f"{repository}: a model's folder in Hugging Face's cache, not a checkpoint; "
+    if not chosen:
+        return told + "there is no snapshot in it: download the model anew"
+    return (
+        told
+        + ("give " if len(chosen) == 1 else f"give one of its {len(chosen)} snapshots, such as ")
+        + str(chosen[0])
+    )
+
+
 def _nothing_to_read(folder: Path) -> str:
+    if (snapshot := _snapshot_of(folder)) is not None:
+        return snapshot
     if (told := only_measured(folder)) is not None:
         return told
     if (folder / BASIS_FILE).is_file():
         return f"{folder}: a saved SpectralBasis, not a checkpoint; SpectralBasis.from_pretrained reads it"
     if (distributed := distributed_format(folder)) is not None:
         return distributed
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+    pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
+    pickles.sort(key=lambda name: (not name.startswith("pytorch_model"), name))  # the optimizer's tell less
     if pickles:
         return (
             f"{folder}: holds {pickles[0]} but no {SINGLE_FILE}; pickled weights are not read, "

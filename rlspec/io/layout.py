@@ -169,14 +169,21 @@ def index_content(like: CheckpointIndex, shards: list[ShardLayout]) -> bytes | N
     if like.path.is_file() or (like.path / SINGLE_FILE).is_file() or not path.is_file():
         return None
     content = path.read_bytes()
-    if all(shard.header is None for shard in shards):
-        return content
     parsed = json.loads(content)
+    listed = parsed["weight_map"]
+    absent = listed.keys() - like.tensors.keys()  # a tied head that no shard holds
+    if all(shard.header is None for shard in shards) and not absent:
+        return content
     metadata = parsed.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = sum(_tensor_bytes(like, shards).values())
     names = {shard.source: shard.name for shard in shards}
-    added = {n: entry for n, entry in like.tensors.items() if n not in parsed["weight_map"]}
+    added = {
+        name: entry
+        for name, entry in like.tensors.items()
+        if name not in listed or entry.shard != like.path / listed[name]
+    }
+    parsed["weight_map"] = {name: file for name, file in listed.items() if name not in absent}
     parsed["weight_map"] |= {name: names[entry.shard] for name, entry in added.items()}
     if isinstance(metadata, dict) and isinstance(metadata.get("total_parameters"), int):
         metadata["total_parameters"] += sum(prod(entry.shape) for entry in added.values())

@@ -21,8 +21,8 @@ from rlspec.io.index import CheckpointIndex
 from rlspec.io.projections import config_file, model_of, modules_in
 from rlspec.io.stacks import text_sections
 from rlspec.io.stream import stream_rows
+from rlspec.io.tie_setting import SETTING, says_tied
 
-_SETTING = "tie_word_embeddings"
 # What the modules are called that hold an embedding, and beside which the head lies.
 _BODIES = ("model", "transformer", "gpt_neox")
 # How much of each of two tensors is held while they are compared.
@@ -45,7 +45,7 @@ def find_tie(index: CheckpointIndex) -> Tie | None:
     Raises:
         CheckpointError: a config.json that cannot be read.
     """
-    said = _says_tied(index.path)
+    said = says_tied(config_file(index.path))
     if said is False:
         return None
     model = model_of(index)
@@ -110,17 +110,8 @@ def untied_config(checkpoint: Path) -> bytes | None:
     config = read_json_object(path)
     for section in text_sections(config):
         assert isinstance(section, dict)  # as JSON gives it
-        section[_SETTING] = False
+        section[SETTING] = False
     return (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode()
-
-
-def _says_tied(checkpoint: Path) -> bool | None:
-    """What config.json says, in any section that is about the text; None where it leaves that to a default."""
-    path = config_file(checkpoint)
-    if not path.is_file():
-        return None
-    said = [section[_SETTING] for section in text_sections(read_json_object(path)) if _SETTING in section]
-    return any(said) if said else None
 
 
 def _head_beside(embed: str) -> str | None:
@@ -133,7 +124,7 @@ def _head_beside(embed: str) -> str | None:
 
 
 def _refuse_unknown_head(adapter: Adapter, base: CheckpointIndex) -> None:
-    if _says_tied(base.path) is False:
+    if says_tied(config_file(base.path)) is False:
         return
     if any("lm_head" in modules_in(name, entry.shape) for name, entry in base.tensors.items()):
         return

@@ -16,6 +16,13 @@ Event = tuple[str, int]  # id of a segment, step within it
 
 #: what changes the weights of a segment, in the order of a run
 STAGES = ("sft", "ppo", "restore")
+#: a checkpoint's step at the end of its name, after a separator or such a word: checkpoint-500, sft-300, step500
+STEP_LAST = re.compile(r"(?:(.*?)[-_.=]|.*(?:step|iter|checkpoint|ckpt|epoch))(\d{1,18})", re.IGNORECASE)
+#: a checkpoint's step before other words of its name, as in checkpoint-10-merged or step_000500_hf; Llama-3-8B has none
+STEP_INSIDE = re.compile(
+    r".*(?<![a-z])(?:global)?(?:step|iter|checkpoint|ckpt|epoch)[-_.=]?(\d{1,18})[-_.][a-z][^/]*",
+    re.IGNORECASE,
+)
 _BRANCH = re.compile(r"ppo-from-(\d{1,18})")
 
 
@@ -59,8 +66,12 @@ def branch_origin(name: str) -> int | None:
 
 
 def training_of(checkpoint: str) -> str:
-    """What the labels of one training's checkpoints have in common: the path without its last number, the step."""
-    name, _, rest = re.sub(r"\d+(?=\D*$)", "\0", checkpoint).partition("\0")
+    """What the labels of one training's checkpoints have in common: the path without its step, mostly the last number."""
+    inside = None if STEP_LAST.fullmatch(checkpoint) else STEP_INSIDE.fullmatch(checkpoint)
+    if inside is None:
+        name, _, rest = re.sub(r"\d+(?=\D*$)", "\0", checkpoint).partition("\0")
+    else:
+        name, rest = checkpoint[: inside.start(1)], checkpoint[inside.end(1) :]
     return name.rstrip("-_./") + rest or "series"
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rlspec.errors import CheckpointError
-from rlspec.io.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, is_adapter
+from rlspec.io.adapter import CONFIG_FILE, PICKLED_FILE, WEIGHTS_FILE, Adapter, check_weights, is_adapter
 from rlspec.io.files import told_apart
 from rlspec.io.index import (
     INDEX_FILE,
@@ -21,10 +22,10 @@ from rlspec.io.index import (
 )
 from rlspec.io.weights import Weights, open_weights
 from rlspec.jobs.series.adapted import AdaptedWeights
-from rlspec.run.segments import STAGES, branch_origin
+from rlspec.run.segments import STAGES, STEP_INSIDE, STEP_LAST, branch_origin
 
-# checkpoint-500, sft-300, global_step_300, step500, iter_0000500: a number at the end, after a separator or such a word.
-_NUMBERED = re.compile(r"(?:(.*?)[-_.]|.*(?:step|iter|checkpoint|ckpt|epoch))(\d{1,18})", re.IGNORECASE)
+#: what rows of scores call the reference, so that no checkpoint is called it
+BASE_LABEL = "base"
 # What accelerate and verl put below the folder that bears the step, with torch.distributed.checkpoint.
 _PART = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+|dist_ckpt")
 # Where verl puts the weights below the folder that bears the step.
@@ -41,19 +42,25 @@ class Checkpoint:
     """A checkpoint folder, file or LoRA adapter on disk."""
 
     path: Path
+    called: Path  #: absolute, links in it kept: what its name, step and order come from
     stage: str  #: "sft", "ppo" or "restore" where the name is one of `rlspec track`, else ""
-    step: int | None  #: the number at the end of the name
+    step: int | None  #: the number at the end of the name, or after "checkpoint", "step" and their like in it
     origin: int = -1  #: the SFT step that a branch of `rlspec track` is named after, else -1
 
     @classmethod
-    def at(cls, path: Path) -> Checkpoint:
-        match = _NUMBERED.fullmatch(_named(path).name.removesuffix(".safetensors"))
-        if match is None:
-            return cls(path, "", None)
-        origin = branch_origin(match[1] or "")
+    def at(cls, path: Path, called: Path | None = None) -> Checkpoint:
+        """A checkpoint by its path; ``called`` where that is not what it is known by."""
+        if called is None:
+            called = Path(os.path.abspath(path))
+            if _step_in(called) is None:
+                called = _beside(called) or called
+        name = _named(called).name.removesuffix(".safetensors")
+        step = _step_in(called)
+        match = STEP_LAST.fullmatch(name)
+        origin = None if match is None else branch_origin(match[1] or "")
         if origin is not None:
-            return cls(path, "ppo", int(match[2]), origin)
-        return cls(path, match[1] if match[1] in STAGES else "", int(match[2]))
+            return cls(path, called, "ppo", step, origin)
+        return cls(path, called, match[1] if match is not None and match[1] in STAGES else "", step)
 
     def open(self, base: Path) -> Weights:
         """Its weights, those of an adapter on top of the base's.
@@ -73,6 +80,7 @@ class Checkpoint:
             CheckpointError: it is not whole.
         """
         if is_adapter(self.path):
+            check_weights(self.path)
             paths = {self.path / CONFIG_FILE, self.path / WEIGHTS_FILE}
         elif places := distributed_places(self.path):
             paths = {place / METADATA_FILE for place in places}.union(
@@ -83,6 +91,16 @@ class Checkpoint:
             paths = {entry.shard for entry in index.tensors.values()}
             if self.path.is_dir():
                 paths |= {self.path / name for name in (INDEX_FILE, "config.json")}
+        return self._states(paths)
+
+    def pickles(self) -> Files:
+        """The files of a pickled model or adapter; none where there is a file of safetensors too."""
+        if not self.path.is_dir() or next(self.path.glob("*.safetensors"), None) is not None:
+            return {}
+        names = (PICKLED_FILE, "pytorch_model*.bin")
+        return self._states({path for name in names for path in self.path.glob(name)})
+
+    def _states(self, paths: Iterable[Path]) -> Files:
         found: Files = {}
         for path in sorted(paths):
             try:
@@ -105,7 +123,7 @@ def find_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
     Raises:
         CheckpointError: nothing at a path, or no checkpoint in it.
     """
-    found: dict[Path, Checkpoint] = {}
+    found: list[Checkpoint] = []
     for path in map(Path, paths):
         below = checkpoints_below(path)
         if path.is_file() or _has_weights(path):
@@ -113,9 +131,8 @@ def find_checkpoints(paths: Iterable[str | Path]) -> list[Checkpoint]:
         if not below:
             CheckpointIndex.open(path)  # which knows what to say of most things
             raise CheckpointError(f"{path}: no checkpoint in it")
-        for checkpoint in below:
-            found.setdefault(checkpoint.path.resolve(), checkpoint)
-    return in_order(found.values())
+        found += below
+    return in_order(_once(found))
 
 
 def checkpoints_below(folder: Path) -> list[Checkpoint]:
@@ -124,27 +141,61 @@ def checkpoints_below(folder: Path) -> list[Checkpoint]:
         return []
     folders = (path for path in sorted(folder.iterdir()) if path.is_dir() and not _is_part(path))
     places = map(_weights_in, folders)
-    return in_order(Checkpoint.at(path) for path in places if path is not None)
+    return in_order(_once(Checkpoint.at(path) for path in places if path is not None))
 
 
 def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """By folder in the order of their first ones, there by stage, branch and step; the unnumbered stay in their order."""
     checkpoints = list(checkpoints)
     parents = {
-        parent: i for i, parent in reversed(list(enumerate(_named(c.path).parent for c in checkpoints)))
+        parent: i for i, parent in reversed(list(enumerate(_named(c.called).parent for c in checkpoints)))
     }
 
     def key(checkpoint: Checkpoint) -> tuple[int, int, int, float]:
         stage = STAGES.index(checkpoint.stage) if checkpoint.stage else -1
         step = float("inf") if checkpoint.step is None else checkpoint.step
-        return parents[_named(checkpoint.path).parent], stage, checkpoint.origin, step
+        return parents[_named(checkpoint.called).parent], stage, checkpoint.origin, step
 
     return sorted(checkpoints, key=key)
 
 
-def labels(checkpoints: Sequence[Checkpoint], known: Iterable[Path] = ()) -> list[str]:
-    """What rows call each: the end of its path that tells it from the others, and from those known before."""
-    return told_apart([checkpoint.path for checkpoint in checkpoints], known)
+def labels(
+    checkpoints: Sequence[Checkpoint], known: Iterable[Path] = (), taken: Iterable[str] = ()
+) -> list[str]:
+    """What rows call each: the end of its path that tells it from the others, and from those known before.
+
+    Args:
+        known: what those known before are called, as :attr:`Checkpoint.called`.
+        taken: labels that are not given again.
+    """
+    return told_apart([checkpoint.called for checkpoint in checkpoints], known, {BASE_LABEL, *taken})
+
+
+def _once(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    """Each place on disk once, by the path that bears a step where one does, and by its own sooner than by a link."""
+    found: dict[Path, Checkpoint] = {}
+    for checkpoint in checkpoints:
+        place = checkpoint.path.resolve()
+        found[place] = min(
+            (found.get(place, checkpoint), checkpoint),
+            key=lambda one: (one.step is None, one.called != place),
+        )
+    return list(found.values())
+
+
+def _beside(path: Path) -> Path | None:
+    """What a link leads to in its own folder, as ``latest`` does to ``checkpoint-500``; None for all else."""
+    if not path.is_symlink():
+        return None
+    leads_to = Path(os.path.normpath(path.parent / os.readlink(path)))
+    return leads_to if leads_to.parent == path.parent else None
+
+
+def _step_in(called: Path) -> int | None:
+    name = _named(called).name.removesuffix(".safetensors")
+    if (match := STEP_LAST.fullmatch(name)) is not None:
+        return int(match[2])
+    return None if (match := STEP_INSIDE.fullmatch(name)) is None else int(match[1])
 
 
 def _named(path: Path) -> Path:

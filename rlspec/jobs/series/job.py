@@ -215,7 +215,7 @@ class Job:
     @pinned_arithmetic()
     def measure(self, checkpoints: Sequence[Checkpoint], on_matrix: OnMatrix | None = None) -> list[str]:
         """Measure what the table lacks of these checkpoints; returns their labels."""
-        opened = [(checkpoint, self._checked(checkpoint)) for checkpoint in checkpoints]
+        opened = self._opened(checkpoints)
         if self.table.is_one_of(checkpoints):
             raise OptionError("out= is one of the checkpoints, which are never written to")
         entries: list[tuple[Checkpoint, Files]] = [
@@ -330,6 +330,24 @@ class Job:
                 end=end,
             )
         return [{**row, "step": checkpoint.step} for row in record.rows]
+
+    def _opened(self, checkpoints: Sequence[Checkpoint]) -> list[tuple[Checkpoint, Weights]]:
+        """Each with its weights, once all are known to be fit: a series that lacks one is no series."""
+        found, first = [], None
+        for checkpoint in checkpoints:
+            try:
+                found.append((checkpoint, self._checked(checkpoint)))
+            except (CheckpointError, TensorError) as error:
+                first = first or error
+        if first is None:
+            return found
+        if not found:
+            raise first
+        raise type(first)(
+            f"{first}; {len(found)} of {len(checkpoints)} checkpoints can be measured: give those by name, or, where a "
+            "trainer still writes to the folder, follow it with `rlspec measure` (watch=True), which passes over what is "
+            "not whole"
+        )
 
     def _checked(self, checkpoint: Checkpoint) -> Weights:
         """Open a checkpoint and see from its headers that it has every matrix in the base's shape."""

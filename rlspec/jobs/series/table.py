@@ -51,7 +51,8 @@ class SpectraTable:
         self._folder = folder
         self._settings = json.loads(json.dumps(settings))
         self._order = {name: i for i, name in enumerate(names)}
-        self._known: dict[str, dict[str, Any]] = {}  # label -> path and files
+        # label -> path, files, and what it is called where that is another path
+        self._known: dict[str, dict[str, Any]] = {}
         self._rows: dict[str, dict[str, Row]] = {}  # label -> matrix -> row
         self._lock: IO[bytes] | None = None
         self._launch: IO[bytes] | None = None
@@ -133,7 +134,7 @@ class SpectraTable:
                 self.put(label, rows)
         return held
 
-    def _join(self, wanted: Mapping[str, Mapping[str, Any]]) -> None:
+    def _join(self, wanted: Sequence[tuple[Checkpoint, Files]]) -> None:
         """Hold this process's part, once the first process has entered the same checkpoints, and read what is there.
 
         Raises:
@@ -145,7 +146,7 @@ class SpectraTable:
             came = is_held(folder / ".lock")
             if self._about.exists():
                 self._read(folder)
-                if all(self._known.get(label) == entry for label, entry in wanted.items()):
+                if all(self._holds(checkpoint, files) for checkpoint, files in wanted):
                     break
             if not came and time.monotonic() - self._opened > APART:
                 raise FirstMissingError(
@@ -189,19 +190,24 @@ class SpectraTable:
         Raises:
             CheckpointError: one was written anew since it was measured.
         """
-        by_path = {Path(entry["path"]): label for label, entry in self._known.items()}
-        new = labels([checkpoint for checkpoint, _ in checkpoints], by_path)
-        found = []
-        for (checkpoint, files), fresh in zip(checkpoints, new):
-            place = checkpoint.path.resolve()
-            label = by_path.get(place, fresh)
-            if label in self._rows:
-                self._refuse_rewritten(label, checkpoint, files)
-            self._known[label] = {"path": str(place), "files": files}
-            found.append(label)
         if self._share.number > 0:
-            self._join({label: self._known[label] for label in found})
-        elif (folder := self._folder) is not None:
+            self._join(checkpoints)
+            by_path = {entry["path"]: label for label, entry in self._known.items()}
+            return [by_path[str(checkpoint.path.resolve())] for checkpoint, _ in checkpoints]
+        known = [self._known_as(checkpoint, files) for checkpoint, files in checkpoints]
+        names = [self._named(checkpoint, label) for (checkpoint, _), label in zip(checkpoints, known)]
+        new = labels(names, map(self._called, self._known), self._known)
+        found = []
+        for (_, files), one, label, fresh in zip(checkpoints, names, known, new):
+            place = str(one.path.resolve())
+            if label is None:
+                label = fresh
+            elif label in self._rows:
+                self._refuse_rewritten(label, one, files)
+            entry = {"path": place, "files": files}
+            self._known[label] = entry if str(one.called) == place else {**entry, "called": str(one.called)}
+            found.append(label)
+        if (folder := self._folder) is not None:
             about = {"version": _VERSION, "settings": self._settings, "checkpoints": self._known}
             self._writing(
                 lambda: write_atomically(self._about, (json.dumps(about, indent=2) + "\n").encode())
@@ -210,11 +216,35 @@ class SpectraTable:
                 self._launch = self._writing(lambda: locked(launch_file(folder), b""))
         return found
 
+    def _known_as(self, checkpoint: Checkpoint, files: Files) -> str | None:
+        """The label of a checkpoint that is in the table, also where a link to it stands now where it was."""
+        if (label := self.label_of(checkpoint)) is not None:
+            return label
+        moved = (label for label in self._known if self._called(label) == checkpoint.called)
+        return next((label for label in moved if self._known[label]["files"] == files), None)
+
+    def _named(self, checkpoint: Checkpoint, label: str | None) -> Checkpoint:
+        """The checkpoint by the path that tells most of it: the table's, the one given, or where it lies."""
+        if label is not None:
+            before = Checkpoint.at(checkpoint.path, self._called(label))
+            return checkpoint if before.step is None and checkpoint.step is not None else before
+        if checkpoint.called in map(self._called, self._known):  # a link that led to another one then
+            return Checkpoint.at(checkpoint.path, checkpoint.path.resolve())
+        return checkpoint
+
+    def _called(self, label: str) -> Path:
+        entry = self._known[label]
+        return Path(entry.get("called", entry["path"]))
+
+    def _in_order(self, labels: Iterable[str]) -> list[tuple[str, Checkpoint]]:
+        """Checkpoints of the table with their labels, where they were."""
+        by_place = {Path(self._known[label]["path"]): label for label in labels}
+        found = in_order(Checkpoint.at(place, self._called(label)) for place, label in by_place.items())
+        return [(by_place[checkpoint.path], checkpoint) for checkpoint in found]
+
     def last(self) -> tuple[str, Checkpoint]:
         """The label of the last checkpoint, and where it was."""
-        by_place = {Path(entry["path"]): label for label, entry in self._known.items()}
-        last = in_order(Checkpoint.at(place) for place in by_place)[-1]
-        return by_place[last.path], last
+        return self._in_order(self._known)[-1]
 
     def check_last(self, files: Files) -> None:
         """Refuse files of the last checkpoint that are not those that it had when it was entered.
@@ -227,8 +257,8 @@ class SpectraTable:
     def _refuse_rewritten(self, label: str, checkpoint: Checkpoint, files: Files) -> None:
         if self._known[label]["files"] != files:
             raise CheckpointError(
-                f"{checkpoint.path}: written anew since its rows in {self._path} were measured; choose another "
-                "folder for out="
+                f"{checkpoint.path}: written anew since its rows in {self._path} were measured (size or time of a "
+                "file differs; cp -p and rsync -t keep them); choose another folder for out="
             )
 
     def drop_outdated(self, labels: Iterable[str], end: str) -> None:
@@ -244,7 +274,12 @@ class SpectraTable:
     def is_whole(self, checkpoint: Checkpoint, files: Files) -> bool:
         """Whether all rows of a checkpoint, with these files, are there."""
         label = self.label_of(checkpoint)
-        return label is not None and self._known[label]["files"] == files and not self.missing(label)
+        return label is not None and self._holds(checkpoint, files) and not self.missing(label)
+
+    def _holds(self, checkpoint: Checkpoint, files: Files) -> bool:
+        """Whether a checkpoint was entered with these files."""
+        label = self.label_of(checkpoint)
+        return label is not None and self._known[label]["files"] == files
 
     def missing(self, label: str) -> set[str]:
         """The matrices of a checkpoint that have no row yet."""
@@ -268,10 +303,8 @@ class SpectraTable:
     def series(self) -> Series:
         """Every checkpoint that is whole in the table, in order."""
         done = [label for label in self._known if not self.missing(label)]
-        by_place = {Path(self._known[label]["path"]): label for label in done}
         found = []
-        for checkpoint in in_order(Checkpoint.at(place) for place in by_place):
-            label = by_place[checkpoint.path]
+        for label, checkpoint in self._in_order(done):
             rows = [self._rows[label][name] for name in self._order]
             found.append(CheckpointSpectra(label, checkpoint.stage, checkpoint.step, rows))
         return Series(found)
@@ -313,8 +346,8 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         if found.get(name) != value:
             if name == "base_files":
                 raise RunFolderError(
-                    f"{path}: measured against another base, or its files were written anew since; choose another folder "
-                    "for out="
+                    f"{path}: measured against another base, or its files were written anew since (size or time of "
+                    "one differs; cp -p and rsync -t keep them); choose another folder for out="
                 )
             raise RunFolderError(
                 f"{path}: measured with {name}={found.get(name)!r}, now {name}={value!r}; choose another folder for out="

@@ -51,6 +51,16 @@ def watch(
         passed_over[checkpoint.path] = files
         warn(message)
 
+    def pickled(checkpoint: Checkpoint) -> bool:
+        """Whether pickles are all that comes: a model's, which have not changed since the last look."""
+        try:
+            files = checkpoint.pickles()
+        except CheckpointError:  # one vanished
+            files = {}
+        still = bool(files) and before.get(checkpoint.path) == files
+        before[checkpoint.path] = files
+        return still
+
     def measured(ready: list[tuple[Checkpoint, Files]]) -> list[str]:
         """Together, so that the base is decomposed once; one by one where that fails."""
         try:
@@ -70,8 +80,10 @@ def watch(
         for checkpoint in _look(paths):
             try:
                 files = checkpoint.files()
-            except CheckpointError:
+            except CheckpointError as error:
                 told = distributed_format(checkpoint.path)
+                if told is None and pickled(checkpoint):
+                    told = str(error)
                 if told is not None and checkpoint.path not in passed_over:
                     pass_over(checkpoint, None, told)
                 continue  # of all else the rest may still come
