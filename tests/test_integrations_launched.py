@@ -1,7 +1,4 @@
-"""The callback in trainers that several processes run, as torchrun starts them: DDP and FSDP2.
-
-For tensor parallelism, which accelerate refuses on CPUs, see test_integrations_dealt.py.
-"""
+"""The callback in trainers that several processes run, as torchrun starts them: DDP, FSDP2 and tensor parallelism."""
 
 from __future__ import annotations
 
@@ -37,8 +34,8 @@ def launched(number: int, count: int, out: Path, way: str) -> None:
     """What torchrun tells a process, of which the group is made already."""
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE=str(count))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", RLSPEC_CACHE=str(out / "cache"))
-    if way == "fsdp2":
-        # accelerate takes FSDP for a matter of accelerators, and silently trains with DDP on CPUs.
+    if way != "ddp":
+        # accelerate takes both for a matter of accelerators: on CPUs it silently trains with DDP, or refuses.
         from accelerate import DistributedType, PartialState
         from accelerate.state import AcceleratorState
 
@@ -72,14 +69,13 @@ def trains(number: int, count: int, out: Path, way: str, watched: bool, part: st
     folder = out / f"trainer {watched}"
     trainer = plain_trainer(folder, called, model, **WAYS[way], **saving)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if part == "resumed" else None)
-    assert trainer.is_fsdp_enabled == (way == "fsdp2") and callback.disabled is None, callback.disabled
+    assert is_spread(trainer.model) == (way == "fsdp2") and callback.disabled is None, callback.disabled
     keep(trainer, number, out / f"{watched}.pt")
 
 
 def keep(trainer: Trainer, number: int, file: Path) -> None:
     """What became of a training: its losses, weights and random state."""
     assert trainer.model is not None and trainer.args.world_size > 1
-    assert is_spread(trainer.model) == trainer.is_fsdp_enabled
     whole = {strip_wrappers(n): gathered(p).detach().clone() for n, p in trainer.model.named_parameters()}
     if number == 0:
         torch.save((losses(trainer), whole, torch.get_rng_state()), file)
@@ -96,6 +92,17 @@ def assert_same(folder: Path) -> dict[str, Tensor]:
     return end
 
 
+def assert_rows(folder: Path, end: dict[str, Tensor]) -> None:
+    """No step twice, none missing, and the last one's are those of the weights."""
+    rows = [json.loads(line) for line in (folder / "run" / "spectra.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows[::6]] == [0, 1, 2, 3, 4] and len(rows) == 30
+    model = toy_model()
+    basis = SpectralBasis.from_model(model)
+    model.load_state_dict(end, strict=False)
+    truth = SpectralTracker(basis).measure(model, step=4, stage="train").rows
+    assert rows[-6:] == truth and truth[0]["delta_relative"] > 1e-3
+
+
 @pytest.mark.parametrize(("way", "count"), [("ddp", 2), ("fsdp2", 2), ("fsdp2", 4)])
 def test_a_training_that_is_killed_and_resumed_is_the_same_and_goes_on_in_its_folder(
     way: str, count: int, tmp_path: Path
@@ -104,14 +111,7 @@ def test_a_training_that_is_killed_and_resumed_is_the_same_and_goes_on_in_its_fo
     for watched in (False, True):
         assert together(count, trains, count, tmp_path, way, watched, "killed") == [-signal.SIGKILL] * count
         assert together(count, trains, count, tmp_path, way, watched, "resumed") == [0] * count
-    end = assert_same(tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "spectra.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows[::6]] == [0, 1, 2, 3, 4] and len(rows) == 30
-    model = toy_model()
-    basis = SpectralBasis.from_model(model)
-    model.load_state_dict(end, strict=False)
-    truth = SpectralTracker(basis).measure(model, step=4, stage="train").rows
-    assert rows[-6:] == truth and truth[0]["delta_relative"] > 1e-3
+    assert_rows(tmp_path, assert_same(tmp_path))
 
 
 def trains_with_trl(number: int, out: Path, name: str, way: str, watched: bool) -> None:
@@ -121,7 +121,7 @@ def trains_with_trl(number: int, out: Path, name: str, way: str, watched: bool) 
     callback = SpectralCallback(every=1, out=out / "run")
     trainer = maker(out, name, "plain", **WAYS[way])([callback] if watched else [])
     trainer.train()
-    assert trainer.is_fsdp_enabled == (way == "fsdp2") and callback.disabled is None, callback.disabled
+    assert is_spread(trainer.model) == (way == "fsdp2") and callback.disabled is None, callback.disabled
     assert [record.step for record in callback.records] == ([0, 1, 2, 3] if watched else [])
     keep(trainer, number, out / f"{watched}.pt")
 
@@ -134,3 +134,21 @@ def test_a_training_of_trl_is_the_same(name: str, way: str, tmp_path: Path) -> N
     for watched in (False, True):
         assert together(2, trains_with_trl, tmp_path, name, way, watched) == [0, 0]
     assert_same(tmp_path)
+
+
+def trains_with_tensor_parallelism(number: int, out: Path, watched: bool) -> None:
+    launched(number, 2, out, "tp")
+    callback = SpectralCallback(every=1, out=out / "run")
+    model = LlamaForCausalLM.from_pretrained(out / "model", tp_plan="auto")
+    trainer = plain_trainer(out / "trainer", [callback] if watched else [], model)
+    trainer.train()
+    assert is_spread(trainer.model) and callback.disabled is None, callback.disabled
+    keep(trainer, number, out / f"{watched}.pt")
+
+
+def test_a_training_by_tensor_parallelism_is_the_same(tmp_path: Path) -> None:
+    """Which Trainer does not resume."""
+    toy_model(attention_dropout=0.2).save_pretrained(tmp_path / "model")
+    for watched in (False, True):
+        assert together(2, trains_with_tensor_parallelism, tmp_path, watched) == [0, 0]
+    assert_rows(tmp_path, assert_same(tmp_path))
