@@ -6,33 +6,17 @@ import json
 import logging
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch.distributed as dist
-from integration_toys import plain_trainer
-from process_toys import changed, held, together, toy_with_uneven_layers
+from integration_toys import loop, plain_trainer
+from process_toys import held, together, toy_with_uneven_layers
 from transformers import TrainerCallback
 
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.integrations.transformers import SpectralCallback
 from rlspec.run.budget import Pace
-
-LAST = 4
-
-
-def loop(model: Any, callback: SpectralCallback, first: int = 0, last: int = LAST) -> None:
-    """What a trainer calls."""
-    number = dist.get_rank() if dist.is_initialized() else 0
-    state = SimpleNamespace(global_step=first, max_steps=last, is_world_process_zero=number == 0)
-    args, control = SimpleNamespace(world_size=2), SimpleNamespace()
-    callback.on_train_begin(args, state, control, model=model)
-    for step in range(first + 1, last + 1):
-        changed(model)
-        state.global_step = step
-        callback.on_step_end(args, state, control, model=model)
-    callback.on_train_end(args, state, control, model=model)
 
 
 def trains(number: int, out: Path, kind: str) -> None:

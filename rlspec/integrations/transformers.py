@@ -18,6 +18,7 @@ from transformers import Trainer, TrainerCallback
 
 from rlspec.errors import OptionError, RunFolderError, TensorError
 from rlspec.integrations.hold import belongs_to, new_training, trainings_of
+from rlspec.integrations.presence import ask, same_arguments
 from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
 from rlspec.integrations.unheard import kept_flags, unheard
@@ -59,9 +60,9 @@ class SpectralCallback(TrainerCallback):
     ``$RLSPEC_CACHE``); its factors stay on the host.
 
     Several processes share the work, whether each has a copy of the model (DDP) or DTensors of it (FSDP2, tensor
-    parallelism), see ``DealtTracker``; the first one writes. All must have the callback: with it in the first one alone
-    that one waits for the others, and the training hangs or aborts. ``base``, and ``out`` of a resumed training, must be
-    readable for all of them.
+    parallelism), see ``DealtTracker``; the first one writes. All must have the callback, with the same arguments: where
+    one has none the others wait for it as the training begins, two minutes at most, and then train without tracking.
+    ``base``, and ``out`` of a resumed training, must be readable for all of them.
 
     From there on an error of any kind, in any process, is told in one warning and ends the tracking alone, see
     :attr:`disabled`. Among them are weights spread by FSDP1 or ZeRO-3: measure their saved checkpoints. What raises is
@@ -141,6 +142,14 @@ class SpectralCallback(TrainerCallback):
         #: why scores ended before the training did; None while all is well
         self.unscored: str | None = None
         self._scoring = Scoring(evaluate, texts, alarm)
+        compared = {"every": every, "modules": self.modules, "rank": str(self.rank), "per_head": per_head}
+        compared |= {"alarm": alarm, "stop": stop}
+        given = {"base": base, "evaluate": evaluate, "texts": texts}
+        if base is None:  # else the first one alone uses it
+            given["out"] = out
+        #: what decides what several processes do together; the folders of each may lie elsewhere
+        self._alike = {name: repr(value) for name, value in compared.items()}
+        self._alike |= {name: "not given" if value is None else "given" for name, value in given.items()}
         self._processes = self._scorers = Processes()
         self._tracker: SpectralTracker | DealtTracker | None = None
         self._reference: Path | None = None  # where base=None and the training was resumed
@@ -166,7 +175,9 @@ class SpectralCallback(TrainerCallback):
         step = state.global_step
         with self.pace.spending(once=True):
             ready = (
-                self._together(model, lambda: self._open(model, args, state))
+                self._all_here()
+                and self._together(model, lambda: same_arguments(self._processes, self._alike))
+                and self._together(model, lambda: self._open(model, args, state))
                 and self._together(model, lambda: self._find_reference(model, step))
                 and self._together(model, lambda: self._begin(model))
                 and self._together(model, self._begin_scores)
@@ -241,12 +252,27 @@ class SpectralCallback(TrainerCallback):
         try:
             self._processes.together(isolated)
         except ProcessError as error:
-            self.disabled = str(error)
-            self._release()
-            self._tracker = self._trainer = None
-            self._warn("tracking of the spectra ends here, the training goes on: %s", self.disabled)
+            self._end(str(error), tells=self._processes.number == 0)
             return False
         return True
+
+    def _end(self, reason: str, *, tells: bool) -> None:
+        self.disabled = reason
+        self._release()
+        self._tracker = self._trainer = None
+        if tells:
+            _LOG.warning("tracking of the spectra ends here, the training goes on: %s", reason)
+
+    def _all_here(self) -> bool:
+        """Whether all processes have the callback; else the others would wait for those that have not."""
+        presence = ask(self._processes)
+        if not presence.all_here:
+            self._end(
+                f"only some of the {self._processes.count} processes have the callback; add it in all of them, not in "
+                "the first one alone",
+                tells=presence.speaks,
+            )
+        return presence.all_here
 
     def _open(self, model: nn.Module, args: Any, state: Any) -> None:
         """Know which training this is, and open its folder: the first process, which alone writes there."""
