@@ -70,7 +70,8 @@ def same_arguments(processes: Processes, arguments: Mapping[str, str]) -> None:
 def _ask(store: Any, count: int) -> Presence:
     global _last
     _last += 1
-    # One that was closed without this process is of an earlier training, in which it had no callback.
+    # One that was closed without this process is of an earlier training, in which it had no callback. (Processes that
+    # torchrun starts again may find the decisions of those before them. "Here" among them: as if nobody asked.)
     while _decided(store, _last) == _ABSENT:
         _last += 1
     decision = _decision(_last)
