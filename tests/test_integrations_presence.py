@@ -103,7 +103,9 @@ def test_any_store_will_do(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
     assert presence.ask(Processes(0, 2)) == Presence(all_here=False, speaks=True)
     store.add("rlspec/callback/2/signed", 1)  # the other one
     assert presence.ask(Processes(1, 2)) == Presence(all_here=True, speaks=False)
-    monkeypatch.setattr(presence, "_last", 0)  # as torchrun starts a process again, at a store that it may keep
+    monkeypatch.setattr(
+        presence, "_last", 0
+    )  # as torchrun starts a process again, at a store that it may keep
     assert presence.ask(Processes(0, 2)).all_here
     monkeypatch.setattr(presence, "_last", 0)  # of a process that was not there at first, and comes late now
     store.set("rlspec/callback/2", "absent")

@@ -30,7 +30,7 @@ from rlspec.io.index import INDEX_FILE
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
 from rlspec.io.projections import Projection, find_projections
 from rlspec.io.weights import open_weights
-from rlspec.spectra.dealt import gathered, is_spread
+from rlspec.spectra.dealt import gathered, is_spread, make_room
 from rlspec.spectra.processes import GatherError, Processes, told
 
 
@@ -158,6 +158,8 @@ class TrackingFolder:
                     writer.shapes, (*modules, "o"), writer.config
                 )  # how that tensor is split
             writer.expect(found)
+            if is_spread(model):
+                make_room(model, found, processes)
             for projection, matrix, _ in gathered(model, found):
                 if processes.number == 0 and failure is None:
                     try:

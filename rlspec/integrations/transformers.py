@@ -67,7 +67,8 @@ class SpectralCallback(TrainerCallback):
     From there on an error of any kind, in any process, is told in one warning and ends the tracking alone, see
     :attr:`disabled`. Among them are weights spread by FSDP1 or ZeRO-3: measure their saved checkpoints. What raises is
     wrong arguments, and a process that is gone (GatherError), without which the training could not go on either. So does
-    any failure while spread weights are gathered, memory that runs out too: it looks the same from inside one process.
+    any failure while spread weights are gathered: it looks the same from inside one process. Whether there is memory for
+    that is found out before, by all.
 
     Args:
         every: optimizer steps between measurements.

@@ -7,6 +7,7 @@ than a stack of small matrices, or one large matrix, and its share of the refere
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -169,8 +170,13 @@ class DealtTracker:
 
         Returns:
             What went wrong in this process, whose later stacks are then gathered and dropped.
+
+        Raises:
+            ProcessError, GatherError: see :func:`make_room`.
         """
         gathers = isinstance(source, nn.Module) and is_spread(source)
+        if isinstance(source, nn.Module) and gathers:
+            make_room(source, self.projections, self.processes)
         mine = self.processes.number
         stacks = [stack for stack in self._stacks if gathers or stack.owner == mine]
         failure: str | None = None
@@ -221,6 +227,30 @@ def gathered(
         if gathers:
             raise GatherError(f"gathering the weights failed: {error}") from error
         raise
+
+
+def make_room(model: nn.Module, projections: Sequence[Projection], processes: Processes) -> None:
+    """Take the memory that gathering the largest of these takes, and give it back; called in all processes.
+
+    One that has not got it must say so before it joins a gather: the others would wait for it there. What a device's
+    allocator is given back it keeps for the gathers; a host only promises memory, so that little is found out there.
+
+    Raises:
+        ProcessError: one process has not the memory, in all of them.
+        GatherError: a process is gone.
+    """
+
+    def take() -> None:
+        shapes = open_weights(model).shapes()
+        spread: list[Any] = [tensor for tensor in model.parameters() if hasattr(tensor, "full_tensor")]
+        widest = max(spread, key=lambda tensor: tensor.element_size())
+        most = max((math.prod(shapes[p.tensor]) for p in projections), default=0)
+        kind = widest.device_mesh.device_type
+        # What comes from the others, and the whole that it is put together to.
+        held = [torch.empty(most, dtype=widest.dtype, device=kind) for _ in range(2)]
+        del held
+
+    processes.together(take)
 
 
 class _Handed(Weights):
