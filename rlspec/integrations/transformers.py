@@ -70,6 +70,8 @@ class SpectralCallback(TrainerCallback):
     any failure while spread weights are gathered: it looks the same from inside one process. Whether there is memory for
     that is found out before, by all.
 
+    A copy, or what comes of pickling it, has the arguments and what was found so far, and is in no training.
+
     Args:
         every: optimizer steps between measurements.
         base: the reference: a safetensors checkpoint folder; None for the weights when the training begins.
@@ -129,7 +131,7 @@ class SpectralCallback(TrainerCallback):
         self.per_head = per_head
         self.out = None if out is None else Path(out)
         self.budget = budget
-        self.pace = Pace(parse_budget(budget))
+        parse_budget(budget)
         #: one per measurement, in order, without arrays; those of a resumed training's earlier parts too, where ``out``
         #: or this same callback has them
         self.records: list[SpectralRecord] = []
@@ -151,13 +153,28 @@ class SpectralCallback(TrainerCallback):
         #: what decides what several processes do together; the folders of each may lie elsewhere
         self._alike = {name: repr(value) for name, value in compared.items()}
         self._alike |= {name: "not given" if value is None else "given" for name, value in given.items()}
+        self._training: str | None = None  # the first process's, of `hold`
+        lasting = set(vars(self))
+        self._idle()
+        self._passing = frozenset(vars(self).keys() - lasting)
+
+    def _idle(self) -> None:
+        """What belongs to the training that it is in: none."""
+        self.pace = Pace(parse_budget(self.budget))
         self._processes = self._scorers = Processes()
         self._tracker: SpectralTracker | DealtTracker | None = None
         self._reference: Path | None = None  # where base=None and the training was resumed
         self._folder: TrackingFolder | None = None
-        self._training: str | None = None  # the first process's, of `hold`
         self._trainer: Trainer | None = None
         self._due = self._told = False
+
+    # Copies that Ray Tune and joblib make of a trainer, or of its callbacks, come to other processes.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self._passing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._idle()
 
     # What the trainer calls.
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
