@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from integration_toys import plain_trainer
 
-from rlspec.integrations.transformers import LOGGED, SpectralCallback
+from rlspec.integrations.caller import LOGGED
+from rlspec.integrations.transformers import SpectralCallback
 from rlspec.run.rows import mean
 
 pytestmark = pytest.mark.usefixtures("own_cache")

@@ -20,8 +20,9 @@ from transformers import TrainerCallback
 
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.errors import CheckpointError, OptionError
+from rlspec.integrations.caller import LOGGED
 from rlspec.integrations.store import TrackingFolder
-from rlspec.integrations.transformers import LOGGED, SpectralCallback
+from rlspec.integrations.transformers import SpectralCallback
 from rlspec.run.budget import Pace, parse_budget
 from rlspec.spectra.table import COLUMNS
 

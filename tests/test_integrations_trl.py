@@ -13,7 +13,8 @@ from train_toys import toy_model
 from transformers import TrainerCallback
 
 from rlspec import SpectralBasis, SpectralTracker
-from rlspec.integrations.transformers import LOGGED, SpectralCallback
+from rlspec.integrations.caller import LOGGED
+from rlspec.integrations.transformers import SpectralCallback
 
 pytest.importorskip("trl", reason="trl is not installed")
 toys = import_module("trl_toys")
