@@ -111,6 +111,8 @@ def test_any_store_will_do(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
     store.set("rlspec/callback/2", "absent")
     store.add("rlspec/callback/3/signed", 1)
     assert presence.ask(Processes(1, 2)) == Presence(all_here=True, speaks=False)
+    store.add("rlspec/callback/4/signed", 2)  # of processes that were killed before the decision
+    assert presence.ask(Processes(1, 2)) == Presence(all_here=True, speaks=False)
 
 
 GIVEN: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {

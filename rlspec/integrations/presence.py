@@ -76,7 +76,7 @@ def _ask(store: Any, count: int) -> Presence:
         _last += 1
     decision = _decision(_last)
     place = store.add(f"{decision}/signed", 1)
-    if place == count:
+    if place >= count:
         store.compare_set(decision, "", _HERE.decode())
     # The group's collectives must not run out of time while one waits here.
     end = time.monotonic() + min(PATIENCE_S, store.timeout.total_seconds() / 2)

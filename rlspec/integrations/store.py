@@ -13,6 +13,7 @@ A training that is resumed goes on in it. One that starts again sets the files o
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -159,7 +160,8 @@ class TrackingFolder:
                 )  # how that tensor is split
             writer.expect(found)
             if is_spread(model):
-                make_room(model, found, processes)
+                largest = max(math.prod(writer.shapes[projection.tensor]) for projection in found)
+                make_room(model, largest, processes)
             for projection, matrix, _ in gathered(model, found):
                 if processes.number == 0 and failure is None:
                     try:
