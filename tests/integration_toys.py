@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from process_toys import changed
 from torch import Tensor
 from train_toys import WORDS, toy_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -24,6 +27,15 @@ SETTINGS: dict[str, Any] = {
     "report_to": "none",
     "disable_tqdm": True,
     "use_cpu": True,
+}
+#: What people train with, as settings of any of the trainers.
+SETUPS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "gradient accumulation": {"gradient_accumulation_steps": 2},
+    "mixed precision": {"bf16": True},
+    "gradient checkpointing": {"gradient_checkpointing": True},
+    "torch.compile": {"torch_compile": True, "torch_compile_backend": "eager"},
+    "no line of the trainer's own at the steps measured": {"logging_steps": 2},
 }
 
 
@@ -50,6 +62,19 @@ def plain_trainer(
     model = toy_model(attention_dropout=0.2) if model is None else model
     args = TrainingArguments(output_dir=str(folder), **{**SETTINGS, **changes})
     return Trainer(model=model, args=args, train_dataset=examples(), callbacks=list(callbacks))  # type: ignore[arg-type]
+
+
+def loop(model: Any, callback: TrainerCallback, first: int = 0, last: int = 4) -> None:
+    """What a trainer calls, where several processes may hold the model."""
+    number = dist.get_rank() if dist.is_initialized() else 0
+    state: Any = SimpleNamespace(global_step=first, max_steps=last, is_world_process_zero=number == 0)
+    given: Any = (SimpleNamespace(world_size=2), state, SimpleNamespace())
+    callback.on_train_begin(*given, model=model)
+    for step in range(first + 1, last + 1):
+        changed(model)
+        state.global_step = step
+        callback.on_step_end(*given, model=model)
+    callback.on_train_end(*given, model=model)
 
 
 def losses(trainer: Trainer) -> list[dict[str, float]]:

@@ -61,6 +61,14 @@ def _without_submitit() -> bool:
     return importlib.util.find_spec("submitit") is None
 
 
+def _without_wandb() -> bool:
+    return importlib.util.find_spec("wandb") is None
+
+
+def _without_trackio() -> bool:
+    return importlib.util.find_spec("trackio") is None
+
+
 def _without_nvcc() -> bool:
     return shutil.which("nvcc") is None
 
@@ -74,6 +82,9 @@ MEANT: dict[str, tuple[Meant, ...]] = {
         Meant("this file system has no direct reads", lambda: True),
         Meant("this file system keeps its files in memory", lambda: True),
     ),
+    # Large, with many dependencies, and not in the test extra.
+    "test_integrations_loggers.py::test_wandb_offline": (Meant("wandb is not installed", _without_wandb),),
+    "test_integrations_loggers.py::test_trackio": (Meant("trackio is not installed", _without_trackio),),
     "test_linalg_switches.py": (
         Meant("this CPU multiplies float32 matrices in one way only", _with_one_float32),
     ),

@@ -307,3 +307,14 @@ def test_the_api_page_has_every_public_name(room: str) -> None:
 def test_every_page_is_in_the_navigation() -> None:
     navigation = set(re.findall(r"[\w/]+\.md", (ROOT / "mkdocs.yml").read_text()))
     assert navigation == {page.relative_to(ROOT / "docs").as_posix() for page in PAGES[1:]}
+
+
+def test_tests_that_the_docs_name_are_there() -> None:
+    named = [
+        (page, *found)
+        for page in PAGES
+        for found in re.findall(r"`(?:tests/)?(test_\w+\.py)::(\w+)`", page.read_text())
+    ]
+    assert len(named) >= 9
+    for page, file, test in named:
+        assert f"\ndef {test}(" in (ROOT / "tests" / file).read_text(), f"{page}: {file}::{test}"

@@ -6,33 +6,20 @@ import json
 import logging
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
-from integration_toys import plain_trainer
-from process_toys import changed, held, together, toy_with_uneven_layers
+from integration_toys import loop, plain_trainer
+from process_toys import held, together, toy_with_uneven_layers
 from transformers import TrainerCallback
 
 from rlspec import SpectralBasis, SpectralTracker
+from rlspec.integrations import store
 from rlspec.integrations.transformers import SpectralCallback
 from rlspec.run.budget import Pace
-
-LAST = 4
-
-
-def loop(model: Any, callback: SpectralCallback, first: int = 0, last: int = LAST) -> None:
-    """What a trainer calls."""
-    number = dist.get_rank() if dist.is_initialized() else 0
-    state = SimpleNamespace(global_step=first, max_steps=last, is_world_process_zero=number == 0)
-    args, control = SimpleNamespace(world_size=2), SimpleNamespace()
-    callback.on_train_begin(args, state, control, model=model)
-    for step in range(first + 1, last + 1):
-        changed(model)
-        state.global_step = step
-        callback.on_step_end(args, state, control, model=model)
-    callback.on_train_end(args, state, control, model=model)
+from rlspec.spectra import dealt
 
 
 def trains(number: int, out: Path, kind: str) -> None:
@@ -102,6 +89,43 @@ def test_one_process_that_fails_ends_the_tracking_in_all_with_one_warning(
     assert first[0] == second[0] and first[0].startswith(f"process {at_fault} of 2: {reason}")
     assert first[1] == [f"tracking of the spectra ends here, the training goes on: {first[0]}"]
     assert second[1] == []
+
+
+def without_memory(number: int, out: Path, event: int) -> None:
+    """The second process has none left at the reference that is kept, the decomposition, step 0, or step 2."""
+    os.environ["RLSPEC_CACHE"] = str(out / "cache")
+    right, calls = dealt.make_room, [0]
+
+    def room(*given: Any) -> None:
+        calls[0] += 1
+        with pytest.MonkeyPatch.context() as patch:
+            if number == 1 and calls[0] == event:
+                patch.setattr(torch, "empty", none_left)
+            right(*given)
+
+    empty = torch.empty
+
+    def none_left(*size: Any, dtype: Any = None, **options: Any) -> Any:
+        if dtype == torch.float32:  # not for what the processes say
+            raise torch.OutOfMemoryError("none is left")
+        return empty(*size, dtype=dtype, **options)
+
+    dealt.make_room = store.make_room = room  # type: ignore[assignment]
+    callback = SpectralCallback(every=2, out=out / "run")
+    loop(held(toy_with_uneven_layers(), "fsdp2", 2), callback)
+    dist.barrier()  # the training goes on together
+    (out / f"{number}.json").write_text(
+        json.dumps([callback.disabled, [record.step for record in callback.records]])
+    )
+
+
+@pytest.mark.parametrize("event", [1, 2, 3, 4])
+def test_memory_that_runs_out_before_a_gather_ends_the_tracking_in_all(event: int, tmp_path: Path) -> None:
+    assert together(2, without_memory, tmp_path, event) == [0, 0]
+    reason = "process 1 of 2: OutOfMemoryError: none is left"
+    for number in range(2):
+        told = json.loads((tmp_path / f"{number}.json").read_text())
+        assert told == [reason, [0] if event == 4 else []]
 
 
 def waits(number: int, out: Path) -> None:

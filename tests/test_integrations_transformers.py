@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from integration_toys import Clock, assert_same_training, examples, losses, plain_trainer
+from integration_toys import SETUPS, Clock, assert_same_training, examples, losses, plain_trainer
 from restore_toys import save_model
 from torch import nn
 from train_toys import toy_model
@@ -20,8 +20,9 @@ from transformers import TrainerCallback
 
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.errors import CheckpointError, OptionError
+from rlspec.integrations.caller import LOGGED
 from rlspec.integrations.store import TrackingFolder
-from rlspec.integrations.transformers import LOGGED, SpectralCallback
+from rlspec.integrations.transformers import SpectralCallback
 from rlspec.run.budget import Pace, parse_budget
 from rlspec.spectra.table import COLUMNS
 
@@ -100,16 +101,6 @@ def test_tensorboard_and_the_log_history_hold_them(tmp_path: Path) -> None:
     assert [event.step for event in found] == [0, 2, 4]
     history = [line for line in trainer.state.log_history if "spectra/delta_relative" in line]
     assert [line["step"] for line in history] == [0, 2, 4]
-
-
-SETUPS: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "gradient accumulation": {"gradient_accumulation_steps": 2},
-    "mixed precision": {"bf16": True},
-    "gradient checkpointing": {"gradient_checkpointing": True},
-    "torch.compile": {"torch_compile": True, "torch_compile_backend": "eager"},
-    "no line of the trainer's own at the steps measured": {"logging_steps": 2},
-}
 
 
 @pytest.mark.parametrize("setup", SETUPS)

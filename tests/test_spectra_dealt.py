@@ -55,6 +55,16 @@ def test_rows_are_those_of_one_process_to_the_bit(
         assert json.loads((tmp_path / f"{number}.json").read_text()) == truth
 
 
+def test_the_base_may_name_its_tensors_with_another_prefix(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    toy_with_uneven_layers(seed=5).model.save_pretrained(base)  # type: ignore[union-attr, operator]
+    assert together(2, measures, tmp_path, "fsdp2", base, 0.2) == [0, 0]
+    basis = SpectralBasis.from_checkpoint(base, modules=MODULES)
+    truth = SpectralTracker(basis).measure(changed(toy_with_uneven_layers()), step=3, stage="sft").rows
+    assert truth[0]["name"].startswith("layers.")
+    assert json.loads((tmp_path / "0.json").read_text()) == truth
+
+
 def with_adapters() -> Any:
     import peft
 

@@ -13,6 +13,7 @@ A training that is resumed goes on in it. One that starts again sets the files o
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -30,7 +31,7 @@ from rlspec.io.index import INDEX_FILE
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
 from rlspec.io.projections import Projection, find_projections
 from rlspec.io.weights import open_weights
-from rlspec.spectra.dealt import gathered, is_spread
+from rlspec.spectra.dealt import gathered, is_spread, make_room
 from rlspec.spectra.processes import GatherError, Processes, told
 
 
@@ -158,6 +159,9 @@ class TrackingFolder:
                     writer.shapes, (*modules, "o"), writer.config
                 )  # how that tensor is split
             writer.expect(found)
+            if is_spread(model):
+                largest = max(math.prod(writer.shapes[projection.tensor]) for projection in found)
+                make_room(model, largest, processes)
             for projection, matrix, _ in gathered(model, found):
                 if processes.number == 0 and failure is None:
                     try:

@@ -7,28 +7,27 @@ and gradients stay as they are, what goes wrong in here is told once and ends th
 from __future__ import annotations
 
 import logging
-import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from rlspec.errors import OptionError, RunFolderError, TensorError
+from rlspec.errors import OptionError
+from rlspec.integrations.caller import calling_trainer, log_event
 from rlspec.integrations.hold import belongs_to, new_training, trainings_of
+from rlspec.integrations.presence import ask, same_arguments
+from rlspec.integrations.reference import kept_start, make_tracker, refuse_sharded
 from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
-from rlspec.integrations.unheard import kept_flags, unheard
+from rlspec.integrations.unheard import unheard
 from rlspec.io.jsonl import Row
 from rlspec.io.projections import parse_modules
 from rlspec.io.weights import open_weights
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.report.data import by_event
 from rlspec.run.budget import Pace, parse_budget
-from rlspec.run.rows import mean
-from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.dealt import DealtTracker
 from rlspec.spectra.processes import ProcessError, Processes, told
 from rlspec.spectra.tracker import SpectralRecord, SpectralRecords, SpectralTracker
@@ -37,13 +36,6 @@ from rlspec.train.callbacks import undisturbed
 
 _LOG = logging.getLogger(__name__)
 _STAGE = "train"
-#: What the trainer's own loggers get: name there -> column whose mean over the matrices it is.
-LOGGED = {
-    "spectra/rotation_left_rad": "angle_left_mean_rad",
-    "spectra/rotation_right_rad": "angle_right_mean_rad",
-    "spectra/sigma_change_rel": "sigma_change_rel_mean",
-    "spectra/delta_relative": "delta_relative",
-}
 
 
 class SpectralCallback(TrainerCallback):
@@ -52,21 +44,24 @@ class SpectralCallback(TrainerCallback):
     The last one is that of a training that is stopped early too. It is missing where the best model is loaded at the end
     and nothing told before of the end, as an evaluation that stops it and is not saved.
 
-    Rows go to ``out/spectra.jsonl`` and :attr:`records`, the means of :data:`LOGGED` to the trainer's own loggers
+    Rows go to ``out/spectra.jsonl`` and :attr:`records`, four means (``caller.LOGGED``) to the trainer's own loggers
     (TensorBoard, W&B, …), some of which put ``train/`` before the names, and its ``state.log_history``; a ``log()`` that
     a subclass of Trainer has of its own is not called. LoRA adapters of PEFT count with their weight, W + s B A. The
     reference is decomposed when the training begins, which takes time once (decompositions are cached, see
     ``$RLSPEC_CACHE``); its factors stay on the host.
 
     Several processes share the work, whether each has a copy of the model (DDP) or DTensors of it (FSDP2, tensor
-    parallelism), see ``DealtTracker``; the first one writes. All must have the callback: with it in the first one alone
-    that one waits for the others, and the training hangs or aborts. ``base``, and ``out`` of a resumed training, must be
-    readable for all of them.
+    parallelism), see ``DealtTracker``; the first one writes. All must have the callback, with the same arguments: where
+    one has none the others wait for it as the training begins, two minutes at most, and then train without tracking.
+    ``base``, and ``out`` of a resumed training, must be readable for all of them.
 
     From there on an error of any kind, in any process, is told in one warning and ends the tracking alone, see
     :attr:`disabled`. Among them are weights spread by FSDP1 or ZeRO-3: measure their saved checkpoints. What raises is
     wrong arguments, and a process that is gone (GatherError), without which the training could not go on either. So does
-    any failure while spread weights are gathered, memory that runs out too: it looks the same from inside one process.
+    any failure while spread weights are gathered: it looks the same from inside one process. Whether there is memory for
+    that is found out before, by all.
+
+    A copy, or what comes of pickling it, has the arguments and what was found so far, and is in no training.
 
     Args:
         every: optimizer steps between measurements.
@@ -127,7 +122,7 @@ class SpectralCallback(TrainerCallback):
         self.per_head = per_head
         self.out = None if out is None else Path(out)
         self.budget = budget
-        self.pace = Pace(parse_budget(budget))
+        parse_budget(budget)
         #: one per measurement, in order, without arrays; those of a resumed training's earlier parts too, where ``out``
         #: or this same callback has them
         self.records = SpectralRecords()
@@ -141,13 +136,36 @@ class SpectralCallback(TrainerCallback):
         #: why scores ended before the training did; None while all is well
         self.unscored: str | None = None
         self._scoring = Scoring(evaluate, texts, alarm)
+        compared = {"every": every, "modules": self.modules, "rank": str(self.rank), "per_head": per_head}
+        compared |= {"alarm": alarm, "stop": stop}
+        given = {"base": base, "evaluate": evaluate, "texts": texts}
+        if base is None:  # else the first one alone uses it
+            given["out"] = out
+        #: what decides what several processes do together; the folders of each may lie elsewhere
+        self._alike = {name: repr(value) for name, value in compared.items()}
+        self._alike |= {name: "not given" if value is None else "given" for name, value in given.items()}
+        self._training: str | None = None  # the first process's, of `hold`
+        lasting = set(vars(self))
+        self._idle()
+        self._passing = frozenset(vars(self).keys() - lasting)
+
+    def _idle(self) -> None:
+        """What belongs to the training that it is in: none."""
+        self.pace = Pace(parse_budget(self.budget))
         self._processes = self._scorers = Processes()
         self._tracker: SpectralTracker | DealtTracker | None = None
         self._reference: Path | None = None  # where base=None and the training was resumed
         self._folder: TrackingFolder | None = None
-        self._training: str | None = None  # the first process's, of `hold`
         self._trainer: Trainer | None = None
         self._due = self._told = False
+
+    # Copies that Ray Tune and joblib make of a trainer, or of its callbacks, come to other processes.
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self._passing}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._idle()
 
     # What the trainer calls.
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -160,13 +178,15 @@ class SpectralCallback(TrainerCallback):
         self.records, self.disabled, self._due, self._told = SpectralRecords(kept), None, False, False
         self._tracker = self._folder = self._reference = None
         self.fall = self.unscored = None
-        self._trainer = _calling_trainer(self)
+        self._trainer = calling_trainer(self)
         model: nn.Module = kwargs["model"]
         self.pace.begin()
         step = state.global_step
         with self.pace.spending(once=True):
             ready = (
-                self._together(model, lambda: self._open(model, args, state))
+                self._all_here()
+                and self._together(model, lambda: same_arguments(self._processes, self._alike))
+                and self._together(model, lambda: self._open(model, args, state))
                 and self._together(model, lambda: self._find_reference(model, step))
                 and self._together(model, lambda: self._begin(model))
                 and self._together(model, self._begin_scores)
@@ -241,16 +261,31 @@ class SpectralCallback(TrainerCallback):
         try:
             self._processes.together(isolated)
         except ProcessError as error:
-            self.disabled = str(error)
-            self._release()
-            self._tracker = self._trainer = None
-            self._warn("tracking of the spectra ends here, the training goes on: %s", self.disabled)
+            self._end(str(error), tells=self._processes.number == 0)
             return False
         return True
 
+    def _end(self, reason: str, *, tells: bool) -> None:
+        self.disabled = reason
+        self._release()
+        self._tracker = self._trainer = None
+        if tells:
+            _LOG.warning("tracking of the spectra ends here, the training goes on: %s", reason)
+
+    def _all_here(self) -> bool:
+        """Whether all processes have the callback; else the others would wait for those that have not."""
+        presence = ask(self._processes)
+        if not presence.all_here:
+            self._end(
+                f"only some of the {self._processes.count} processes have the callback; add it in all of them, not in "
+                "the first one alone",
+                tells=presence.speaks,
+            )
+        return presence.all_here
+
     def _open(self, model: nn.Module, args: Any, state: Any) -> None:
         """Know which training this is, and open its folder: the first process, which alone writes there."""
-        _refuse_sharded(model, max(getattr(args, "world_size", 1), self._processes.count))
+        refuse_sharded(model, max(getattr(args, "world_size", 1), self._processes.count))
         step, known = state.global_step, trainings_of(state)
         if self.out is None:
             if step == 0 or self._training not in (known or []):
@@ -285,31 +320,12 @@ class SpectralCallback(TrainerCallback):
         if self.base is None and step == 0 and self._folder is not None:
             self._folder.save_reference(model, self.modules, self._processes)
         elif self.base is None and step > 0:
-            base = None if self._folder is None else self._folder.reference
-            if base is None or not base.is_dir():
-                where = (
-                    "without out=, which would have kept them" if base is None else f"and {base} is not there"
-                )
-                raise RunFolderError(
-                    f"resumed at step {step} {where}: the weights that the training began with are not known; give "
-                    "them as base="
-                )
-            self._reference = base
+            self._reference = kept_start(self._folder, step)
 
     def _begin(self, model: nn.Module) -> None:
         """Decompose the reference."""
-        base = self.base or self._reference
         options: dict[str, Any] = {"modules": self.modules, "rank": self.rank, "per_head": self.per_head}
-        if self._processes.count > 1:
-            device = None if base is None else _device(model)
-            self._tracker = DealtTracker(model, base=base, device=device, **options)
-            return
-        if base is None:
-            basis = SpectralBasis.from_model(model, **options)
-        else:
-            basis = SpectralBasis.from_checkpoint(base, device=_device(model), **options)
-        # On a device every byte is the training's.
-        self._tracker = SpectralTracker(basis, arrays=False, factors="host")
+        self._tracker = make_tracker(model, self.base or self._reference, self._processes, **options)
 
     def _begin_scores(self) -> None:
         """Show the alarm the scores of a resumed training's earlier parts."""
@@ -344,7 +360,7 @@ class SpectralCallback(TrainerCallback):
                 )
                 and self._together(model, lambda: self._keep(found[0]))
                 and self._together(model, lambda: self._score(found[0], args, control, **kwargs))
-                and self._together(model, lambda: self._log(found[0].rows, found[0].scores, control))
+                and self._together(model, lambda: self._log(found[0], control))
             )
 
     def _keep(self, record: SpectralRecord) -> None:
@@ -378,47 +394,10 @@ class SpectralCallback(TrainerCallback):
         self.unscored = told(error)
         self._warn("scores end here, the tracking and the training go on: %s", self.unscored)
 
-    def _log(self, rows: list[Row], scores: dict[str, float], control: Any) -> None:
-        trainer = self._trainer
-        if trainer is None:
-            return
-        means = {name: mean(row[column] for row in rows) for name, column in LOGGED.items()}
-        logs = {name: value for name, value in means.items() if value is not None}
-        logs |= {f"spectra/score/{name}": value for name, value in scores.items()}
-        # The base class's: those of TRL would add the averages that they gather for their own next line, and begin anew.
-        with kept_flags(control, trainer):
-            Trainer.log(trainer, logs)
+    def _log(self, record: SpectralRecord, control: Any) -> None:
+        if self._trainer is not None:
+            log_event(self._trainer, control, record.rows, record.scores)
 
     def _warn(self, message: str, *values: Any) -> None:
         if self._processes.number == 0:
             _LOG.warning(message, *values)
-
-
-def _calling_trainer(callback: TrainerCallback) -> Trainer | None:
-    """The trainer that is calling this callback; None where something else is.
-
-    A trainer hands its callbacks everything but itself, and only it knows its loggers.
-    """
-    frame = sys._getframe(1)
-    while frame is not None:
-        caller = frame.f_locals.get("self")
-        if isinstance(caller, Trainer) and callback in caller.callback_handler.callbacks:
-            return caller
-        frame = frame.f_back  # type: ignore[assignment]
-    return None
-
-
-def _refuse_sharded(model: nn.Module, world_size: int) -> None:
-    """Refuse a model whose weights this process has parts of that are no DTensors, so that nothing tells what of."""
-    if world_size == 1:
-        return
-    for name, parameter in model.named_parameters():
-        if hasattr(parameter, "ds_shape") or "_fsdp_wrapped" in name:
-            raise TensorError(
-                f"{name}: spread over {world_size} processes by FSDP1 or DeepSpeed's ZeRO-3, which is not gathered "
-                "inside a training; use FSDP2 (fsdp_version: 2 for accelerate), or measure the checkpoints that it saves"
-            )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -7,6 +7,7 @@ than a stack of small matrices, or one large matrix, and its share of the refere
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -99,8 +100,9 @@ class DealtTracker:
         found = find_projections(shapes, parse_modules(modules), source.config())
         self.projections = tuple(split_heads(found, shapes, source.config()) if per_head else found)
         held = open_weights(model)
-        for projection in self.projections:
-            find_tensor(projection.tensor, held.shapes().keys(), held.where)
+        here = held.shapes()
+        found_here = [find_tensor(p.tensor, here.keys(), held.where) for p in self.projections]
+        self._largest = max((math.prod(here[name]) for name in found_here), default=0)
         return {p.name: p.shape(shapes[p.tensor]) for p in self.projections}
 
     def _deal(self, shapes: Mapping[str, tuple[int, int]]) -> None:
@@ -169,8 +171,13 @@ class DealtTracker:
 
         Returns:
             What went wrong in this process, whose later stacks are then gathered and dropped.
+
+        Raises:
+            ProcessError, GatherError: see :func:`make_room`.
         """
         gathers = isinstance(source, nn.Module) and is_spread(source)
+        if isinstance(source, nn.Module) and gathers:
+            make_room(source, self._largest, self.processes)
         mine = self.processes.number
         stacks = [stack for stack in self._stacks if gathers or stack.owner == mine]
         failure: str | None = None
@@ -221,6 +228,28 @@ def gathered(
         if gathers:
             raise GatherError(f"gathering the weights failed: {error}") from error
         raise
+
+
+def make_room(model: nn.Module, entries: int, processes: Processes) -> None:
+    """Take the memory that gathering a tensor of so many entries takes, and give it back; called in all processes.
+
+    One that has not got it must say so before it joins a gather: the others would wait for it there. What a device's
+    allocator is given back it keeps for the gathers; a host only promises memory, so that little is found out there.
+
+    Raises:
+        ProcessError: one process has not the memory, in all of them.
+        GatherError: a process is gone.
+    """
+
+    def take() -> None:
+        spread: list[Any] = [tensor for tensor in model.parameters() if hasattr(tensor, "full_tensor")]
+        widest = max(spread, key=lambda tensor: tensor.element_size())
+        kind = widest.device_mesh.device_type
+        # What comes from the others, and the whole that it is put together to.
+        held = [torch.empty(entries, dtype=widest.dtype, device=kind) for _ in range(2)]
+        del held
+
+    processes.together(take)
 
 
 class _Handed(Weights):
