@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from rlspec.cli.main import main
 from rlspec.errors import OptionError
 from rlspec.jobs.series.scores import check_loadable, find_fall, run_command
+from rlspec.tasks.commands import last_json
 from rlspec.train.texts import text_losses
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -88,8 +90,8 @@ def test_checkpoints_of_weights_alone_are_read_with_the_tokenizer_of_their_base(
 def test_a_command_that_fails_is_told_in_one_line_that_names_it(run: Path) -> None:
     for text, told in [
         ("raise SystemExit('no card')", "ended with code 1: no card"),
-        ("print('done')", "printed no line of JSON"),
-        ("print('[1]')", "gave list, wanted named scores"),
+        ("print('done')", "printed no line of JSON that is an object"),
+        ("print('[1]')", "printed no line of JSON that is an object"),
     ]:
         with pytest.raises(OptionError, match=rf"score\.py .*checkpoint-10: {told}") as raised:
             run_command(script(run, text), run / "run" / "checkpoint-10")
@@ -192,3 +194,31 @@ def test_another_command_s_scores_are_not_those_of_this_one(run: Path) -> None:
         assert result.exit_code == 0, result.output
         assert "ood: no fall from a peak that chance does not explain" in result.output
     assert len(rows(run)) == 6
+
+
+def test_what_a_command_prints_may_be_indented_and_be_followed_by_other_lines() -> None:
+    several = json.dumps({"ood": {"value": 0.5, "n": 4}, "id": [{"deal": 1}]}, indent=2)
+    for text, found in [
+        ('{"ood": 0.5}\n3\n', {"ood": 0.5}),
+        (f"log\n{several}\ndone\n", json.loads(several)),
+        ('  {"ood": 1}\r\n', {"ood": 1}),
+        ('{"ood": 1}\n[\n  {"deal": 1}\n]\n', {"ood": 1}),
+    ]:
+        assert last_json(text) == found
+    for text in ("", "[1]\n0.5\n", '{"ood": 1} and more', '{\n"ood": 1\n} and more', "{\n", "{'ood': 1}"):
+        with pytest.raises(LookupError):
+            last_json(text)
+
+
+def test_a_checkpoint_deleted_since_it_was_measured_stops_no_score(run: Path) -> None:
+    assert measure(run).exit_code == 0
+    shutil.rmtree(run / "run" / "checkpoint-10")
+    again = ("--eval", script(run, "print(json.dumps({'ood': step}))"), "--texts", str(run / "retain.jsonl"))
+    code = "import sys; from rlspec.cli.main import main; main(sys.argv[1:])"
+    words = ["measure", "--base", str(run / "base"), str(run / "run"), "--out", str(run / "out"), *again]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "no longer on the disk, so without new scores: checkpoint-10\n" in done.stderr
+    found = {(row["checkpoint"], row["score"]) for row in rows(run)}
+    assert {checkpoint for checkpoint, score in found if score == "ood"} == {"checkpoint-20", "checkpoint-30"}
+    assert ("checkpoint-30", "text_loss") in found and ("checkpoint-10", "text_loss") not in found

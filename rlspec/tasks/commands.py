@@ -56,17 +56,33 @@ def run(words: Sequence[str], told: str, *, quiet: bool) -> subprocess.Completed
         raise OptionError(f"{told}: cannot be run: {error.strerror or error}") from None
 
 
-def last_json(text: str, kind: type = object) -> Any:
-    """The value of the last line that is JSON of a kind.
+def last_json(text: str) -> dict[str, Any]:
+    """The last JSON object that is a line of a text, or lines as ``json.dumps(..., indent=2)`` makes them.
 
     Raises:
         LookupError: there is none.
     """
-    for line in reversed(text.splitlines()):
-        try:
-            found = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(found, kind):
-            return found
+    lines = text.splitlines(keepends=True)
+    # What is indented belongs to an object that began before; only where nothing else is found it may be one.
+    for indented in (False, True):
+        for at in reversed(range(len(lines))):
+            if lines[at][:1].isspace() is indented and (found := _object_at(lines, at)) is not None:
+                return found
     raise LookupError("no such line")
+
+
+def _object_at(lines: Sequence[str], at: int) -> dict[str, Any] | None:
+    """The object that begins on a line and ends one."""
+    line = lines[at].strip()
+    if not line.startswith("{"):
+        return None
+    try:
+        if line != "{":
+            found, rest = json.loads(line), ""
+        else:
+            text = "".join(lines[at:]).lstrip()
+            found, end = json.JSONDecoder().raw_decode(text)
+            rest = text[end:].partition("\n")[0].strip()
+    except (ValueError, RecursionError):
+        return None
+    return None if rest else found

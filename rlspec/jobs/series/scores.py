@@ -5,6 +5,7 @@ They lie beside the spectra, in ``scores.jsonl``: one row per checkpoint and sco
 
 from __future__ import annotations
 
+import logging
 import shlex
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -19,7 +20,7 @@ from rlspec.io.adapter import is_adapter
 from rlspec.io.files import read_json_object, write_error
 from rlspec.io.jsonl import Row, read_rows, write_rows
 from rlspec.jobs.loading import load_model, load_tokenizer, model_folder
-from rlspec.jobs.series.checkpoints import find_checkpoints
+from rlspec.jobs.series.checkpoints import BASE_LABEL, find_checkpoints
 from rlspec.jobs.series.result import Series
 from rlspec.run.segments import training_of
 from rlspec.tasks.alarm import Fall, standing_fall
@@ -27,8 +28,8 @@ from rlspec.tasks.commands import check_command, last_json, run, words_for
 from rlspec.tasks.scores import Score, read_scores
 from rlspec.train.texts import read_texts, text_losses
 
+_LOG = logging.getLogger(__name__)
 MARKER = "{checkpoint}"
-BASE = "base"
 TEXT_LOSS, FORGETTING = "text_loss", "forgetting"
 
 
@@ -58,7 +59,7 @@ def check_loadable(
     labels = {entry["path"]: label for label, entry in known.items()}
     table = _Scores(Path(out) / "scores.jsonl")
     found = find_checkpoints(checkpoints)
-    places = [(BASE, Path(base)), *((labels.get(str(c.path.resolve()), ""), c.path) for c in found)]
+    places = [(BASE_LABEL, Path(base)), *((labels.get(str(c.path.resolve()), ""), c.path) for c in found)]
     for label, place in places:
         if table.has(label, _by_texts(texts)) or is_adapter(place):
             continue
@@ -89,6 +90,8 @@ def score_series(
 ) -> list[Row]:
     """Score the checkpoints of a series that ``measure(..., out=out)`` has left.
 
+    One that was deleted since it was measured keeps the scores that it has, and is told of where it has none.
+
     Args:
         evaluate: a command in which ``{checkpoint}`` stands for the checkpoint's path; the last line of its standard
             output that is JSON holds the scores, see ``rlspec.tasks.scores.read_scores``. It is run without a shell.
@@ -111,11 +114,12 @@ def score_series(
     places = [
         (spectra.checkpoint, spectra.step, Path(known[spectra.checkpoint]["path"])) for spectra in series
     ]
+    gone: list[str] = []
     if found is not None:
         by = _by_texts(texts or "")
         start: float | None = None
-        for label, step, place in [(BASE, None, Path(base)), *places]:
-            if not table.has(label, by):
+        for label, step, place in [(BASE_LABEL, None, Path(base)), *places]:
+            if not table.has(label, by) and not _is_gone(label, place, gone):
                 if on_checkpoint is not None:
                     on_checkpoint(label)
                 given: dict[str, Any] = {TEXT_LOSS: _losses(place, Path(base), found, device)}
@@ -123,14 +127,16 @@ def score_series(
                 if start is not None:
                     scores[FORGETTING] = Score(scores[TEXT_LOSS].value - start)
                 table.put(label, step, by, scores)
-            start = table.value(BASE, by, TEXT_LOSS)
+            start = table.value(BASE_LABEL, by, TEXT_LOSS)
     if evaluate is not None:
         for label, step, place in places:
-            if not table.has(label, evaluate):
+            if not table.has(label, evaluate) and not _is_gone(label, place, gone):
                 if on_checkpoint is not None:
                     on_checkpoint(label)
                 table.put(label, step, evaluate, run_command(evaluate, place))
-    labels = [BASE, *(label for label, *_ in places)]
+    if gone:
+        _LOG.warning("no longer on the disk, so without new scores: %s", ", ".join(dict.fromkeys(gone)))
+    labels = [BASE_LABEL, *(label for label, *_ in places)]
     asked = {evaluate, None if texts is None else _by_texts(texts)}
     return [
         row for label in labels for row in table.rows if row["checkpoint"] == label and row["by"] in asked
@@ -145,7 +151,7 @@ def find_fall(rows: Sequence[Row], name: str) -> tuple[Fall, str] | None:
     Raises:
         OptionError: no row has such a score, or its values are of a kind that no test tells from chance.
     """
-    events = [row for row in rows if row["score"] == name and row["checkpoint"] != BASE]
+    events = [row for row in rows if row["score"] == name and row["checkpoint"] != BASE_LABEL]
     if not events:
         names = dict.fromkeys(row["score"] for row in rows)
         raise OptionError(f"alarm={name!r}: no such score; there are {', '.join(names) or 'none'}")
@@ -173,6 +179,14 @@ def _fall_of(events: Sequence[Row], name: str) -> tuple[Fall, str] | None:
     return told, events[fall.peak_step]["checkpoint"]
 
 
+def _is_gone(label: str, place: Path, gone: list[str]) -> bool:
+    """Whether a checkpoint was deleted, as trainers delete all but the last ones; notes that in the list."""
+    if label == BASE_LABEL or place.exists():
+        return False
+    gone.append(label)
+    return True
+
+
 def run_command(command: str, checkpoint: Path) -> dict[str, Score]:
     """The scores that a command prints for a checkpoint.
 
@@ -188,7 +202,9 @@ def run_command(command: str, checkpoint: Path) -> dict[str, Score]:
     try:
         given = last_json(done.stdout)
     except LookupError:
-        raise OptionError(f'{told}: printed no line of JSON, wanted one such as {{"ood": 0.5}}') from None
+        raise OptionError(
+            f'{told}: printed no line of JSON that is an object, wanted one such as {{"ood": 0.5}}'
+        ) from None
     return read_scores(given, told)
 
 

@@ -90,7 +90,7 @@ class CommandScores:
         if ran.returncode != 0:
             raise OptionError(f"eval: {command!r} ended with exit code {ran.returncode} on {model}")
         try:
-            found = last_json(ran.stdout, dict)
+            found = last_json(ran.stdout)
         except LookupError:
             raise OptionError(
                 f"eval: {command!r} printed no line that is a JSON object; wanted named scores"
