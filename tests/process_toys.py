@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import logging
 import os
 import socket
 import sys
@@ -102,3 +103,12 @@ def changed(model: nn.Module) -> nn.Module:
         for parameter in model.parameters():
             parameter.mul_(1.01).add_(0.003 * torch.sign(parameter))
     return model
+
+
+def listening() -> list[str]:
+    """What rlspec's loggers say in this process from now on."""
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger("rlspec").addHandler(handler)
+    return told

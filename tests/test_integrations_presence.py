@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import json
-import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch.distributed as dist
 from integration_toys import loop, losses, plain_trainer
-from process_toys import held, together, toy_with_uneven_layers
+from process_toys import held, listening, together, toy_with_uneven_layers
 from torch.distributed import distributed_c10d
 
 from rlspec.integrations import presence
@@ -21,14 +20,6 @@ from rlspec.integrations.transformers import SpectralCallback
 from rlspec.spectra.processes import Processes
 
 ABSENT = "only some of the 2 processes have the callback; add it in all of them, not in the first one alone"
-
-
-def listening() -> list[str]:
-    told: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("rlspec").addHandler(handler)
-    return told
 
 
 def trains(number: int, out: Path, trainings: list[list[int]], asked: bool) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from integration_toys import examples, plain_trainer
-from process_toys import held, together
+from process_toys import held, listening, together
 from torch.distributed.fsdp import FSDPModule
 from train_toys import toy_model, toy_tokenizer
 
@@ -58,14 +57,6 @@ def losses_of(
     if callback is not None:
         callback.on_train_end(*given, **more)
     return losses
-
-
-def warnings() -> list[str]:
-    said: list[str] = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    logging.getLogger("rlspec").addHandler(handler)
-    return said
 
 
 def one_pass(model: Any) -> float:
@@ -116,7 +107,7 @@ EVALUATIONS = {
 def learns(number: int, out: Path, kind: str) -> None:
     """The same training without the callback, and with each evaluation."""
     os.environ["RLSPEC_CACHE"] = str(out / "cache")
-    said = warnings()
+    said = listening()
     found: dict[str, Any] = {}
     for name in (None, *EVALUATIONS):
         torch.manual_seed(number)
@@ -195,7 +186,7 @@ def solved(counts: list[int]) -> Any:
 def is_stopped(number: int, out: Path) -> None:
     os.environ.update(RANK=str(number), LOCAL_RANK=str(number), WORLD_SIZE="2")
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="1", RLSPEC_CACHE=str(out / "cache"))
-    said = warnings()
+    said = listening()
     counts = [36, 40, 0, 0, 0] if number == 0 else [40] * 5  # the second process has nothing to complain of
     callback = SpectralCallback(every=1, out=out / "run", evaluate=solved(counts), alarm="ood", stop=True)
     saving = {"save_strategy": "steps", "save_steps": 1}

@@ -202,7 +202,8 @@ def _staggered(boundaries: Sequence[Boundary]) -> tuple[list[Boundary], int]:
     ends: list[float] = []  # of each row, from the lowest
     rows = []
     middles = []
-    for boundary in sorted(boundaries, key=lambda b: b.x):
+    ordered = sorted(boundaries, key=lambda b: b.x)
+    for boundary in ordered:
         half = _LETTER * len(boundary.text) / 2
         middles.append(max(half, min(boundary.x, WIDTH - half)))
         row = next((i for i, end in enumerate(ends) if end < middles[-1] - half), len(ends))
@@ -211,5 +212,5 @@ def _staggered(boundaries: Sequence[Boundary]) -> tuple[list[Boundary], int]:
     taken = max(1, len(ends))
     return [
         replace(boundary, text_x=x, text_y=TOP - 5 + _ROW * (taken - 1 - row))
-        for boundary, x, row in zip(sorted(boundaries, key=lambda b: b.x), middles, rows)
+        for boundary, x, row in zip(ordered, middles, rows)
     ], taken

@@ -13,7 +13,7 @@ from rlspec.errors import OptionError, RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.report.chart import WIDTH, Chart
 from rlspec.report.heatmap import ColourBar, HeatMap
-from rlspec.report.html import charts_of, maps_of
+from rlspec.report.html import drawings_of
 from rlspec.report.pages import rendered
 from rlspec.report.png import as_png, renderer
 
@@ -53,10 +53,11 @@ def write_figures(
         raise OptionError(f"image_format={image_format!r}: valid are {', '.join(get_args(ImageFormat))}")
     if image_format == "png":
         renderer()
-    paths = [Path(folder) for folder in folders]
-    charts, branches = charts_of(paths)
-    pictures = [(title, picture(title, drawn, branches)) for title, drawn in charts if drawn is not None]
-    for title, bar, group in maps_of(paths):
+    found = drawings_of([Path(folder) for folder in folders])
+    pictures = [
+        (title, picture(title, drawn, found.branches)) for title, drawn in found.charts if drawn is not None
+    ]
+    for title, bar, group in found.maps:
         pictures.append((f"{title.partition(' (')[0]} by layer", sheet(title, bar, group)))
     written = []
     try:

@@ -8,6 +8,7 @@ here may tell the template that a text is HTML already.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,18 +103,22 @@ def _write(target: Path, text: str) -> Path:
     return target
 
 
-def charts_of(folders: Sequence[Path]) -> tuple[list[tuple[str, Chart | None]], list[tuple[str, str]]]:
-    """(title, chart) of the report of a folder, or of a comparison, and its branches as (dash, segment in words)."""
+@dataclass(frozen=True)
+class Drawings:
+    """What a page draws: (title, chart), the branches as (dash, segment in words), heat maps; none of a comparison."""
+
+    charts: list[tuple[str, Chart | None]]
+    branches: list[tuple[str, str]]
+    maps: list[tuple[str, ColourBar, list[HeatMap]]]
+
+
+def drawings_of(folders: Sequence[Path]) -> Drawings:
+    """Those of the report of a folder, or of a comparison of several."""
     if len(folders) > 1:
         runs = _named(folders)
-        return compared_curves(runs), compared_branches(runs)
+        return Drawings(compared_curves(runs), compared_branches(runs), [])
     run, alone = _read(folders[0])
-    return (spectral_curves(run) if alone else curves(run)), branch_legend(run)
-
-
-def maps_of(folders: Sequence[Path]) -> list[tuple[str, ColourBar, list[HeatMap]]]:
-    """The heat maps of the report of a folder; none of a comparison."""
-    return maps(_read(folders[0])[0]) if len(folders) == 1 else []
+    return Drawings(spectral_curves(run) if alone else curves(run), branch_legend(run), maps(run))
 
 
 def _named(folders: Sequence[Path]) -> list[Named]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from rlspec.train.texts import read_texts, text_losses
 _LOG = logging.getLogger(__name__)
 MARKER = "{checkpoint}"
 TEXT_LOSS, FORGETTING = "text_loss", "forgetting"
+
+_Place = tuple[str, int | None, Path]  # label, step, where it lies
 
 
 def check_scoring(evaluate: str | None, texts: str | Path | None) -> list[str] | None:
@@ -93,8 +95,8 @@ def score_series(
     One that was deleted since it was measured keeps the scores that it has, and is told of where it has none.
 
     Args:
-        evaluate: a command in which ``{checkpoint}`` stands for the checkpoint's path; the last line of its standard
-            output that is JSON holds the scores, see ``rlspec.tasks.scores.read_scores``. It is run without a shell.
+        evaluate: a command in which ``{checkpoint}`` stands for the checkpoint's path; the last JSON object of its
+            standard output holds the scores, see ``rlspec.tasks.scores.read_scores``. It is run without a shell.
         texts: a JSONL file with a ``text`` on each line. The base is scored, too: ``text_loss`` is the mean token loss in
             nats, ``forgetting`` what it is above the base's (as PEFT's method comparison has it).
         on_checkpoint: called with the label of each checkpoint before it is scored.
@@ -111,33 +113,39 @@ def score_series(
     found = check_scoring(evaluate, texts)
     known = read_json_object(Path(out) / "measure.json")["checkpoints"]
     table = _Scores(Path(out) / "scores.jsonl")
-    places = [
+    places: list[_Place] = [
         (spectra.checkpoint, spectra.step, Path(known[spectra.checkpoint]["path"])) for spectra in series
     ]
-    gone: list[str] = []
-    if found is not None:
-        by = _by_texts(texts or "")
-        start: float | None = None
-        for label, step, place in [(BASE_LABEL, None, Path(base)), *places]:
-            if not table.has(label, by) and not _is_gone(label, place, gone):
-                if on_checkpoint is not None:
-                    on_checkpoint(label)
-                given: dict[str, Any] = {TEXT_LOSS: _losses(place, Path(base), found, device)}
-                scores = read_scores(given, str(place))
-                if start is not None:
-                    scores[FORGETTING] = Score(scores[TEXT_LOSS].value - start)
-                table.put(label, step, by, scores)
-            start = table.value(BASE_LABEL, by, TEXT_LOSS)
-    if evaluate is not None:
+    gone: dict[str, None] = {}
+
+    def unscored(by: str, places: Iterable[_Place]) -> Iterator[_Place]:
+        """Those without such scores; of those that were deleted, as trainers delete old ones, the label is noted."""
         for label, step, place in places:
-            if not table.has(label, evaluate) and not _is_gone(label, place, gone):
-                if on_checkpoint is not None:
-                    on_checkpoint(label)
-                table.put(label, step, evaluate, run_command(evaluate, place))
+            if table.has(label, by):
+                continue
+            if label != BASE_LABEL and not place.exists():
+                gone[label] = None
+                continue
+            if on_checkpoint is not None:
+                on_checkpoint(label)
+            yield label, step, place
+
+    by_texts = None if texts is None else _by_texts(texts)
+    if found is not None and by_texts is not None:
+        for label, step, place in unscored(by_texts, [(BASE_LABEL, None, Path(base)), *places]):
+            given: dict[str, Any] = {TEXT_LOSS: _losses(place, Path(base), found, device)}
+            scores = read_scores(given, str(place))
+            start = table.value(BASE_LABEL, by_texts, TEXT_LOSS)
+            if start is not None:
+                scores[FORGETTING] = Score(scores[TEXT_LOSS].value - start)
+            table.put(label, step, by_texts, scores)
+    if evaluate is not None:
+        for label, step, place in unscored(evaluate, places):
+            table.put(label, step, evaluate, run_command(evaluate, place))
     if gone:
-        _LOG.warning("no longer on the disk, so without new scores: %s", ", ".join(dict.fromkeys(gone)))
+        _LOG.warning("no longer on the disk, so without new scores: %s", ", ".join(gone))
     labels = [BASE_LABEL, *(label for label, *_ in places)]
-    asked = {evaluate, None if texts is None else _by_texts(texts)}
+    asked = {evaluate, by_texts}
     return [
         row for label in labels for row in table.rows if row["checkpoint"] == label and row["by"] in asked
     ]
@@ -177,14 +185,6 @@ def _fall_of(events: Sequence[Row], name: str) -> tuple[Fall, str] | None:
     steps = [at if row["step"] is None else row["step"] for at, row in enumerate(events)]
     told = replace(fall, peak_step=steps[fall.peak_step], step=steps[fall.step])
     return told, events[fall.peak_step]["checkpoint"]
-
-
-def _is_gone(label: str, place: Path, gone: list[str]) -> bool:
-    """Whether a checkpoint was deleted, as trainers delete all but the last ones; notes that in the list."""
-    if label == BASE_LABEL or place.exists():
-        return False
-    gone.append(label)
-    return True
 
 
 def run_command(command: str, checkpoint: Path) -> dict[str, Score]:
