@@ -175,7 +175,11 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(folder / "base-model", folder / "sft-model")  # with the tokenizer
     tuned.save_pretrained(folder / "sft-model")
     words = " ".join(list(make_tokenizer().get_vocab())[20:40])
-    for name, row in (("texts", {"text": words}), ("task", {"prompt": words, "answer": words})):
+    for name, row in (
+        ("texts", {"text": words}),
+        ("task", {"prompt": words, "answer": words}),
+        ("prompts", {"prompt": words}),
+    ):
         (folder / f"{name}.jsonl").write_text(8 * (json.dumps(row) + "\n"))
     for name in ("A", "B", "path/to/hf-model"):
         shutil.copytree(folder / "base-model", folder / name)

@@ -80,7 +80,10 @@ def test_every_file_and_column_of_a_series_is_told(tmp_path: Path) -> None:
     texts.write_text(json.dumps({"text": "cards 1 2 3 4"}) + "\n")
     out = tmp_path / "out"
     places = ["--base", str(tmp_path / "base"), str(tmp_path / "run"), "--out", str(out)]
-    invoke("measure", *places, "--texts", str(texts))
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "cards 1 2 3 4"}) + "\n")
+    invoke("measure", *places, "--texts", str(texts), "--prompts", str(prompts))
+    assert (out / "answers.jsonl").exists()
     invoke("report", str(out))
     assert not untold_files(out, "A measure folder")
     assert columns(out / "scores.jsonl") == first_cells("scores.jsonl")

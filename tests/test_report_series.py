@@ -14,7 +14,8 @@ from rlspec.cli.main import main
 from rlspec.errors import RunFolderError
 from rlspec.report.curves import spectral_curves
 from rlspec.report.html import write_report
-from rlspec.report.series import checkpoints, read_series, sentence
+from rlspec.report.series import checkpoints, correlations_with_scores, read_series, sentence
+from rlspec.tasks.stats import spearman, spearman_fisher_interval
 
 
 def rows(count: int = 3, layers: int = 2, **more: Any) -> list[dict[str, Any]]:
@@ -211,6 +212,32 @@ def test_scores_are_drawn_and_listed_beside_the_spectra(tmp_path: Path, by_label
         "Score forgetting" in page and '<th scope="col">text_loss</th><th scope="col">forgetting</th>' in page
     )
     assert "of_the_base" not in page
+
+
+def test_what_goes_with_the_scores_is_a_table_of_five_checkpoints_or_more(tmp_path: Path) -> None:
+    content = [
+        row | {"checkpoint": f"checkpoint-{step}", "step": step, "angle_left_mean_rad": 0.1 * step}
+        for step in range(1, 7)
+        for row in rows(1)
+    ]
+    folder = write(tmp_path / "spectra", content)
+    values = [5.0, 4.0, 2.0, 3.0, 1.0]
+    write_scores(
+        folder,
+        [
+            {"checkpoint": f"checkpoint-{step}", "step": step, "score": name, "value": value}
+            for name, some in (("ood", values), ("few", values[:4]))
+            for step, value in enumerate(some, start=1)
+        ],
+    )
+    run = read_series(folder)
+    found = {(row[0], row[1]): row[2:] for row in correlations_with_scores(run)}
+    assert set(found) == {("ood", "step"), ("ood", "angle_left_mean_rad")}  # nothing else varies
+    rho = spearman(range(5), values)
+    assert rho is not None
+    low, high = spearman_fisher_interval(rho, 5) or (0.0, 0.0)
+    assert found["ood", "step"] == [f"{rho:+.2f}", f"{low:+.2f} to {high:+.2f}", "5"]
+    assert "Rank correlations with the scores" in write_report(folder).read_text()
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rlspec.cli.main import main
 from rlspec.errors import OptionError
-from rlspec.jobs.series.scores import check_loadable, find_fall, run_command
+from rlspec.jobs.series.evaluation import run_command
+from rlspec.jobs.series.falls import find_fall
+from rlspec.jobs.series.scores import Scorer
 from rlspec.tasks.commands import last_json
 from rlspec.train.texts import text_losses
 
@@ -101,19 +103,27 @@ def test_a_command_that_fails_is_told_in_one_line_that_names_it(run: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "more",
+    ("more", "told"),
     [
-        ("--alarm", "ood"),
-        ("--watch", "--eval", "x {checkpoint}"),
-        ("--texts", "none"),
-        ("--eval", "x"),
-        ("--eval", "x '{checkpoint}"),
+        (("--alarm", "ood"), "--alarm 'ood': no such score; --eval, --texts or --prompts gives scores"),
+        (("--alarm", "ood", "--texts", "retain.jsonl"), "no such score; there are text_loss, forgetting"),
+        (("--prompts", "none"), "none: no such file"),
+        (("--prompts", "few.jsonl"), "few.jsonl, line 1: wanted {"),
+        (("--texts", "few.jsonl"), "few.jsonl: no text has two tokens"),
+        (("--texts", "none"), "--texts 'none': no such file"),
+        (("--csv", "none/table.csv"), "--csv 'none/table.csv': no such folder as none"),
+        (("--eval", "x"), "--eval 'x' has no {checkpoint}"),
+        (("--eval", "x '{checkpoint}"), "No closing quotation"),
     ],
 )
-def test_wrong_flags_are_told_before_the_work(more: tuple[str, ...], run: Path) -> None:
+def test_wrong_flags_are_told_before_the_work(
+    more: tuple[str, ...], told: str, run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(run)
+    (run / "few.jsonl").write_text(json.dumps({"text": "cards"}) + "\n")
     result = measure(run, *more)
-    assert isinstance(result.exception, OptionError) or result.exit_code == 2
-    assert not (run / "out").exists()
+    assert result.exit_code == 2 and told in result.stderr, result.stderr
+    assert result.stderr.count("\n") == 1 and not (run / "out").exists()
 
 
 def test_checkpoints_that_transformers_cannot_load_are_told_before_the_work(run: Path) -> None:
@@ -142,10 +152,13 @@ def test_checkpoints_that_transformers_cannot_load_are_told_before_the_work(run:
     assert not (run / "out").exists()
     assert measure(run, *texts).exit_code == 0
     (whole / "config.json").unlink()
-    given: Any = (run / "base", [run / "run"])
-    check_loadable(*given, run / "out", run / "retain.jsonl")  # its scores are there: it is not loaded again
+
+    def scorer(out: str) -> Scorer:
+        return Scorer(run / "base", run / out, texts=run / "retain.jsonl")
+
+    scorer("out").check([run / "run"])  # its scores are there: it is not loaded again
     with pytest.raises(OptionError, match=r"checkpoint-30: no config\.json"):
-        check_loadable(*given, run / "other", run / "retain.jsonl")
+        scorer("other").check([run / "run"])
 
 
 def test_a_command_of_the_user_s_may_read_what_transformers_cannot_load(run: Path) -> None:

@@ -28,8 +28,8 @@ from rlspec.study.repair.choice import Trial, difference_interval, front, recomm
 from rlspec.study.repair.losses import mean
 from rlspec.study.repair.scores import Costs
 from rlspec.study.repair.search import _middle
-from rlspec.study.repair.texts import read_traces
 from rlspec.tasks.general_points import GeneralPoints
+from rlspec.train.trace_file import read_traces
 
 SCORER = """
 import json, sys

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -9,6 +10,7 @@ import click
 
 from rlspec.cli.exits import stopped
 from rlspec.cli.launched import Told, first_tells
+from rlspec.cli.measure_scores import Scoring
 from rlspec.errors import OptionError
 
 if TYPE_CHECKING:
@@ -62,7 +64,7 @@ _FOLDER = click.Path(path_type=Path)
     "--csv",
     "table",
     type=click.Path(dir_okay=False, path_type=Path),
-    help="Write the rows as comma-separated values to this file, too.",
+    help="Write the rows as comma-separated values to this file, too, and scores beside it (NAME-scores.csv).",
 )
 @click.option(
     "--eval",
@@ -71,6 +73,11 @@ _FOLDER = click.Path(path_type=Path)
     help='Command that scores {checkpoint} and prints JSON, such as {"ood": [true, false]}.',
 )
 @click.option("--texts", type=_FOLDER, help="JSONL of texts; their token loss is a score, base included.")
+@click.option(
+    "--prompts",
+    type=_FOLDER,
+    help="JSONL of prompts, with or without answers; the KL divergence from the base on them is a score.",
+)
 @click.option(
     "--alarm", metavar="SCORE", help="Tell the checkpoint to go back to once SCORE fell from its peak."
 )
@@ -83,6 +90,7 @@ def command(
     watch: bool,
     evaluate: str | None,
     texts: Path | None,
+    prompts: Path | None,
     alarm: str | None,
     **settings: Any,
 ) -> None:
@@ -97,11 +105,24 @@ def command(
 
     share = Share.of_launch()
     with first_tells(share, lambda: _launch_file(out)) as told:
-        _check(checkpoints, base, out, watch, settings["locking"], evaluate, texts, alarm, share)
+        _check(out, table, watch, settings["locking"], share)
+        from rlspec.jobs.series.scores import Scorer
+
+        scorer = Scorer(
+            base,
+            out,
+            evaluate=evaluate,
+            texts=texts,
+            prompts=prompts,
+            alarm=alarm,
+            device=settings["device"],
+        )
+        scoring = Scoring(scorer, alarm, table)
         if watch:
-            _watch(checkpoints, base, out, table, settings)
+            _watch(checkpoints, base, out, table, scoring, settings)
         else:
-            _measure(checkpoints, base, out, table, (evaluate, texts, alarm), settings, share, told)
+            scorer.check(checkpoints)
+            _measure(checkpoints, base, out, table, scoring, settings, share, told)
 
 
 def _launch_file(out: Path) -> Path:
@@ -110,21 +131,10 @@ def _launch_file(out: Path) -> Path:
     return launch_file(out)
 
 
-def _check(
-    checkpoints: tuple[Path, ...],
-    base: Path,
-    out: Path,
-    watch: bool,
-    locking: bool,
-    evaluate: str | None,
-    texts: Path | None,
-    alarm: str | None,
-    share: Share,
-) -> None:
+def _check(out: Path, table: Path | None, watch: bool, locking: bool, share: Share) -> None:
     """Refuse before the work what would fail after it."""
-    scoring = evaluate is not None or texts is not None
-    if watch and scoring:
-        raise OptionError("watch=True takes no scores (evaluate=, texts=): give the command again without it")
+    if table is not None and not table.parent.is_dir() and table.parent.resolve() != out.resolve():
+        raise OptionError(f"table={str(table)!r}: no such folder as {table.parent}")
     if watch and locking:
         raise OptionError(
             "watch=True follows a series that has no last checkpoint yet for locking=True to compare with: give the "
@@ -132,14 +142,6 @@ def _check(
         )
     if watch and share.count > 1:
         raise OptionError("watch=True is for one process; start it without torchrun")
-    if alarm is not None and not scoring:
-        raise OptionError(f"alarm={alarm!r}: no such score; evaluate= or texts= gives scores")
-    if scoring:
-        from rlspec.jobs.series.scores import check_loadable, check_scoring
-
-        check_scoring(evaluate, texts)
-        if texts is not None:
-            check_loadable(base, checkpoints, out, texts)
 
 
 def _measure(
@@ -147,40 +149,43 @@ def _measure(
     base: Path,
     out: Path,
     table: Path | None,
-    scoring: tuple[str | None, Path | None, str | None],
+    scoring: Scoring,
     settings: dict[str, Any],
     share: Share,
     told: Told,
 ) -> None:
     from rlspec.cli.measure_text import Bar, heading, series_lines
-    from rlspec.jobs.series import measure
+    from rlspec.jobs.series.job import Job
 
-    evaluate, texts, alarm = scoring
     first = share.number == 0
     bar = Bar()
-    lines: list[str] = []
 
     def on_matrix(done: int, total: int, label: str, name: str) -> None:
         told.joined = True
         if first:
             bar(done, total, label, name)
 
+    job = None
     try:
-        series = measure(base, checkpoints, out=out, on_matrix=on_matrix, share=share, **settings)
+        job = Job.open(base, out=out, share=share, **settings)
+        series = job.series(checkpoints, on_matrix)
         if not first:
             return
         bar.close()
-        if evaluate is not None or texts is not None:
-            lines = _scores(series, base, out, evaluate, texts, alarm, settings["device"])
+        if table is not None:
+            series.to_csv(table)
+        for line in (*series_lines(series), heading()):
+            click.echo(line)
+        if scoring:
+            for line in scoring.lines(series):
+                click.echo(line)
     except KeyboardInterrupt as stop:
         bar.close()
         _stopped(stop, tell=first)
     finally:
         bar.close()
-    if table is not None:
-        series.to_csv(table)
-    for line in (*series_lines(series), heading(), *lines):
-        click.echo(line)
+        if job is not None:
+            job.table.close()
 
 
 def _stopped(stop: KeyboardInterrupt, *, tell: bool) -> NoReturn:
@@ -189,34 +194,12 @@ def _stopped(stop: KeyboardInterrupt, *, tell: bool) -> NoReturn:
     raise SystemExit(stopped(stop)) from None
 
 
-def _scores(
-    series: Series,
-    base: Path,
-    out: Path,
-    evaluate: str | None,
-    texts: Path | None,
-    alarm: str | None,
-    device: str,
-) -> list[str]:
-    """Score the checkpoints; what is told of it."""
-    from rlspec.cli.measure_text import score_lines
-    from rlspec.jobs.series.scores import find_fall, score_series
-    from rlspec.tasks.alarm import describe_fall
-
-    rows = score_series(series, base, out, evaluate=evaluate, texts=texts, device=device)
-    lines = ["", *score_lines(rows)]
-    if alarm is not None:
-        found = find_fall(rows, alarm)
-        calm = f"{alarm}: no fall from a peak that chance does not explain"
-        lines.append(calm if found is None else describe_fall(found[0], checkpoint=found[1]))
-    return lines
-
-
 def _watch(
     paths: tuple[Path, ...],
     base: Path,
     out: Path,
     table: Path | None,
+    scoring: Scoring,
     settings: dict[str, Any],
 ) -> None:
     from rlspec.cli.measure_text import Bar, series_lines
@@ -229,17 +212,23 @@ def _watch(
         bar.close()
         click.echo(f"passed over: {message}", err=True)
 
+    def tell(series: Series, added: Sequence[str]) -> None:
+        bar.close()
+        if table is not None:
+            series.to_csv(table)
+        for line in series_lines(spectra for spectra in series if spectra.checkpoint in added):
+            click.echo(line)
+        if scoring:
+            for line in scoring.news(series, warn):
+                click.echo(line)
+
     job = None
     try:
         job = Job.open(base, out=out, **settings)
+        if scoring and (before := job.table.series()):
+            tell(before, [])  # which an earlier command may have left without scores
         for added in watch(job, paths, on_matrix=bar, warn=warn):
-            bar.close()
-            if table is not None:
-                job.table.series().to_csv(table)
-            for line in series_lines(
-                spectra for spectra in job.table.series() if spectra.checkpoint in added
-            ):
-                click.echo(line)
+            tell(job.table.series(), added)
     except KeyboardInterrupt as stop:
         bar.close()
         _stopped(stop, tell=True)

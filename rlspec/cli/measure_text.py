@@ -25,18 +25,19 @@ _MEANS = {
 
 
 class Bar:
-    """Matrices done and time left, on a terminal; nothing elsewhere."""
+    """What is done and time left, on a terminal; nothing elsewhere."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, does: str = "measure", unit: str = "matrix") -> None:
         self._stream = stream or sys.stderr
+        self._does, self._unit = does, unit
         self._bar: Any = None
 
-    def __call__(self, done: int, total: int, checkpoint: str, matrix: str) -> None:
+    def __call__(self, done: int, total: int, checkpoint: str, matrix: str = "") -> None:
         if not self._stream.isatty():
             return
         if self._bar is None:
-            self._bar = tqdm(total=total, unit="matrix", desc="measure", file=self._stream)
-        self._bar.set_postfix_str(f"{checkpoint} {matrix}"[-40:], refresh=False)
+            self._bar = tqdm(total=total, unit=self._unit, desc=self._does, file=self._stream)
+        self._bar.set_postfix_str(f"{checkpoint} {matrix}".strip()[-40:], refresh=False)
         self._bar.update(done - self._bar.n)
         if done == total:
             self.close()
@@ -91,3 +92,23 @@ def score_lines(rows: Sequence[Row]) -> list[str]:
         by_checkpoint.setdefault(row["checkpoint"], []).append(f"{row['score']} {row['value']:.4g}")
     width = max(map(len, by_checkpoint), default=0)
     return [f"{label:<{width}}  {'  '.join(scores)}" for label, scores in by_checkpoint.items()]
+
+
+def correlation_lines(rows: Sequence[Row]) -> list[str]:
+    """A table of rank correlations, metrics by scores, where five checkpoints or more give an interval."""
+    headings = {column: name for name, column in _MEANS.items()} | {"step": "step", "kl_base": "kl_base"}
+    told = [row for row in rows if row["metric"] in headings and row["n"] >= 5]
+    scores = list(dict.fromkeys(row["score"] for row in told))
+    if not scores:
+        return []
+    cells = {(row["metric"], row["score"]): _correlation(row) for row in told}
+    table = [["rank correlation (95 %)", *scores]]
+    for metric in dict.fromkeys(row["metric"] for row in told):
+        table.append([headings[metric], *(cells.get((metric, score), "") for score in scores)])
+    widths = [max(map(len, column)) for column in zip(*table)]
+    return ["", *("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in table)]
+
+
+def _correlation(row: Row) -> str:
+    interval = "" if row["low"] is None else f" ({row['low']:+.2f} to {row['high']:+.2f})"
+    return f"{row['spearman']:+.2f}{interval}"

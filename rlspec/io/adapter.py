@@ -97,6 +97,10 @@ class Adapter:
         """Whether the adapter changes this tensor of the base."""
         return name in self._updates or name in self._replacements
 
+    def changed(self) -> list[str]:
+        """The tensors of the base that it changes."""
+        return list(dict.fromkeys([*self._replacements, *self._updates]))
+
     def without(self, name: str) -> Adapter:
         """The same adapter that leaves a tensor of the base as it is."""
         updates = {n: update for n, update in self._updates.items() if n != name}

@@ -30,7 +30,7 @@ from rlspec.report.data import RunData, read_run
 from rlspec.report.heatmap import ColourBar, HeatMap
 from rlspec.report.maps import maps
 from rlspec.report.pages import rendered
-from rlspec.report.series import ROWS, checkpoints, read_series, sentence
+from rlspec.report.series import ROWS, checkpoints, correlations_with_scores, read_series, sentence
 from rlspec.report.tables import (
     configuration,
     correlations,
@@ -177,6 +177,7 @@ def render_series(run: RunData) -> str:
         "maps": maps(run),
         "checkpoints": checkpoints(run),
         "scores": tuple(run.scores),
+        "correlations": correlations_with_scores(run),
         "nulls": nulls(run),
         "notes": notes(run),
     }

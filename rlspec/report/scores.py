@@ -17,6 +17,8 @@ _LONGEST = 60  # letters of a name
 def add_scores(folder: Path, events: list[Row]) -> list[str]:
     """Give each event that has some its ``scores``, name -> value, from the file in a folder.
 
+    Of a score that was taken in several ways, by other texts say, it is the last that counts.
+
     Args:
         events: with ``checkpoint``, which the rows of `rlspec measure` name, or else the ``step`` that those of a
             callback do.
@@ -33,6 +35,7 @@ def add_scores(folder: Path, events: list[Row]) -> list[str]:
     known = {_place(event) for event in events}
     by_event: dict[tuple[str, object], dict[str, float]] = {}
     names: dict[str, None] = {}
+    rows: list[Row] = []
     for line, row in numbered_rows(path):
         name: Any = row.get("score") if isinstance(row, dict) else None
         value: Any = row.get("value") if isinstance(row, dict) else None
@@ -40,9 +43,15 @@ def add_scores(folder: Path, events: list[Row]) -> list[str]:
             raise RunFolderError(
                 f"{path}, line {line}: wanted an object with score, a name, and value, a number"
             )
-        by_event.setdefault(_place(row), {})[name[:_LONGEST]] = value
+        rows.append(row)
+    newest = {row["score"]: row.get("by") for row in rows}
+    for row in rows:
+        if row.get("by") != newest[row["score"]]:  # other texts', or another command's
+            continue
+        name = row["score"][:_LONGEST]
+        by_event.setdefault(_place(row), {})[name] = row["value"]
         if _place(row) in known:  # the base has its own, and no event
-            names[name[:_LONGEST]] = None
+            names[name] = None
     for event in events:
         event["scores"] = by_event.get(_place(event), {})
     return list(names)[:_MOST]

@@ -10,8 +10,9 @@ from rlspec.errors import RunFolderError
 from rlspec.io.jsonl import Row, numbered_rows
 from rlspec.report.data import RunData, by_event, check_row
 from rlspec.report.scores import add_scores
-from rlspec.report.tables import Cells, number
+from rlspec.report.tables import Cells, correlation, number
 from rlspec.run.branches import rows_by_segment
+from rlspec.run.correlations import score_correlations
 from rlspec.run.rows import mean, rotation
 from rlspec.run.segments import Segment, branch_origin, event_of, training_of
 
@@ -100,6 +101,20 @@ def checkpoints(run: RunData) -> Cells:
             ]
         )
     return rows
+
+
+def correlations_with_scores(run: RunData) -> Cells:
+    """Rank correlations of the metrics with each score, where five checkpoints or more have both."""
+    matrices = by_event(run.spectra)
+    found = score_correlations(
+        [event["step"] for event in run.metrics],
+        [matrices[event_of(event)] for event in run.metrics],
+        [
+            {name: value for name, value in event.get("scores", {}).items() if name in run.scores}
+            for event in run.metrics
+        ],
+    )
+    return [[row["score"], row["metric"], *correlation(row)] for row in found if row["n"] >= 5]
 
 
 def sentence(run: RunData) -> str:

@@ -95,15 +95,13 @@ def _share_in_blocks(matrices: list[Row]) -> str:
 
 def correlations(run: RunData) -> Cells:
     """Rank correlations with OOD accuracy over the SFT checkpoints; none where none is defined."""
-    return [
-        [
-            row["metric"],
-            number(row["spearman"], "+.2f"),
-            "–" if row["low"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}",
-            str(row["n"]),
-        ]
-        for row in rank_correlations(run.metrics, run.spectra)
-    ]
+    return [[row["metric"], *correlation(row)] for row in rank_correlations(run.metrics, run.spectra)]
+
+
+def correlation(row: Row) -> list[str]:
+    """A rank correlation, its interval, and of how many places it is."""
+    interval = "–" if row["low"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}"
+    return [number(row["spearman"], "+.2f"), interval, str(row["n"])]
 
 
 def time_spent(run: RunData) -> Cells:

@@ -31,8 +31,10 @@ class Score:
 
 
 def lower_is_better(name: str) -> bool:
-    """Whether a score is one to keep low: its name ends in ``loss``, ``perplexity``, ``nll`` or ``forgetting``."""
-    return name.lower().endswith(("loss", "perplexity", "nll", "forgetting"))
+    """Whether a score is one to keep low: its name ends in ``loss``, ``perplexity``, ``nll`` or ``forgetting``, or begins
+    with ``kl_``."""
+    lower = name.lower()
+    return lower.endswith(("loss", "perplexity", "nll", "forgetting")) or lower.startswith("kl_")
 
 
 def read_scores(given: object, where: str) -> dict[str, Score]:

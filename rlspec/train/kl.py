@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlspec.errors import OptionError
 from rlspec.train.batch import AnswerBatch, answer_forward, collate
+from rlspec.train.divergence import divergence_sum
 from rlspec.train.encode import encode_answer, encode_prompt, pad_id
 from rlspec.train.modes import evaluation_mode
 from rlspec.train.padding import prompt_batches
@@ -84,11 +85,5 @@ class KLProbe:
 
     def measure(self, model: Any) -> float:
         """Mean over the answer tokens. Costs one forward pass of the prompts."""
-        total = 0.0
-        for base, other in zip(self._base, self._logprobs(model)):
-            for p, q in zip(base.split(256), other.split(256)):
-                log_p, log_q = p.to(q.device).double(), q.double()
-                # p log(p/q) - p + q is never negative and sums to the divergence: the float32 rounding of the
-                # normalisers, which would drown a divergence under 1e-7, cancels to first order.
-                total += (log_p.exp() * (log_p - log_q) - log_p.exp() + log_q.exp()).sum().item()
-        return total / self.tokens
+        pairs = zip(self._base, self._logprobs(model))
+        return sum(divergence_sum(base, other) for base, other in pairs) / self.tokens

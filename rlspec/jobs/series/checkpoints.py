@@ -22,10 +22,9 @@ from rlspec.io.index import (
 )
 from rlspec.io.weights import Weights, open_weights
 from rlspec.jobs.series.adapted import AdaptedWeights
+from rlspec.jobs.series.result import BASE_LABEL
 from rlspec.run.segments import STAGES, STEP_INSIDE, STEP_LAST, branch_origin
 
-#: what rows of scores call the reference, so that no checkpoint is called it
-BASE_LABEL = "base"
 # What accelerate and verl put below the folder that bears the step, with torch.distributed.checkpoint.
 _PART = re.compile(r"(pytorch_model_fsdp|optimizer)_\d+|dist_ckpt")
 # Where verl puts the weights below the folder that bears the step.

@@ -24,7 +24,9 @@ from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.io.share import ALONE, APART, LOOK, Share
 from rlspec.io.weights import Weights, find_tensor, open_weights
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, find_checkpoints
+from rlspec.jobs.series.evaluation import Evaluate
 from rlspec.jobs.series.result import Series
+from rlspec.jobs.series.scores import Scorer
 from rlspec.jobs.series.stacks import stacks
 from rlspec.jobs.series.table import SpectraTable
 from rlspec.linalg.precision import pinned_arithmetic
@@ -53,10 +55,13 @@ def measure(
     device: torch.device | str = "auto",
     memory_gib: float = 4.0,
     cache_dir: str | Path | None = None,
+    evaluate: Evaluate | None = None,
+    texts: str | Path | None = None,
+    prompts: str | Path | None = None,
     on_matrix: OnMatrix | None = None,
     share: Share | None = None,
 ) -> Series:
-    """The spectra of checkpoints on disk against those of their base.
+    """The spectra of checkpoints on disk against those of their base, and scores beside them.
 
     Args:
         base: the reference, a safetensors checkpoint: a folder in the layout of Hugging Face (a snapshot in its cache is
@@ -72,22 +77,32 @@ def measure(
             measured anew; ``locking_end`` tells which one a row was compared with.
         memory_gib: bound on tensors and decompositions that are held at once on the host, GiB.
         cache_dir: where the base's decompositions are kept; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
+        evaluate: scores each checkpoint: a function from its path to named scores (see
+            ``rlspec.tasks.scores.read_scores``), known by its name where ``out`` is gone on with, or a command in which
+            ``{checkpoint}`` stands for the path and that prints them as JSON.
+        texts: a JSONL file with a ``text`` on each line, for the scores ``text_loss`` (mean token loss, nats; of the
+            base, too) and ``forgetting`` (what it is above the base's).
+        prompts: a JSONL file of prompts, with or without answers, for the score ``kl_base`` (KL(base || checkpoint), nats
+            per token of the answers; those that lack are sampled from the base). The base is held beside the checkpoint.
         on_matrix: called after every matrix of every checkpoint that this process measures.
         share: which process this is of several that call this with the same arguments, each for its stacks of matrices.
             ``out`` is what they have in common; the first ends when all have. None is one process.
 
     Returns:
         All checkpoints that are whole in the table, in the order of their steps: those of earlier calls with the same
-        ``out``, too. Where several processes measure, the first one's is the table, with the bytes of one process.
+        ``out``, too. Scores are in its ``scores``, what goes with them in its ``correlations()``. Where several
+        processes measure, the first one's is the table, with the bytes of one process.
 
     Raises:
         CheckpointError: a checkpoint is not there, not whole, malformed, or in a format that is not read.
         ProjectionError, TensorError: a matrix is missing, of another shape than the base's, or holds NaN or infinity.
-        OptionError: an argument out of range, or less memory than one matrix takes.
+        OptionError: an argument out of range, less memory than one matrix takes, or an evaluation that fails.
         RunFolderError: ``out`` holds rows measured otherwise, or is in use.
         ProcessError: another process has ended before its rows were there. The same call goes on.
     """
     given = [checkpoints] if isinstance(checkpoints, (str, Path)) else list(checkpoints)
+    scorer = Scorer(base, out, evaluate=evaluate, texts=texts, prompts=prompts, device=device)
+    scorer.check(given)
     job = Job.open(
         base,
         out=out,
@@ -104,12 +119,8 @@ def measure(
         share=share or ALONE,
     )
     try:
-        labels = job.measure(find_checkpoints(given), on_matrix)
-        try:
-            job.wait_for_others(labels)
-        finally:
-            series = job.table.settle()
-        return series
+        series = job.series(given, on_matrix)
+        return scorer.score(series) if scorer and job.share.number == 0 else series
     finally:
         job.table.close()
 
@@ -211,6 +222,15 @@ class Job:
             share,
             time.monotonic(),
         )
+
+    def series(self, paths: Iterable[str | Path], on_matrix: OnMatrix | None = None) -> Series:
+        """Measure the checkpoints at the paths, and wait for other processes; returns the table in order."""
+        labels = self.measure(find_checkpoints(paths), on_matrix)
+        try:
+            self.wait_for_others(labels)
+        finally:
+            series = self.table.settle()
+        return series
 
     @pinned_arithmetic()
     def measure(self, checkpoints: Sequence[Checkpoint], on_matrix: OnMatrix | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""Scores of the checkpoints of a series: by a command of the user's, and as token loss on texts.
+"""Scores of the checkpoints of a series.
 
 They lie beside the spectra, in ``scores.jsonl``: one row per checkpoint and score. What is there is not taken again.
 """
@@ -6,230 +6,237 @@ They lie beside the spectra, in ``scores.jsonl``: one row per checkpoint and sco
 from __future__ import annotations
 
 import logging
-import shlex
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
-from rlspec.backend import choose_device
 from rlspec.errors import CheckpointError, OptionError, RunFolderError
-from rlspec.io.adapter import is_adapter
 from rlspec.io.files import read_json_object, write_error
 from rlspec.io.jsonl import Row, read_rows, write_rows
-from rlspec.jobs.loading import load_model, load_tokenizer, model_folder
-from rlspec.jobs.series.checkpoints import BASE_LABEL, find_checkpoints
-from rlspec.jobs.series.result import Series
-from rlspec.run.segments import training_of
-from rlspec.tasks.alarm import Fall, standing_fall
-from rlspec.tasks.commands import check_command, last_json, run, words_for
-from rlspec.tasks.scores import Score, read_scores
-from rlspec.train.texts import read_texts, text_losses
+from rlspec.jobs.series.checkpoints import find_checkpoints
+from rlspec.jobs.series.evaluation import Evaluate, Evaluation
+from rlspec.jobs.series.falls import check_alarm
+from rlspec.jobs.series.losses import BaseDivergence, TextLoss
+from rlspec.jobs.series.models import Models
+from rlspec.jobs.series.result import BASE_LABEL, Series
+from rlspec.tasks.scores import Score
 
 _LOG = logging.getLogger(__name__)
-MARKER = "{checkpoint}"
-TEXT_LOSS, FORGETTING = "text_loss", "forgetting"
-
 _Place = tuple[str, int | None, Path]  # label, step, where it lies
 
 
-def check_scoring(evaluate: str | None, texts: str | Path | None) -> list[str] | None:
-    """Refuse what :func:`score_series` would; the texts, None where none are asked for.
+class _Kind(Protocol):
+    """One way to score a checkpoint."""
 
-    Raises:
-        OptionError: no texts, or a command without ``{checkpoint}``.
-    """
-    if evaluate is not None:
-        check_command(evaluate, MARKER, "evaluate")
-    return None if texts is None else read_texts(texts)
+    @property
+    def by(self) -> str:
+        """What rows call it."""
 
+    @property
+    def base_too(self) -> bool: ...
 
-def check_loadable(
-    base: str | Path, checkpoints: Iterable[str | Path], out: str | Path, texts: str | Path
-) -> None:
-    """Refuse, before they are measured, checkpoints whose texts :func:`score_series` could not score.
+    @property
+    def names(self) -> tuple[str, ...] | None:
+        """Of its scores, where they are known beforehand."""
 
-    Raises:
-        OptionError: transformers does not load the base or a checkpoint that has no such scores yet: it lies in a single
-            file, has no config.json, or is of torch.distributed.checkpoint.
-        CheckpointError: no checkpoint at a path.
-    """
-    about = Path(out) / "measure.json"
-    known = read_json_object(about, RunFolderError).get("checkpoints", {}) if about.exists() else {}
-    labels = {entry["path"]: label for label, entry in known.items()}
-    table = _Scores(Path(out) / "scores.jsonl")
-    found = find_checkpoints(checkpoints)
-    places = [(BASE_LABEL, Path(base)), *((labels.get(str(c.path.resolve()), ""), c.path) for c in found)]
-    for label, place in places:
-        if table.has(label, _by_texts(texts)) or is_adapter(place):
-            continue
-        try:
-            if place.is_file():
-                raise CheckpointError(f"{place}: a file; give the folder with its config.json")
-            model_folder(str(place))
-        except CheckpointError as error:
-            raise OptionError(
-                f"texts={str(texts)!r} wants checkpoints that transformers loads: {error}"
-            ) from None
+    def check(self, place: Path) -> None: ...
+    def scores(self, place: Path, of_base: Mapping[str, Score]) -> dict[str, Score]: ...
 
 
-def _by_texts(texts: str | Path) -> str:
-    """What rows call the texts that they are of."""
-    return f"texts {Path(texts).resolve()}"
-
-
-def score_series(
-    series: Series,
-    base: str | Path,
-    out: str | Path,
-    *,
-    evaluate: str | None = None,
-    texts: str | Path | None = None,
-    device: torch.device | str = "auto",
-    on_checkpoint: Callable[[str], None] | None = None,
-) -> list[Row]:
-    """Score the checkpoints of a series that ``measure(..., out=out)`` has left.
-
-    One that was deleted since it was measured keeps the scores that it has, and is told of where it has none.
+class Scorer:
+    """What the checkpoints of a series are scored by.
 
     Args:
-        evaluate: a command in which ``{checkpoint}`` stands for the checkpoint's path; the last JSON object of its
-            standard output holds the scores, see ``rlspec.tasks.scores.read_scores``. It is run without a shell.
-        texts: a JSONL file with a ``text`` on each line. The base is scored, too: ``text_loss`` is the mean token loss in
-            nats, ``forgetting`` what it is above the base's (as PEFT's method comparison has it).
-        on_checkpoint: called with the label of each checkpoint before it is scored.
-
-    Returns:
-        Rows of ``checkpoint``, ``step``, ``score``, ``value``, ``n``, ``results`` and ``by`` (what scored it), in the
-        order of the series; ``checkpoint`` is ``"base"`` for the base. What other texts or commands gave is not among
-        them: scores of two kinds under one name would be no series.
+        base: the reference.
+        out: the folder of the series; None keeps scores in memory.
+        evaluate: see :class:`rlspec.jobs.series.evaluation.Evaluation`.
+        texts: see :class:`rlspec.jobs.series.losses.TextLoss`.
+        prompts: see :class:`rlspec.jobs.series.losses.BaseDivergence`.
+        alarm: the score that :func:`rlspec.jobs.series.falls.find_fall` will be asked for.
+        device: where models are put.
 
     Raises:
-        OptionError: no texts, a command without ``{checkpoint}``, or one that fails or prints no scores.
-        CheckpointError: transformers cannot load a checkpoint, or the rows cannot be written.
+        OptionError: what these refuse, or nothing gives the alarm's score.
+        CheckpointError: texts or prompts want the base's tokenizer, and it has none.
     """
-    found = check_scoring(evaluate, texts)
-    known = read_json_object(Path(out) / "measure.json")["checkpoints"]
-    table = _Scores(Path(out) / "scores.jsonl")
-    places: list[_Place] = [
-        (spectra.checkpoint, spectra.step, Path(known[spectra.checkpoint]["path"])) for spectra in series
-    ]
-    gone: dict[str, None] = {}
 
-    def unscored(by: str, places: Iterable[_Place]) -> Iterator[_Place]:
-        """Those without such scores; of those that were deleted, as trainers delete old ones, the label is noted."""
-        for label, step, place in places:
-            if table.has(label, by):
-                continue
-            if label != BASE_LABEL and not place.exists():
-                gone[label] = None
-                continue
-            if on_checkpoint is not None:
-                on_checkpoint(label)
-            yield label, step, place
+    def __init__(
+        self,
+        base: str | Path,
+        out: str | Path | None,
+        *,
+        evaluate: Evaluate | None = None,
+        texts: str | Path | None = None,
+        prompts: str | Path | None = None,
+        alarm: str | None = None,
+        device: torch.device | str = "auto",
+    ) -> None:
+        self._base = Path(base)
+        self._out = None if out is None else Path(out)
+        self._alarm = alarm
+        # What may want the device for itself comes before there are models on it.
+        self._kinds: list[_Kind] = [] if evaluate is None else [Evaluation(evaluate)]
+        self._models = Models(self._base, device)
+        if texts is not None:
+            self._kinds.append(TextLoss(self._models, texts))
+        if prompts is not None:
+            answers = None if self._out is None else self._out / "answers.jsonl"
+            self._kinds.append(BaseDivergence(self._models, prompts, answers))
+        self._scores = _Scores(None if self._out is None else self._out / "scores.jsonl")
+        self._given_up: set[tuple[str, str]] = set()
+        self._names = [name for kind in self._kinds for name in kind.names or ()]
+        if alarm is not None and evaluate is None and alarm not in self._names:
+            told = (
+                f"there are {', '.join(self._names)}"
+                if self._names
+                else "evaluate=, texts= or prompts= gives scores"
+            )
+            raise OptionError(f"alarm={alarm!r}: no such score; {told}")
 
-    by_texts = None if texts is None else _by_texts(texts)
-    if found is not None and by_texts is not None:
-        for label, step, place in unscored(by_texts, [(BASE_LABEL, None, Path(base)), *places]):
-            given: dict[str, Any] = {TEXT_LOSS: _losses(place, Path(base), found, device)}
-            scores = read_scores(given, str(place))
-            start = table.value(BASE_LABEL, by_texts, TEXT_LOSS)
-            if start is not None:
-                scores[FORGETTING] = Score(scores[TEXT_LOSS].value - start)
-            table.put(label, step, by_texts, scores)
-    if evaluate is not None:
-        for label, step, place in unscored(evaluate, places):
-            table.put(label, step, evaluate, run_command(evaluate, place))
-    if gone:
-        _LOG.warning("no longer on the disk, so without new scores: %s", ", ".join(gone))
-    labels = [BASE_LABEL, *(label for label, *_ in places)]
-    asked = {evaluate, by_texts}
-    return [
-        row for label in labels for row in table.rows if row["checkpoint"] == label and row["by"] in asked
-    ]
+    def __bool__(self) -> bool:
+        return bool(self._kinds)
+
+    def check(self, checkpoints: Iterable[str | Path]) -> None:
+        """Refuse, before they are measured, checkpoints that could not be scored and have no such scores yet.
+
+        Raises:
+            OptionError: transformers does not load the base or a checkpoint, for texts or prompts: it lies in a single
+                file, has no config.json, or is of torch.distributed.checkpoint.
+            CheckpointError: no checkpoint at a path.
+        """
+        if not self._kinds:
+            return
+        known = {} if self._out is None else _known(self._out)
+        labels = {entry["path"]: label for label, entry in known.items()}
+        places = [(labels.get(str(c.path.resolve()), ""), c.path) for c in find_checkpoints(checkpoints)]
+        for kind in self._kinds:
+            for label, place in [(BASE_LABEL, self._base), *places]:
+                if not self._scores.has(label, kind.by):
+                    kind.check(place)
+
+    def score(
+        self,
+        series: Series,
+        *,
+        warn: Callable[[str], None] | None = None,
+        on_score: Callable[[int, int, str], None] | None = None,
+    ) -> Series:
+        """The series with its scores. One that was deleted since it was measured keeps those that it has, and is told of
+        where it has none.
+
+        Args:
+            warn: gets one line, once, for a checkpoint that cannot be scored, which is then passed over.
+            on_score: called with (scores taken, scores to take, checkpoint) before each.
+
+        Returns:
+            Scores that other texts, prompts or evaluations gave are not among its own: two kinds under one name would be
+            no series.
+
+        Raises:
+            OptionError: an evaluation fails or gives no scores, or not the one that the alarm is for.
+            CheckpointError: transformers cannot load a checkpoint, or the rows cannot be written.
+        """
+        self._scores.read()
+        places: list[_Place] = [(one.checkpoint, one.step, one.path) for one in series]
+        gone: dict[str, None] = {}
+        try:
+            to_do = self._to_do(places)
+            for done, (kind, label, step, place) in enumerate(to_do):
+                if label != BASE_LABEL and not place.exists():  # trainers delete old ones
+                    gone[label] = None
+                    continue
+                if on_score is not None:
+                    on_score(done, len(to_do), label)
+                try:
+                    scores = self._scored(kind, place)
+                except (CheckpointError, OptionError) as error:
+                    if warn is None:
+                        raise
+                    self._given_up.add((label, kind.by))
+                    warn(str(error))
+                    continue
+                self._scores.put(label, step, kind.by, scores)
+                if kind.names is None and self._alarm is not None and self._alarm not in self._names:
+                    check_alarm(self._alarm, self._scores.rows_of(label, kind.by))
+        finally:
+            self._models.drop()
+        if gone:
+            _LOG.warning("no longer on the disk, so without new scores: %s", ", ".join(gone))
+        labels, asked = [BASE_LABEL, *(label for label, *_ in places)], {kind.by for kind in self._kinds}
+        rows = self._scores.put_last(asked)
+        return Series(list(series), [row for label in labels for row in rows if row["checkpoint"] == label])
+
+    def _to_do(self, places: Sequence[_Place]) -> list[tuple[_Kind, str, int | None, Path]]:
+        """What lacks. Evaluations, which may want the device for themselves, come before there are models on it; then the
+        checkpoints in order, each loaded once."""
+        found = []
+        for models in (False, True):
+            kinds = [kind for kind in self._kinds if (kind.names is not None) is models]
+            for label, step, place in [(BASE_LABEL, None, self._base), *places]:
+                for kind in kinds:
+                    has = self._scores.has(label, kind.by) or (label, kind.by) in self._given_up
+                    if not has and (kind.base_too or label != BASE_LABEL):
+                        found.append((kind, label, step, place))
+        return found
+
+    def _scored(self, kind: _Kind, place: Path) -> dict[str, Score]:
+        scores = kind.scores(place, self._scores.of(BASE_LABEL, kind.by))
+        if kind.names is None and (twice := sorted(set(scores) & set(self._names))):
+            raise OptionError(
+                f"evaluate: gave a score {twice[0]!r}, which texts= and prompts= give; call it something else"
+            )
+        return scores
 
 
-def find_fall(rows: Sequence[Row], name: str) -> tuple[Fall, str] | None:
-    """The first fall of a score from a peak not reached again, in the order of the rows, and that peak's checkpoint.
-
-    Each training by itself: checkpoints whose labels differ by more than their step are of several.
-
-    Raises:
-        OptionError: no row has such a score, or its values are of a kind that no test tells from chance.
-    """
-    events = [row for row in rows if row["score"] == name and row["checkpoint"] != BASE_LABEL]
-    if not events:
-        names = dict.fromkeys(row["score"] for row in rows)
-        raise OptionError(f"alarm={name!r}: no such score; there are {', '.join(names) or 'none'}")
-    if all(row["n"] is None for row in events):
-        raise OptionError(
-            f"alarm={name!r}: a number for each checkpoint, which no test tells from chance; an alarm needs lists of one "
-            "number per problem, or text_loss"
-        )
-    trainings: dict[str | None, list[Row]] = {}
-    for row in events:
-        training = None if row["step"] is None else training_of(row["checkpoint"])
-        trainings.setdefault(training, []).append(row)
-    return next(filter(None, (_fall_of(rows, name) for rows in trainings.values())), None)
-
-
-def _fall_of(events: Sequence[Row], name: str) -> tuple[Fall, str] | None:
-    """The same of one training."""
-    results = [None if row["results"] is None else tuple(row["results"]) for row in events]
-    scores = [Score(row["value"], row["n"], found) for row, found in zip(events, results)]
-    fall = standing_fall(name, enumerate(scores))
-    if fall is None:
-        return None
-    steps = [at if row["step"] is None else row["step"] for at, row in enumerate(events)]
-    told = replace(fall, peak_step=steps[fall.peak_step], step=steps[fall.step])
-    return told, events[fall.peak_step]["checkpoint"]
-
-
-def run_command(command: str, checkpoint: Path) -> dict[str, Score]:
-    """The scores that a command prints for a checkpoint.
-
-    Raises:
-        OptionError: it cannot be run, fails, or prints no scores; the message names it.
-    """
-    words = words_for(command, MARKER, checkpoint)
-    told = f"evaluate: {shlex.join(words)}"
-    done = run(words, told, quiet=True)
-    if done.returncode != 0:
-        last = (done.stderr.strip().splitlines() or ["it printed no error"])[-1]
-        raise OptionError(f"{told}: ended with code {done.returncode}: {last}")
-    try:
-        given = last_json(done.stdout)
-    except LookupError:
-        raise OptionError(
-            f'{told}: printed no line of JSON that is an object, wanted one such as {{"ood": 0.5}}'
-        ) from None
-    return read_scores(given, told)
-
-
-def _losses(place: Path, base: Path, texts: Sequence[str], device: torch.device | str) -> list[float]:
-    # Trainers often save weights alone: the tokenizer is then the base's.
-    own = any((place / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
-    tokenizer = load_tokenizer(place if own else base)
-    return text_losses(load_model(place, choose_device(device)).eval(), tokenizer, texts)
+def _known(out: Path) -> dict[str, dict[str, Any]]:
+    """The checkpoints of the series in a folder: label -> what was measured."""
+    about = out / "measure.json"
+    found: dict[str, dict[str, Any]] = (
+        read_json_object(about, RunFolderError).get("checkpoints", {}) if about.exists() else {}
+    )
+    return found
 
 
 class _Scores:
     """Rows by checkpoint and what scored it, on disk as they are taken."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path | None) -> None:
         self._path = path
-        self.rows = read_rows(path)
+        self.rows: list[Row] = []
+        self.read()
+
+    def read(self) -> None:
+        """Take in what is on disk."""
+        if self._path is not None:
+            self.rows = read_rows(self._path)
 
     def has(self, label: str, by: str) -> bool:
-        return any(row["checkpoint"] == label and row["by"] == by for row in self.rows)
+        return bool(self.rows_of(label, by))
 
-    def value(self, label: str, by: str, score: str) -> float | None:
-        key = (label, by, score)
-        return next((r["value"] for r in self.rows if (r["checkpoint"], r["by"], r["score"]) == key), None)
+    def rows_of(self, label: str, by: str) -> list[Row]:
+        return [row for row in self.rows if row["checkpoint"] == label and row["by"] == by]
 
-    def put(self, label: str, step: int | None, by: str, scores: dict[str, Score]) -> None:
+    def of(self, label: str, by: str) -> dict[str, Score]:
+        """The scores of a checkpoint by their names."""
+        return {
+            row["score"]: Score(
+                row["value"], row["n"], None if row["results"] is None else tuple(row["results"])
+            )
+            for row in self.rows_of(label, by)
+        }
+
+    def put_last(self, asked: Container[str]) -> list[Row]:
+        """The rows of these, which then end the file: of one score taken in several ways a report shows the last."""
+        rest = [row for row in self.rows if row["by"] not in asked]
+        found = [row for row in self.rows if row["by"] in asked]
+        if self.rows != [*rest, *found]:
+            self.rows = [*rest, *found]
+            self._write()
+        return found
+
+    def put(self, label: str, step: int | None, by: str, scores: Mapping[str, Score]) -> None:
         new: list[Row] = [
             {
                 "checkpoint": label, "step": step, "score": name, "value": score.value, "n": score.n,
@@ -237,8 +244,12 @@ class _Scores:
             }
             for name, score in scores.items()
         ]  # fmt: skip
-        try:
-            write_rows(self._path, [*self.rows, *new])  # at once: never some scores of a checkpoint alone
-        except OSError as error:
-            raise write_error(self._path, error) from None
         self.rows += new
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is not None:
+            try:
+                write_rows(self._path, self.rows)  # at once: never some scores of a checkpoint alone
+            except OSError as error:
+                raise write_error(self._path, error) from None

@@ -306,7 +306,7 @@ class SpectraTable:
         found = []
         for label, checkpoint in self._in_order(done):
             rows = [self._rows[label][name] for name in self._order]
-            found.append(CheckpointSpectra(label, checkpoint.stage, checkpoint.step, rows))
+            found.append(CheckpointSpectra(label, checkpoint.path, checkpoint.stage, checkpoint.step, rows))
         return Series(found)
 
     def settle(self) -> Series:

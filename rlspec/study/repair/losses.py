@@ -22,10 +22,10 @@ from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import plan_restore
 from rlspec.restore.tensors import generator, restore_stored
 from rlspec.study.repair.scores import Costs, Sums
-from rlspec.study.repair.texts import halves, read_traces
 from rlspec.train.encode import pad_id
 from rlspec.train.forward import answer_logits, answer_tokens, forward_passes
 from rlspec.train.modes import evaluation_mode
+from rlspec.train.trace_file import read_traces
 from rlspec.train.traces import Trace
 
 DTYPES = ("auto", "float32", "stored")
@@ -33,7 +33,7 @@ _ROWS = 8  # of a forward pass
 
 
 class LossScores:
-    """Losses on two files of texts, see :func:`rlspec.study.repair.texts.read_traces`.
+    """Losses on two files of texts, see :func:`rlspec.train.trace_file.read_traces`.
 
     Half of the rows of each file, every other one, are left for the confirmation, unless it has files of its own.
 
@@ -77,9 +77,10 @@ class LossScores:
         self._traces: dict[bool, dict[str, list[Trace]]] = {False: {}, True: {}}
         digest = hashlib.blake2b(digest_size=12)
         for name, path, other in (("general", retain, confirm_retain), ("task", task, confirm_task)):
-            searched, confirmed = halves(read_traces(path, tokenizer))
+            traces = read_traces(path, tokenizer)
+            searched, confirmed = traces[::2], traces[1::2]
             if other is not None:
-                searched, confirmed = read_traces(path, tokenizer), read_traces(other, tokenizer)
+                searched, confirmed = traces, read_traces(other, tokenizer)
             self._traces[False][name], self._traces[True][name] = searched, confirmed
             digest.update(repr((searched, confirmed)).encode())
         self.identity = f"losses {digest.hexdigest()}" + (" in the stored dtype" if self._stored else "")

@@ -1,0 +1,80 @@
+"""The scores of a series as `rlspec measure` takes and tells them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rlspec.cli.measure_text import Bar, correlation_lines, score_lines
+
+if TYPE_CHECKING:
+    from rlspec.jobs.series import Series
+    from rlspec.jobs.series.scores import Scorer
+
+
+class Scoring:
+    """Scores checkpoints that are measured, and says what they are.
+
+    Args:
+        alarm: the score to be kept.
+        table: the file of the spectra's values; the scores get one beside it.
+    """
+
+    def __init__(self, scorer: Scorer, alarm: str | None, table: Path | None) -> None:
+        self._scorer = scorer
+        self._alarm = alarm
+        self._table = None if table is None else table.with_name(f"{table.stem}-scores{table.suffix}")
+        self._told: set[str] = set()  # checkpoints, and the fall
+
+    def __bool__(self) -> bool:
+        return bool(self._scorer)
+
+    def lines(self, series: Series) -> list[str]:
+        """Score what has no scores yet; every score, what goes with it, and what the alarm finds."""
+        from rlspec.jobs.series.falls import find_fall
+        from rlspec.tasks.alarm import describe_fall
+
+        scored = self._scored(series, None)
+        lines = ["", *score_lines(scored.scores), *correlation_lines(scored.correlations())]
+        if self._alarm is not None:
+            fall = find_fall(scored.scores, self._alarm)
+            calm = f"{self._alarm}: no fall from a peak that chance does not explain"
+            lines.append(calm if fall is None else describe_fall(fall[0], checkpoint=fall[1]))
+        return lines
+
+    def news(self, series: Series, warn: Callable[[str], None]) -> list[str]:
+        """The same of a series that grows: what was not told yet.
+
+        Args:
+            warn: gets one line for a checkpoint that cannot be scored.
+        """
+        from rlspec.jobs.series.falls import find_fall
+        from rlspec.tasks.alarm import describe_fall
+
+        scored = self._scored(series, warn)
+        lines = score_lines([row for row in scored.scores if row["checkpoint"] not in self._told])
+        self._told |= {row["checkpoint"] for row in scored.scores}
+        if self._alarm is not None and any(row["score"] == self._alarm for row in scored.scores):
+            fall = find_fall(scored.scores, self._alarm)
+            told = "" if fall is None else describe_fall(fall[0], checkpoint=fall[1])
+            if told not in self._told:
+                lines += [told] if told else []
+                self._told.add(told)
+        return lines
+
+    def _scored(self, series: Series, warn: Callable[[str], None] | None) -> Series:
+        bar = Bar(does="score", unit="score")
+
+        def told(message: str) -> None:
+            bar.close()
+            if warn is not None:
+                warn(message)
+
+        try:
+            scored = self._scorer.score(series, warn=None if warn is None else told, on_score=bar)
+        finally:
+            bar.close()
+        if self._table is not None:
+            scored.scores.to_csv(self._table)
+        return scored
