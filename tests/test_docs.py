@@ -200,6 +200,7 @@ def test_what_a_page_shows_runs(
     namespace = {
         "rlspec": rlspec,
         "model": transformers.AutoModelForCausalLM.from_pretrained("sft-model"),
+        "tokenizer": transformers.AutoTokenizer.from_pretrained("sft-model"),
         "dataset": trl_dataset(words),
         "SFTTrainer": trl.SFTTrainer,
         "args": trl.SFTConfig(output_dir="trained", max_steps=2, report_to="none"),

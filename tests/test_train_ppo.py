@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,11 +12,14 @@ from train_toys import ToyTask, toy_model, toy_tokenizer
 from rlspec.errors import OptionError
 from rlspec.train import Callback, KLProbe, PPOConfig, StepState, train_ppo
 from rlspec.train import experience as experience_module
+from rlspec.train.answers import answered
+from rlspec.train.divergence import trace_divergences
 from rlspec.train.experience import collect, prepare, turn_rewards
 from rlspec.train.gae import gae
 from rlspec.train.groups import group_advantages
 from rlspec.train.losses import kl_estimates, policy_losses, value_losses
 from rlspec.train.on_policy import OnPolicyError
+from rlspec.train.trace_file import read_prompts
 from rlspec.train.value_head import ValueHead
 
 TOKENIZER = toy_tokenizer()
@@ -218,6 +222,19 @@ def test_kl_probe_is_the_exact_divergence() -> None:
             tokens += len(answer)
     assert tokens == probe.tokens
     assert probe.measure(other) == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_kl_probe_of_a_file_measures_its_prompts_and_has_the_base_answer_the_rest(tmp_path: Path) -> None:
+    base, other, path = toy_model(0), toy_model(1), tmp_path / "prompts.jsonl"
+    path.write_text('{"prompt": "1 2", "answer": "yes 1"}\n{"prompt": "3 4"}\n{"text": "1 2 3 4"}\n')
+    probe = KLProbe(base, TOKENIZER, path)
+    traces = answered(read_prompts(path, TOKENIZER), base, TOKENIZER)
+    assert probe.prompts == 3 and probe.tokens == sum(trace.answer_tokens for trace in traces)
+    expected = trace_divergences(base, other, traces, 0)
+    assert probe.measure(other) == pytest.approx(sum(expected) / 3, rel=1e-5) and probe.measure(base) == 0.0
+    assert KLProbe(base, TOKENIZER, path, prompts=1).measure(other) == pytest.approx(
+        trace_divergences(base, other, traces[:1], 0)[0], rel=1e-5
+    )
 
 
 def test_kl_probe_respects_its_cache() -> None:

@@ -81,7 +81,8 @@ def score_correlations(
     return [
         {"score": name, **row}
         for name in names
-        if name not in RIVAL_SCORES
+        # Forgetting is text_loss less a constant, and goes with the same.
+        if name not in RIVAL_SCORES and not (name == "forgetting" and "text_loss" in names)
         for row in correlated(columns, [_number(row.get(name)) for row in scores])
     ]
 

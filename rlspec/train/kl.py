@@ -3,54 +3,67 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError
+from rlspec.train.answers import answered
 from rlspec.train.batch import AnswerBatch, answer_forward, collate
 from rlspec.train.divergence import divergence_sum
 from rlspec.train.encode import encode_answer, encode_prompt, pad_id
 from rlspec.train.modes import evaluation_mode
 from rlspec.train.padding import prompt_batches
+from rlspec.train.trace_file import read_prompts
+from rlspec.train.traces import Pair
 
 if TYPE_CHECKING:
     from rlspec.tasks.base import Task
 
 CACHE_BYTES = 256 * 2**20
 ROWS = 32  # prompts of one forward pass
+TASK_PROMPTS = 32
 
 
 class KLProbe:
     """KL(base || model) in nats per answer token, exact over the vocabulary.
 
-    The prompts are in-distribution problems drawn from a seed, the tokens those of the reference answers, so
-    that every model is measured in the same places. The base's log-probabilities are kept as float32, of as
-    many whole prompts as fit into ``cache_bytes``.
+    The tokens are fixed, so that every model is measured in the same places, and the base's log-probabilities at them are
+    kept as float32, of as many whole prompts as fit into ``cache_bytes``: the base itself is not needed again.
+
+    Args:
+        model: the base, as it is now.
+        problems: a task, whose in-distribution problems are drawn from ``seed``, with their reference answers; or a JSONL
+            file of prompts (see ``rlspec.train.trace_file.read_prompts``), whose missing answers are sampled from the
+            base.
+        prompts: how many are taken at most; None takes 32 of a task and all of a file.
+
+    Attributes:
+        prompts, tokens: how many fit.
 
     Raises:
-        OptionError: not even one prompt fits.
+        OptionError: not even one prompt fits, or the file is not one of prompts.
     """
 
     def __init__(
         self,
         model: Any,
         tokenizer: Any,
-        task: Task,
+        problems: Task | str | Path,
         *,
         seed: int = 0,
-        prompts: int = 32,
+        prompts: int | None = None,
         cache_bytes: int = CACHE_BYTES,
     ) -> None:
-        rng = random.Random(f"{seed}/kl")
-        problems = [task.sample(rng) for _ in range(prompts)]
-        pairs = [
-            (encode_prompt(tokenizer, task.prompt(problem)), encode_answer(tokenizer, task.answer(problem)))
-            for problem in problems
-        ]
+        if isinstance(problems, (str, Path)):
+            read = read_prompts(Path(problems), tokenizer)[:prompts]
+            pairs = [trace.pair for trace in answered(read, model, tokenizer)]
+        else:
+            pairs = _task_pairs(problems, tokenizer, seed, TASK_PROMPTS if prompts is None else prompts)
         row_bytes = 4 * model.get_output_embeddings().weight.shape[0]
-        kept: list[tuple[list[int], list[int]]] = []
+        kept: list[Pair] = []
         for pair in pairs:
             if (self._tokens(kept) + len(pair[1])) * row_bytes > cache_bytes:
                 break
@@ -68,7 +81,7 @@ class KLProbe:
         self._base = [logprobs.cpu() for logprobs in self._logprobs(model)]
 
     @staticmethod
-    def _tokens(pairs: list[tuple[list[int], list[int]]]) -> int:
+    def _tokens(pairs: list[Pair]) -> int:
         return sum(len(answer) for _, answer in pairs)
 
     @torch.no_grad()
@@ -87,3 +100,12 @@ class KLProbe:
         """Mean over the answer tokens. Costs one forward pass of the prompts."""
         pairs = zip(self._base, self._logprobs(model))
         return sum(divergence_sum(base, other) for base, other in pairs) / self.tokens
+
+
+def _task_pairs(task: Task, tokenizer: Any, seed: int, count: int) -> list[Pair]:
+    rng = random.Random(f"{seed}/kl")
+    problems = [task.sample(rng) for _ in range(count)]
+    return [
+        (encode_prompt(tokenizer, task.prompt(problem)), encode_answer(tokenizer, task.answer(problem)))
+        for problem in problems
+    ]

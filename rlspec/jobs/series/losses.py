@@ -9,9 +9,9 @@ from pathlib import Path
 
 from rlspec.errors import CheckpointError, OptionError
 from rlspec.jobs.loading import load_tokenizer
-from rlspec.jobs.series.answers import answered
 from rlspec.jobs.series.models import Models, check_loadable, tokenizer_of
 from rlspec.tasks.scores import Score, read_scores
+from rlspec.train.answers import answered
 from rlspec.train.divergence import trace_divergences
 from rlspec.train.encode import pad_id
 from rlspec.train.texts import read_texts, text_losses

@@ -21,8 +21,8 @@ def answered(
     prompts: Sequence[Trace | list[int]],
     base: Any,
     tokenizer: Any,
-    kept: Path | None,
-    by: str,
+    kept: Path | None = None,
+    by: str = "",
 ) -> list[Trace]:
     """The prompts as traces: those without an answer get one of the base's, sampled at temperature 1 from a fixed seed.
 
@@ -31,7 +31,7 @@ def answered(
     Args:
         base: the model that answers.
         kept: rows of ``by``, ``row`` (of the file), ``text`` and ``tokens``; None keeps nothing.
-        by: the prompts that the answers are to.
+        by: what the file calls these prompts.
 
     Raises:
         CheckpointError: the file cannot be written.
