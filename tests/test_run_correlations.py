@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from rlspec.run.correlations import rank_correlations
+from rlspec.run.correlations import rank_correlations, score_correlations
 from rlspec.tasks.stats import spearman, spearman_fisher_interval
 
 
@@ -59,3 +59,18 @@ def test_the_interval_holds_the_true_correlation_as_often_as_stated() -> None:
         held += found[0] <= truth <= found[1]
     assert 0.93 <= held / 1500 <= 0.97
     assert spearman_fisher_interval(1.0, 30) is None and spearman_fisher_interval(0.5, 4) is None
+
+
+def test_scores_are_correlated_with_metrics_and_with_what_rivals_them() -> None:
+    spectra = [[{"delta_relative": value}, {"delta_relative": value + 2}] for value in (1.0, 2.0, 3.0, 5.0)]
+    scores = [{"ood": o, "text_loss": t, "forgetting": t - 1, "kl_base": k} for o, t, k in
+              ((0.9, 1.0, 0.1), (0.7, 3.0, 0.3), (0.8, 2.0, 0.2), (0.1, 4.0, 0.9))]  # fmt: skip
+    scores[3].pop("ood")
+    found = {
+        (row["score"], row["metric"]): (row["spearman"], row["n"])
+        for row in score_correlations([10, 20, None, 40], spectra, scores)
+    }
+    assert found == {
+        ("ood", "kl_base"): (-1.0, 3), ("ood", "delta_relative"): (-0.5, 3),
+        ("text_loss", "kl_base"): (1.0, 4), ("text_loss", "step"): (1.0, 3), ("text_loss", "delta_relative"): (0.8, 4),
+    }  # fmt: skip

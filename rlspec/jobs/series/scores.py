@@ -146,6 +146,7 @@ class Scorer:
             for done, (kind, label, step, place) in enumerate(to_do):
                 if label != BASE_LABEL and not place.exists():  # trainers delete old ones
                     gone[label] = None
+                    self._given_up.add((label, kind.by))
                     continue
                 if on_score is not None:
                     on_score(done, len(to_do), label)
