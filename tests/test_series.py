@@ -24,7 +24,7 @@ from rlspec.io.jsonl import write_rows
 from rlspec.io.projections import find_projections
 from rlspec.jobs.series import Series
 from rlspec.jobs.series import job as jobs
-from rlspec.jobs.series.stacks import stack_bytes, stacks
+from rlspec.jobs.series.stacks import held_bytes, stack_bytes, stacks
 from rlspec.spectra import SpectralBasis, SpectralTracker
 from rlspec.spectra.table import COLUMNS
 
@@ -332,15 +332,16 @@ def test_the_memory_bounds_what_is_measured_together(run: Path) -> None:
 
 
 def test_as_many_stacks_are_measured_side_by_side_as_the_memory_has_room_for() -> None:
-    """Each of two such took 2.1 times its bytes where a thread of its own computed it."""
+    """Each of two such took up to twice what it holds where a thread of its own computed it."""
     shapes = {f"model.layers.{i}.self_attn.q_proj.weight": (1024, 1024) for i in range(9)}
     projections, alone = find_projections(shapes, ("q",)), stack_bytes((1024, 1024), 1)
+    held = held_bytes((1024, 1024), 1)
     seen = set()
     for memory in range(alone, 10 * alone, alone // 4):
         found = stacks(projections, shapes, memory, memory / 2**30, device=torch.device("cpu"), parts=3)
         at_once = max(map(len, found))
         seen.add(at_once)
-        assert at_once == 1 or 2.1 * at_once * alone <= memory
+        assert at_once == 1 or 2.0 * at_once * held <= memory
     assert seen == {1, 2, 3}
 
 
