@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from rlspec.io.index import (
     CheckpointIndex,
     distributed_format,
     distributed_places,
+    foreign_files,
     is_distributed,
 )
 from rlspec.io.weights import Weights, open_weights
@@ -142,6 +144,21 @@ def checkpoints_below(folder: Path) -> list[Checkpoint]:
     folders = (path for path in sorted(folder.iterdir()) if path.is_dir() and not _is_part(path))
     places = map(_weights_in, folders)
     return in_order(_once(Checkpoint.at(path) for path in places if path is not None))
+
+
+def foreign_below(folder: Path) -> Iterator[tuple[Path, Files, str]]:
+    """Models in formats that are not read, in a folder and right below it, but not beside weights that are.
+
+    Yields:
+        One of each folder and format: where it lies and how its files are called, the first of them, and what to say.
+    """
+    for place in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
+        if _is_checkpoint(place) or next(place.glob("*.safetensors"), None) is not None:
+            continue
+        for path, told in foreign_files(place).items():
+            with suppress(FileNotFoundError):  # one vanished
+                state = path.stat()
+                yield place / f"*{path.suffix}", {path.name: [state.st_size, state.st_mtime_ns]}, told
 
 
 def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
