@@ -25,6 +25,7 @@ from rlspec.io.projections import find_projections
 from rlspec.jobs.series import Series
 from rlspec.jobs.series import job as jobs
 from rlspec.jobs.series.stacks import held_bytes, stack_bytes, stacks
+from rlspec.linalg.rank import Rank
 from rlspec.spectra import SpectralBasis, SpectralTracker
 from rlspec.spectra.table import COLUMNS
 
@@ -317,7 +318,7 @@ def test_nan_is_told_with_the_checkpoint(run: Path) -> None:
 def test_the_memory_bounds_what_is_measured_together(run: Path) -> None:
     """And the rows do not depend on it beyond their own error bounds."""
     base = run.parent / "base"
-    alone = stack_bytes((64, 64), 1) / 2**30
+    alone = stack_bytes((64, 64), 1, rank=Rank.parse(0.2)) / 2**30
     with pytest.raises(
         OptionError, match=r"^memory_gib=.* is too little: .*q_proj.weight \(64x64\) takes up to"
     ):
@@ -334,11 +335,11 @@ def test_the_memory_bounds_what_is_measured_together(run: Path) -> None:
 def test_as_many_stacks_are_measured_side_by_side_as_the_memory_has_room_for() -> None:
     """Each of two such took up to twice what it holds where a thread of its own computed it."""
     shapes = {f"model.layers.{i}.self_attn.q_proj.weight": (1024, 1024) for i in range(9)}
-    projections, alone = find_projections(shapes, ("q",)), stack_bytes((1024, 1024), 1)
-    held = held_bytes((1024, 1024), 1)
+    projections, rank, cpu = find_projections(shapes, ("q",)), Rank.parse(1.0), torch.device("cpu")
+    alone, held = stack_bytes((1024, 1024), 1, rank=rank), held_bytes((1024, 1024), 1, rank=rank)
     seen = set()
     for memory in range(alone, 10 * alone, alone // 4):
-        found = stacks(projections, shapes, memory, memory / 2**30, device=torch.device("cpu"), parts=3)
+        found = stacks(projections, shapes, memory, memory / 2**30, rank=rank, device=cpu, parts=3)
         at_once = max(map(len, found))
         seen.add(at_once)
         assert at_once == 1 or 2.0 * at_once * held <= memory

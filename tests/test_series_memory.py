@@ -12,6 +12,8 @@ from torch.profiler import ProfilerActivity, profile
 
 import rlspec
 from rlspec.jobs.series.stacks import held_bytes
+from rlspec.linalg.rank import Rank
+from rlspec.perturb.reference import Reference, widest
 from rlspec.spectra import nulls
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -46,6 +48,9 @@ def peak_bytes(folder: Path, shape: tuple[int, int], dtype: torch.dtype, count: 
         ((448, 460), torch.bfloat16, 1, {"rank": 1.0, "null_draws": 1}, 0.9),
         ((448, 460), torch.float64, 1, {"rank": 0.95, "null_draws": 1}, 0.9),
         ((448, 1344), torch.float32, 1, {"rank": 0.95, "null_draws": 1}, 0.9),
+        ((448, 460), torch.float32, 1, {"rank": 0.5, "null_draws": 1}, 0.75),
+        ((448, 1344), torch.float32, 1, {"rank": 0.2}, 0.35),
+        ((448, 460), torch.float32, 1, {"rank": "energy:0.95"}, 0.5),
         ((128, 128), torch.float32, 16, {"rank": 0.95, "null_draws": 1}, 0.5),
         ((392, 6272), torch.float64, 1, {"rank": 0.95, "null_draws": 1, "engine": "exact"}, 0.8),
         ((448, 448), torch.float32, 1, {"rank": 0.95, "locking": True}, 0.5),
@@ -62,7 +67,8 @@ def test_the_plan_covers_what_is_held_and_not_much_more(
 ) -> None:
     peak = peak_bytes(tmp_path, shape, dtype, count, **options)
     drawn, locking = options.get("null_draws", 0) > 0, options.get("locking", False)
-    planned = held_bytes(shape, count, nulls=drawn, locking=locking)
+    rank = Rank.parse(options["rank"])
+    planned = held_bytes(shape, count, rank=rank, nulls=drawn, locking=locking)
     assert least * planned <= peak <= planned
 
 
@@ -75,4 +81,14 @@ def test_a_copy_of_each_update_that_is_kept_shows(tmp_path: Path, monkeypatch: p
 
     monkeypatch.setattr(nulls, "_random_update", keeping)
     peak = peak_bytes(tmp_path, (448, 1344), torch.float32, 1, rank=0.95, null_draws=1)
-    assert peak > held_bytes((448, 1344), 1, nulls=True)
+    assert peak > held_bytes((448, 1344), 1, rank=Rank.parse(0.95), nulls=True)
+
+
+@pytest.mark.parametrize("r", [5, 40, 300])
+def test_no_more_columns_are_taken_than_the_plan_counts(r: int) -> None:
+    draw = torch.Generator().manual_seed(r)
+    for k in range(1, r + 1):
+        values = torch.rand(1, r, generator=draw, dtype=torch.float64).sort(descending=True).values
+        values[:, int(0.9 * r) :] *= k % 2  # with and without a kernel
+        square = torch.empty(1, r, r)
+        assert Reference(("x",), square, square, values, square, k).width <= widest(k, r)

@@ -184,6 +184,7 @@ class Job:
             shapes,
             memory,
             memory_gib,
+            rank=rule,
             device=chosen,
             parts=together,
             locking=locking,
