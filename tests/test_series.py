@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -190,6 +192,37 @@ def test_another_base_and_a_checkpoint_written_anew_are_refused(run: Path) -> No
     rewrite(tuned, lambda tensors: None)
     with pytest.raises(CheckpointError, match=r"checkpoint-20: written anew since its rows"):
         rlspec.measure(base, [tuned], out=out)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("run/checkpoint-20", CheckpointError), ("base", RunFolderError)]
+)
+def test_files_that_are_not_as_they_were_are_told_and_have_their_times_back_as_told(
+    name: str, error: type[Exception], run: Path
+) -> None:
+    base, out, folder = run.parent / "base", run.parent / "out", run.parent / name
+    rows = rlspec.measure(base, run / "checkpoint-20", out=out).rows
+
+    def refused(told: str) -> str:
+        with pytest.raises(error, match=told) as caught:
+            rlspec.measure(base, run / "checkpoint-20", out=out)
+        return str(caught.value)
+
+    os.utime(folder / "model.safetensors")
+    os.utime(folder / "config.json")
+    for file, more in (("config.json", "and of 1 more "), ("model.safetensors", "")):
+        told = refused(rf"\(only the time of {file} {more}is another: ")
+        way = re.search(r"touch -d (\S+) ", told)
+        assert way is not None
+        subprocess.run(["touch", "-d", way[1], folder / file], check=True)
+    assert rlspec.measure(base, run / "checkpoint-20", out=out).rows == rows
+    with (folder / "config.json").open("a") as config:
+        config.write("\n")
+    os.utime(folder / "model.safetensors")
+    size = (folder / "config.json").stat().st_size
+    refused(rf"\(config.json has {size} bytes, had {size - 1}\)")
+    (folder / "config.json").unlink()
+    refused(r"\(config.json is gone\)")
 
 
 def test_a_folder_of_something_else_is_left_alone(run: Path) -> None:

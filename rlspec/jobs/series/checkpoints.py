@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from rlspec.errors import CheckpointError
@@ -186,6 +187,24 @@ def labels(
         taken: labels that are not given again.
     """
     return told_apart([checkpoint.called for checkpoint in checkpoints], known, {BASE_LABEL, *taken})
+
+
+def difference(before: Files, now: Files) -> str:
+    """What to say of files that are not as they were, sizes before times; "" where all are."""
+    for name in sorted({*before, *now}):
+        if name not in now or name not in before:
+            return f"{name} is {'gone' if name in before else 'new'}"
+        if now[name][0] != before[name][0]:
+            return f"{name} has {now[name][0]} bytes, had {before[name][0]}"
+    if not (touched := [name for name in sorted(now) if now[name] != before[name]]):
+        return ""
+    seconds, rest = divmod(before[touched[0]][1], 10**9)
+    when = f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
+    more = f" and of {len(touched) - 1} more" if len(touched) > 1 else ""
+    return (
+        f"only the time of {touched[0]}{more} is another: cp -p and rsync -t keep times, and touch -d "
+        f"{when} gives that file, where it is the same, its time back"
+    )
 
 
 def _once(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
