@@ -15,6 +15,7 @@ from rlspec.errors import RunFolderError
 from rlspec.report.curves import spectral_curves
 from rlspec.report.html import write_report
 from rlspec.report.series import checkpoints, correlations_with_scores, read_series, sentence
+from rlspec.report.tables import nulls
 from rlspec.tasks.stats import spearman, spearman_fisher_interval
 
 
@@ -91,6 +92,35 @@ def test_checkpoints_without_a_step_stand_in_the_order_of_the_table(tmp_path: Pa
     run = read_series(write(tmp_path / "spectra", content))
     assert [row["step"] for row in run.metrics] == [0, 1, 2]
     assert [row[0] for row in checkpoints(run)] == ["checkpoint-100", "checkpoint-200", "checkpoint-300"]
+
+
+def test_checkpoints_without_a_step_are_told_by_name(tmp_path: Path) -> None:
+    """The first of them too, whose place is that of a run's base, and in every text and table."""
+    drawn = {"null_random_rad": 0.1, "null_rounding_rad": 0.01, "null_random_percentile": 100.0}
+    run = read_series(write(tmp_path / "spectra", [row | {"step": None} | drawn for row in rows()]))
+    names = ["checkpoint-100", "checkpoint-200", "checkpoint-300"]
+    chart = dict(spectral_curves(run))["Rotation"]
+    assert chart is not None and chart.x_label == "place in the series"
+    texts = [dot.text for line in chart.lines for dot in line.dots]
+    assert [text.partition(":")[0] for text in texts] == [f"{m}, {name}" for m in "qv" for name in names]
+    assert [row[1] for row in nulls(run) if row[0] == "q"] == names
+
+
+def test_beside_steps_those_without_one_come_last_each_by_itself(tmp_path: Path) -> None:
+    """Nobody knows when they were: no line leads to them, and no step is told of them."""
+    steps = {100: 100, 200: None, 300: None}
+    names = {100: "checkpoint-100", 200: "best", 300: "checkpoint"}
+    mixed = [row | {"step": steps[row["step"]], "checkpoint": names[row["step"]]} for row in rows()]
+    folder = write(tmp_path / "spectra", mixed)
+    run = read_series(folder)
+    assert [row[0] for row in checkpoints(run)] == list(names.values())
+    chart = dict(spectral_curves(run))["Rotation"]
+    assert chart is not None and chart.x_label == "step"
+    dots = [[dot.text.partition(":")[0] for dot in line.dots] for line in chart.lines]
+    expected = [[f"{m}, {end}"] for m in "qv" for end in ("checkpoint, step 100", "best", "checkpoint")]
+    assert dots == expected
+    page = write_report(folder).read_text()
+    assert "best (without a step)</span>" in page and "step 101" not in page and "step 102" not in page
 
 
 @pytest.mark.parametrize(

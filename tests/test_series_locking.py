@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from restore_toys import rewrite, save_model, tensors_of, tune
-from test_series import loaded, rows_in
+from series_toys import loaded, rows_in
 from test_series_processes import ended, start
 
 import rlspec

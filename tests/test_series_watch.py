@@ -248,6 +248,44 @@ def test_a_checkpoint_in_the_making_is_not_told_of_for_the_pickles_beside_it(bas
     assert looks(base, nothing, finish, nothing, nothing) == ([["checkpoint-5"]], [])
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("checkpoint-5/model-Q4_K_M.gguf", "GGUF.*give the checkpoint that it was made of"),
+        ("checkpoint-5/consolidated.00.pth", "Meta's.*convert_llama_weights_to_hf"),
+        ("epoch=3-step=500.ckpt", "Lightning.*save_pretrained"),
+        ("checkpoint-5/last.ckpt", "Lightning.*save_pretrained"),
+    ],
+)
+def test_models_in_other_formats_are_told_of_once_they_are_written(name: str, told: str, base: Path) -> None:
+    run = base.parent / "run"
+    path = run / name
+    path.parent.mkdir(exist_ok=True)
+
+    def grow() -> None:
+        with path.open("ab") as file:
+            file.write(b"x")
+
+    assert looks(base, nothing, grow, grow, grow) == ([], [])  # still being written
+    added, warnings = looks(base, nothing, nothing, grow, nothing, nothing)
+    assert added == [] and len(warnings) == 1
+    assert warnings[0].startswith(f"{path}: ") and re.search(told, warnings[0])
+    with pytest.raises(CheckpointError, match=told):  # the same where nothing is waited for
+        rlspec.measure(base, path.parent)
+
+
+def test_models_in_parts_are_told_of_once_and_not_at_all_beside_weights_that_are_read(base: Path) -> None:
+    run = base.parent / "run"
+    tune(base, run / "checkpoint-1")
+    for name in ("export.gguf", "checkpoint-1/model.gguf", "consolidated.00.pth", "consolidated.01.pth"):
+        (run / name).write_bytes(b"x")
+    added, warnings = looks(base, nothing, nothing, nothing)
+    assert added == [["checkpoint-1"]]
+    assert [line.split(":")[0] for line in warnings] == [
+        str(run / "export.gguf"), str(run / "consolidated.00.pth"),
+    ]  # fmt: skip
+
+
 def test_a_folder_that_is_not_there_is_no_folder_to_watch(base: Path) -> None:
     shutil.rmtree(base.parent / "run")
     with pytest.raises(CheckpointError, match="no such folder to watch"):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from restore_toys import pair, rewrite, tensors_of
-from test_series import rows_in
+from series_toys import rows_in
 
 import rlspec
 from rlspec.cli.main import main

@@ -11,7 +11,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from restore_toys import pair, parts, save_model, tensors_of
-from test_series import loaded, rows_in
+from series_toys import loaded, rows_in
 
 import rlspec
 from rlspec.cli.main import main

@@ -199,6 +199,20 @@ _DISTRIBUTED = {
 }
 
 
+# Whole models in other formats: how their files are called, what that is, and what to do.
+_FOREIGN = {
+    "*.gguf": ("llama.cpp's GGUF", "give the checkpoint that it was made of"),
+    "consolidated*.pth": (
+        "Meta's pickled weights",
+        "convert them to Hugging Face's layout first, for Llama with convert_llama_weights_to_hf.py of transformers",
+    ),
+    "*.ckpt": (
+        "a pickle as Lightning saves it",
+        "load it with what trained it, and save its model with save_pretrained of transformers",
+    ),
+}
+
+
 def distributed_places(folder: Path) -> list[Path]:
     """Where a checkpoint's folder holds models that torch.distributed.checkpoint wrote: itself, or folders right below.
 
@@ -226,6 +240,15 @@ def distributed_format(folder: Path) -> str | None:
                 told = advice.format(place=found.parent)
                 return f"{folder}: holds {what} ({found.relative_to(folder)}), which is not read; {told}"
     return None
+
+
+def foreign_files(folder: Path) -> dict[Path, str]:
+    """Files of models in formats that are not read, the first of each format in a folder, and what to say of them."""
+    found = {}
+    for pattern, (what, advice) in _FOREIGN.items():
+        if (path := min(folder.glob(pattern), default=None)) is not None:
+            found[path] = f"{path}: {what}, which is not read; {advice}"
+    return found
 
 
 def only_measured(folder: Path) -> str | None:
@@ -280,6 +303,8 @@ def _nothing_to_read(folder: Path) -> str:
         return f"{folder}: a saved SpectralBasis, not a checkpoint; SpectralBasis.from_pretrained reads it"
     if (distributed := distributed_format(folder)) is not None:
         return distributed
+    for foreign in foreign_files(folder).values():
+        return foreign
     pickles = [p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern)]
     pickles.sort(key=lambda name: (not name.startswith("pytorch_model"), name))  # the optimizer's tell less
     if pickles:

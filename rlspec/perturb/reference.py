@@ -15,6 +15,7 @@ from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.sample import Sample
 
 _CHOICE = 4  # widths to choose a gap from
+_WHOLE = 0.85  # from this share of the columns on a guard band takes all
 #: Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would
 #: turn into each other many times over, and a first-order formula has nothing to say about them.
 FLOOR = 0.02
@@ -135,14 +136,25 @@ class Reference:
         k, s = self.k, self.values
         floor = s[..., :1] * max(self.shape) * torch.finfo(torch.float32).eps
         rank = int((s > floor).sum(-1).min())  # columns of zero singular values have no direction to follow
-        low, high = k + max(8, k // 4), k + max(12, k // 2)
-        if high >= min(rank, round(0.85 * s.shape[-1])):
+        low, high = _band(k)
+        if high >= min(rank, round(_WHOLE * s.shape[-1])):
             return max(k, rank)
         drop = ((s[..., low - 1 : high] - s[..., low : high + 1]) / s[..., low - 1 : high]).amin(0).tolist()
         widths = [w for w in range(low, high + 1) if w % ALIGNED == 0]
         if len(widths) < _CHOICE:
             widths = list(range(low, high + 1))
         return max(widths, key=lambda w: drop[w - low])
+
+
+def widest(k: int, r: int) -> int:
+    """The most columns that :attr:`Reference.width` comes to, where k of r are followed."""
+    _, high = _band(k)
+    return r if high >= round(_WHOLE * r) else high
+
+
+def _band(k: int) -> tuple[int, int]:
+    """Where the guard band may end."""
+    return k + max(8, k // 4), k + max(12, k // 2)
 
 
 def stack(tensors: Sequence[Tensor]) -> Tensor:

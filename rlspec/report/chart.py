@@ -32,6 +32,7 @@ class Series:
     band: Sequence[tuple[float, float, float]] = field(default=())
     dash: str = "d0"
     where: str = ""  # the segment, for the texts of the dots
+    names: Sequence[str] = ()  # of the dots, where they are no steps
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,11 @@ def line_chart(
 
     lines = []
     for s in shown:
-        name = ", ".join(part for part in (s.label, s.where, "step") if part)
-        dots = [place(x, y, f"{name} {x:g}: {y_format(y)}") for x, y in s.points]
+        names = [", ".join(part for part in (s.label, name) if part) for name in s.names]
+        if not names:
+            name = ", ".join(part for part in (s.label, s.where, "step") if part)
+            names = [f"{name} {x:g}" for x, _ in s.points]
+        dots = [place(x, y, f"{name}: {y_format(y)}") for name, (x, y) in zip(names, s.points, strict=True)]
         radius = 3.0 if len(dots) < _CROWD else 1.2
         lines.append(Line(s.label, s.colour, s.dash, dots, _outline(s.band, place), radius))
     return Chart(

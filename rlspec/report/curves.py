@@ -71,7 +71,8 @@ def spectral_curves(run: RunData) -> list[tuple[str, Chart | None]]:
     ]  # fmt: skip
     scores = [(name, segment_lines(run, name, "c0", score_of(name))) for name in run.scores]
     drawn = [(f"Score {name}", lines, name, lambda v: f"{v:.4g}", 200, None) for name, lines in scores]
-    return _drawn(run, charts, "step", around=drawn)
+    placed = all(row.get("unnumbered") for row in run.metrics)
+    return _drawn(run, charts, "place in the series" if placed else "step", around=drawn)
 
 
 def score_of(name: str) -> Callable[[Row], float | None]:
@@ -168,7 +169,8 @@ def segment_lines(
         )
         whole = [(x, low, high) for x, low, high in around if low is not None and high is not None]
         where = titles[name] if len(titles) > 1 else ""
-        found.append(Series(label, points, colour, whole, dash, where))
+        names = [str(row.get("checkpoint")) for row, _ in rows if row.get("unnumbered")]
+        found.append(Series(label, points, colour, whole, dash, where, names))
     return found
 
 

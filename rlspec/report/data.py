@@ -160,6 +160,11 @@ def _cut(value: Any) -> str:
     return f"{value!a:.60}"
 
 
+def event_name(row: Row, numbered: str) -> str:
+    """What a row's event is called: as given, or, of a checkpoint without a step, as the checkpoint is."""
+    return str(row.get("checkpoint")) if row.get("unnumbered") else numbered
+
+
 def by_event(rows: Sequence[Row]) -> dict[Event, list[Row]]:
     """Rows grouped by event, in order."""
     groups: dict[Event, list[Row]] = {}

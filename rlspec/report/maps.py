@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 
-from rlspec.report.data import Row, RunData, by_event
+from rlspec.report.data import Row, RunData, by_event, event_name
 from rlspec.report.heatmap import ColourBar, HeatMap, colour_bar, heatmap
 from rlspec.run.rows import rotation
 
@@ -23,7 +23,10 @@ def maps(run: RunData) -> list[tuple[str, ColourBar, list[HeatMap]]]:
     stride = -(-len(groups) // most)
     kept = [g for i, g in enumerate(groups) if (len(groups) - 1 - i) % stride == 0]
     several = len({segment for (segment, _), _ in groups}) > 1
-    columns = [f"{segment} {step}" if several else f"step {step}" for (segment, step), _ in kept]
+    columns = [
+        event_name(rows[0], f"{segment} {step}" if several else f"step {step}")
+        for (segment, step), rows in kept
+    ]
     thinned = f"; {len(kept)} of {len(groups)} checkpoints, evenly spaced" if stride > 1 else ""
     sections = []
     kinds: tuple[tuple[str, Callable[[Row], float | None], Callable[[float], str]], ...] = (

@@ -24,8 +24,8 @@ def read_series(folder: Path) -> RunData:
     """The rows of a folder as those of a run without accuracies.
 
     Checkpoints whose paths differ by more than their step, such as those of two branches or of two trainings, are
-    segments of their own, in the order of the table. Those without a step come after the last step, or, where none has
-    a step, get their place in the table for one.
+    segments of their own, in the order of the table. Those without a step come after the last step, each by itself, since
+    nobody knows when it was; or, where none has a step, get their place in the table for one.
 
     Raises:
         RunFolderError: the file is missing or empty, or a line is no JSON object or holds something else than numbers
@@ -37,13 +37,16 @@ def read_series(folder: Path) -> RunData:
     for line, row in numbered_rows(path):
         checkpoint, step = row.get("checkpoint"), row.get("step")
         place = unnumbered.setdefault(str(checkpoint), len(unnumbered)) if step is None else step
-        rows.append(row | {"stage": row.get("stage") or "series", "step": place, "segment": _segment(row)})
+        own = {"stage": row.get("stage") or "series", "step": place, "segment": _segment(row)}
+        rows.append(row | own | {"unnumbered": step is None})
         check_row(f"{path}, line {line}", rows[-1], "module")
     if not rows:
         raise RunFolderError(f"{path}: no row yet; nothing to report")
-    after = 1 + max((row["step"] for row in rows if row["segment"] != _UNNUMBERED), default=-1)
-    for row in rows:
-        row["step"] += after if row["segment"] == _UNNUMBERED else 0
+    if numbered := [row["step"] for row in rows if not row["unnumbered"]]:
+        for row in rows:
+            if row["unnumbered"]:
+                row["step"] += 1 + max(numbered)
+                row["segment"] = f"{row.get('checkpoint')} ({_UNNUMBERED})"
     order = {name: i for i, name in enumerate(dict.fromkeys(row["segment"] for row in rows))}
     rows.sort(key=lambda row: (order[row["segment"]], row["step"]))
     starts = _starts(rows)
@@ -51,7 +54,7 @@ def read_series(folder: Path) -> RunData:
         {
             "stage": found[0]["stage"], "segment": segment, "step": step,
             "global_step": step + starts.get(segment, 0),
-            "checkpoint": found[0].get("checkpoint"),
+            "checkpoint": found[0].get("checkpoint"), "unnumbered": found[0]["unnumbered"],
         }
         for (segment, step), found in by_event(rows).items()
     ]  # fmt: skip
@@ -107,7 +110,7 @@ def correlations_with_scores(run: RunData) -> Cells:
     """Rank correlations of the metrics with each score, where five checkpoints or more have both."""
     matrices = by_event(run.spectra)
     found = score_correlations(
-        [event["step"] for event in run.metrics],
+        [None if event["unnumbered"] else event["step"] for event in run.metrics],
         [matrices[event_of(event)] for event in run.metrics],
         [
             {name: value for name, value in event.get("scores", {}).items() if name in run.scores}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from rlspec.report.data import Row, RunData, by_event
+from rlspec.report.data import Row, RunData, by_event, event_name
 from rlspec.report.verdict import accuracy, branch_ends, paired, percent, turned
 from rlspec.run.branches import decisive_events, event_title, segment_titles
 from rlspec.run.correlations import rank_correlations
@@ -67,13 +67,13 @@ def nulls(run: RunData) -> Cells:
     for (segment, step), matrices in by_event(run.spectra).items():
         for module in dict.fromkeys(row["module"] for row in matrices):
             found = [r for r in matrices if r["module"] == module and r.get("null_random_rad") is not None]
-            if not found or step == 0:
+            if not found or (step == 0 and not found[0].get("unnumbered")):
                 continue
             beyond = sum(r.get("null_random_percentile") == 100 for r in found)
             rows.append(
                 [
                     module,
-                    f"{segment} {step}",
+                    event_name(found[0], f"{segment} {step}"),
                     number(mean(rotation(r) for r in found), ".4f"),
                     number(mean(r["null_random_rad"] for r in found), ".4f"),
                     number(mean(r.get("null_rounding_rad") for r in found), ".2g"),

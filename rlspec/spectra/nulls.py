@@ -65,7 +65,6 @@ def null_rotations(
     if own is None:
         return None
     change = measured.update
-    error = weight.to(torch.bfloat16).double() - weight.double()
 
     def turned(update: Tensor) -> Tensor:
         delta = DenseDelta.alone(update, reference.W, change.reference_frobenius)
@@ -73,15 +72,19 @@ def null_rotations(
         assert found is not None  # the sides are those of the measured weights
         return found
 
-    rounded, random = turned(error), []
-    for draw in range(draws):
-        # Drawn on the host, so that a device draws the same.
-        noise = torch.stack([_noise(f"{seed}/{name}/{draw}", reference.shape) for name in reference.names])
-        scale = change.delta_frobenius / torch.linalg.vector_norm(noise, dim=(-2, -1))
-        random.append(turned((noise * scale[:, None, None]).to(error.device)))
+    # No name here keeps an update: the engine works on nothing but the one that it measures.
+    rounded = turned(weight.to(torch.bfloat16).double().sub_(weight))
+    random = [turned(_random_update(reference, change.delta_frobenius, seed, draw)) for draw in range(draws)]
     return Nulls(own, rounded, torch.stack(random))
 
 
-def _noise(key: str, shape: tuple[int, int]) -> Tensor:
-    generator = torch.Generator().manual_seed(zlib.crc32(key.encode()))
-    return torch.randn(shape, generator=generator, dtype=torch.float32).double()
+def _random_update(reference: Reference, norms: Tensor, seed: int, draw: int) -> Tensor:
+    """(L, m, n) float64: Gaussian updates with Frobenius norms (L,)."""
+    m, n = reference.shape
+    # Drawn on the host, so that a device draws the same.
+    noise = torch.empty(len(reference.names), m, n, dtype=torch.float64)
+    for one, name in zip(noise, reference.names):
+        generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}/{draw}".encode()))
+        one.copy_(torch.randn(m, n, generator=generator, dtype=torch.float32))
+    scale = norms / torch.linalg.vector_norm(noise, dim=(-2, -1))
+    return noise.mul_(scale[:, None, None]).to(reference.device)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from pathlib import Path
 
 from rlspec.errors import CheckpointError
@@ -18,6 +20,7 @@ from rlspec.io.index import (
     CheckpointIndex,
     distributed_format,
     distributed_places,
+    foreign_files,
     is_distributed,
 )
 from rlspec.io.weights import Weights, open_weights
@@ -143,6 +146,21 @@ def checkpoints_below(folder: Path) -> list[Checkpoint]:
     return in_order(_once(Checkpoint.at(path) for path in places if path is not None))
 
 
+def foreign_below(folder: Path) -> Iterator[tuple[Path, Files, str]]:
+    """Models in formats that are not read, in a folder and right below it, but not beside weights that are.
+
+    Yields:
+        One of each folder and format: where it lies and how its files are called, the first of them, and what to say.
+    """
+    for place in (folder, *sorted(path for path in folder.glob("*") if path.is_dir())):
+        if _is_checkpoint(place) or next(place.glob("*.safetensors"), None) is not None:
+            continue
+        for path, told in foreign_files(place).items():
+            with suppress(FileNotFoundError):  # one vanished
+                state = path.stat()
+                yield place / f"*{path.suffix}", {path.name: [state.st_size, state.st_mtime_ns]}, told
+
+
 def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     """By folder in the order of their first ones, there by stage, branch and step; the unnumbered stay in their order."""
     checkpoints = list(checkpoints)
@@ -168,6 +186,24 @@ def labels(
         taken: labels that are not given again.
     """
     return told_apart([checkpoint.called for checkpoint in checkpoints], known, {BASE_LABEL, *taken})
+
+
+def difference(before: Files, now: Files) -> str:
+    """What to say of files that are not as they were, sizes before times; "" where all are."""
+    for name in sorted({*before, *now}):
+        if name not in now or name not in before:
+            return f"{name} is {'gone' if name in before else 'new'}"
+        if now[name][0] != before[name][0]:
+            return f"{name} has {now[name][0]} bytes, had {before[name][0]}"
+    if not (touched := [name for name in sorted(now) if now[name] != before[name]]):
+        return ""
+    seconds, rest = divmod(before[touched[0]][1], 10**9)
+    when = f"{datetime.fromtimestamp(seconds, timezone.utc):%Y-%m-%dT%H:%M:%S}.{rest:09d}Z"
+    more = f" and of {len(touched) - 1} more" if len(touched) > 1 else ""
+    return (
+        f"only the time of {touched[0]}{more} is another: cp -p and rsync -t keep times, and touch -d "
+        f"{when} gives that file, where it is the same, its time back"
+    )
 
 
 def _once(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:

@@ -191,7 +191,15 @@ class Job:
         # Several processes deal stacks to each other, and small ones come out even.
         together = torch.get_num_threads() + 1 if share.count == 1 else 1
         parts = stacks(
-            projections, shapes, memory, memory_gib, device=chosen, parts=together, locking=locking
+            projections,
+            shapes,
+            memory,
+            memory_gib,
+            rank=rule,
+            device=chosen,
+            parts=together,
+            locking=locking,
+            nulls=null_draws > 0,
         )
         settings = {
             "base": str(place.resolve()),

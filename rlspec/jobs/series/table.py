@@ -23,7 +23,7 @@ from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair, writ
 from rlspec.io.launch import FirstMissingError
 from rlspec.io.lock import is_held, locked, take_lock
 from rlspec.io.share import ALONE, APART, LOOK, Share
-from rlspec.jobs.series.checkpoints import Checkpoint, Files, in_order, labels
+from rlspec.jobs.series.checkpoints import Checkpoint, Files, difference, in_order, labels
 from rlspec.jobs.series.parts import ended, launch_file, parts, take_part
 from rlspec.jobs.series.result import CheckpointSpectra, Series
 
@@ -255,10 +255,10 @@ class SpectraTable:
         self._refuse_rewritten(*self.last(), files)
 
     def _refuse_rewritten(self, label: str, checkpoint: Checkpoint, files: Files) -> None:
-        if self._known[label]["files"] != files:
+        if told := difference(self._known[label]["files"], files):
             raise CheckpointError(
-                f"{checkpoint.path}: written anew since its rows in {self._path} were measured (size or time of a "
-                "file differs; cp -p and rsync -t keep them); choose another folder for out="
+                f"{checkpoint.path}: written anew since its rows in {self._path} were measured ({told}); choose another "
+                "folder for out="
             )
 
     def drop_outdated(self, labels: Iterable[str], end: str) -> None:
@@ -346,8 +346,8 @@ def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, An
         if found.get(name) != value:
             if name == "base_files":
                 raise RunFolderError(
-                    f"{path}: measured against another base, or its files were written anew since (size or time of "
-                    "one differs; cp -p and rsync -t keep them); choose another folder for out="
+                    f"{path}: measured against another base, or its files were written anew since "
+                    f"({difference(found[name], value)}); choose another folder for out="
                 )
             raise RunFolderError(
                 f"{path}: measured with {name}={found.get(name)!r}, now {name}={value!r}; choose another folder for out="

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from rlspec.errors import CheckpointError, ProjectionError, TensorError
 from rlspec.io.index import distributed_format
-from rlspec.jobs.series.checkpoints import Checkpoint, Files, checkpoints_below, find_checkpoints
+from rlspec.jobs.series.checkpoints import (
+    Checkpoint,
+    Files,
+    checkpoints_below,
+    find_checkpoints,
+    foreign_below,
+)
 from rlspec.jobs.series.job import Job, OnMatrix
 
 #: Seconds between two looks. A checkpoint is whole when all its files are there and have not changed between them.
@@ -27,7 +33,7 @@ def watch(
     """Measure the checkpoints at the paths and those that appear there, for ever.
 
     A checkpoint that cannot be measured is told of, and passed over until it is written anew; so is one that vanishes
-    while it is read, as trainers remove old ones.
+    while it is read, as trainers remove old ones. Models in formats that are not read are told of once.
 
     Args:
         job: opened, see :class:`Job`.
@@ -95,6 +101,11 @@ def watch(
                 and not job.table.is_whole(checkpoint, files)
             ):
                 ready.append((checkpoint, files))
+        for place, files, told in (found for path in paths for found in foreign_below(Path(path))):
+            if before.get(place) == files and place not in passed_over:
+                passed_over[place] = None
+                warn(told)
+            before[place] = files
         if ready and (added := measured(ready)):
             job.table.settle()
             yield added
