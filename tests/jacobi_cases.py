@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rlspec.ops.jacobi import Rotated
+from rlspec.linalg.jacobi import Rotated
 from rlspec.ops.reference import jacobi_ref
 
 F32, F64 = torch.float32, torch.float64

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from rlspec.linalg import libraries, solvers
 from rlspec.linalg.libraries import JacobiLibrary
-from rlspec.linalg.solvers import Jacobi, JacobiKernel
+from rlspec.linalg.solvers import Jacobi
 
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 F64 = torch.float64
@@ -49,12 +50,11 @@ def in_order(seed: int) -> Iterator[None]:
 
 @contextmanager
 def chosen_jacobi(choice: str = "jacobi") -> Iterator[None]:
-    """Within, ``RLSPEC_SOLVER`` is ``choice``; the pretend device's library is the host's, its kernel in plain torch."""
-    made = {"jacobi": host_jacobi, "triton": lambda: Jacobi(JacobiKernel(), "triton")}[choice]
+    """Within, ``RLSPEC_SOLVER`` is ``choice``; what rotates on the pretend device is the host's library."""
     with pytest.MonkeyPatch.context() as patch, in_order(0):
         patch.setenv(solvers.VARIABLE, choice)
         patch.setattr(solvers, "choice_problem", lambda choice, device: None)
-        patch.setattr(solvers, "_made", lambda choice: made())
+        patch.setattr(solvers, "_made", lambda choice: replace(host_jacobi(), name=choice))
         yield
 
 

@@ -24,8 +24,8 @@ from solver_toys import host_jacobi
 from torch import Tensor
 
 from rlspec.linalg import solvers
-from rlspec.linalg.solvers import Cusolver, Solved
-from rlspec.ops.jacobi import Rotated, jacobi
+from rlspec.linalg.jacobi import MOST_SWEEPS, Rotated, Rotates
+from rlspec.linalg.solvers import Cusolver, Jacobi, Solved
 from rlspec.ops.table import TABLE
 
 BEST = {"copy": 1e10, "float32": 1e11}
@@ -86,9 +86,7 @@ def test_every_choice_of_small_solves_is_checked_before_it_is_timed(monkeypatch:
     choices = {"jacobi": host_jacobi(), "cusolver": Wrong(None), "broken": Cusolver(None)}  # type: ignore[arg-type]
     monkeypatch.setattr(gpu_solves, "device_solvers", lambda device: (choices, ["magma: left out."]))
     monkeypatch.setitem(solvers._MOST_COLUMNS, "broken", 1024)
-    cases = [
-        case for case in solve_cases(2, (33,), torch.device("cpu")) if not case.title.startswith("jacobi")
-    ]
+    cases = list(solve_cases(2, (33,), torch.device("cpu")))
     assert len(cases) == 2
     for case in cases:
         assert {"jacobi, cold", "jacobi, warm"} <= case.variants.keys() and case.error() <= 1
@@ -113,23 +111,33 @@ def test_a_kernel_of_small_matrices_is_left_out_for_large_ones(monkeypatch: pyte
 
 
 def test_a_jacobi_that_is_a_little_wrong_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    def off_by(**shares: float) -> None:
-        def wrong(*given: Tensor) -> Rotated:
-            found = jacobi(*given)
-            return found._replace(**{name: getattr(found, name) * share for name, share in shares.items()})
+    class Off:
+        """Results that are off by a share, or what the right one has after so many sweeps."""
 
-        monkeypatch.setattr(gpu_solves, "jacobi", wrong)
+        def __init__(self, most_sweeps: int = MOST_SWEEPS, **shares: float) -> None:
+            self.most_sweeps, self.shares = most_sweeps, shares
 
-    def errors() -> list[float]:
-        return [case.error() for case in list(solve_cases(2, (16,), torch.device("cpu")))[:2]]
+        def rotate(self, g: Tensor, v: Tensor | None = None, *, most_sweeps: int = MOST_SWEEPS) -> Rotated:
+            found = host_jacobi().library.rotate(g, v, most_sweeps=min(most_sweeps, self.most_sweeps))
+            return found._replace(
+                **{name: getattr(found, name) * share for name, share in self.shares.items()}
+            )
 
-    off_by()
-    assert all(error <= 1.0 for error in errors())
+    def cases(kernel: Rotates) -> list[Case]:
+        solver = Jacobi(kernel, "triton")
+        monkeypatch.setattr(gpu_solves, "device_solvers", lambda device: ({"triton": solver}, []))
+        return list(solve_cases(2, (16,), torch.device("cpu")))[:2]
+
+    for case in cases(Off()):
+        assert case.error() <= 1.0 and case.bytes > 0 and case.flops > 0
+        assert re.fullmatch(r"jacobi, 16 x 16 float\d\d: \d+ sweeps at most\.", case.notes[0])
     for name in ("values", "left", "right"):
-        off_by(**{name: 1.0 + 1e-4})
-        assert all(error > 1.0 for error in errors()), name
-    monkeypatch.setattr(gpu_solves, "jacobi", lambda *given: jacobi(*given, most_sweeps=3))
-    assert all(error == float("inf") for error in errors())
+        assert all(case.error() > 1.0 for case in cases(Off(**{name: 1.0 + 1e-4}))), name
+    assert all(case.error() == float("inf") for case in cases(Off(most_sweeps=3)))
+    for case in cases(None):  # type: ignore[arg-type]
+        assert "AttributeError" in case.notes[0] and case.flops == 0
+        with pytest.raises(AttributeError):
+            case.error()
 
 
 def test_choices_that_cannot_be_compiled_are_left_out_with_the_reason() -> None:

@@ -14,7 +14,7 @@ import torch
 
 from rlspec import backend
 from rlspec.ops.gram import product_eps
-from rlspec.ops.table import MOST_COLUMNS, TABLE, choose, passed_over, summary
+from rlspec.ops.table import TABLE, choose, passed_over, summary
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -41,7 +41,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_cpu_computes_with_the_last_of_each_row() -> None:
     plain = {"gram": "halves", "chebyshev_step": "in place", "residual_norms": "stored"}
-    plain |= {"sylvester_rotation": "elementwise", "jacobi": "rounds"}
+    plain |= {"sylvester_rotation": "elementwise"}
     for op in TABLE:
         assert choose(op, CPU, (B16, B16, F32), SHAPE) == plain.get(op, "row blocks") == TABLE[op][-1].name
 
@@ -72,25 +72,6 @@ def test_a_gpu_decomposes_and_turns_float32_by_kernels() -> None:
         ):
             found = dict(passed_over(op, GPU, (dtype,), shape))
             assert found == ({} if why is None else {"triton": why})
-
-
-@pytest.mark.usefixtures("gpu")
-def test_a_gpu_rotates_what_fits_into_registers() -> None:
-    for dtype, shape, why in (
-        (F32, (70000, 64, 64), None),
-        (F64, (3, 33, 33), None),
-        (B16, (3, 33, 33), "the kernel takes float32 and float64, not bfloat16"),
-        (F32, (3, 65, 65), "the kernel takes up to 64 columns, not 65"),
-        (F32, (0, 8, 8), "nothing to compute"),
-    ):
-        assert dict(passed_over("jacobi", GPU, (dtype,), shape)) == ({} if why is None else {"triton": why})
-    assert summary("jacobi", GPU) == "triton"
-
-
-def test_the_largest_tile_is_what_the_table_says() -> None:
-    from rlspec.kernels.configs import JACOBI
-
-    assert max(tile for tile, _ in JACOBI) == MOST_COLUMNS
 
 
 @pytest.mark.usefixtures("gpu")

@@ -141,7 +141,7 @@ def _over(a, b):
 def jacobi_triton(
     g: Tensor, v: Tensor | None = None, *, most_sweeps: int, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """Values, left and right vectors, status and sweeps, see :func:`rlspec.ops.jacobi.jacobi`.
+    """Values, left and right vectors, status and sweeps, see :class:`rlspec.linalg.jacobi.Rotates`.
 
     Args:
         g: (b, n, n) float32 or float64, on one GPU (or on the CPU under Triton's interpreter); n at most 64.

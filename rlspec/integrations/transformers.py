@@ -18,16 +18,16 @@ from rlspec.errors import OptionError
 from rlspec.integrations.caller import calling_trainer, log_event
 from rlspec.integrations.hold import belongs_to, new_training, trainings_of
 from rlspec.integrations.presence import ask, same_arguments
-from rlspec.integrations.reference import kept_start, make_tracker, refuse_sharded
+from rlspec.integrations.reference import kept_start, known_base, make_tracker, refuse_sharded, told_base
 from rlspec.integrations.scoring import Evaluate, Scoring
 from rlspec.integrations.store import TrackingFolder
 from rlspec.integrations.unheard import unheard
 from rlspec.io.jsonl import Row
 from rlspec.io.projections import parse_modules
-from rlspec.io.weights import open_weights
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.report.data import by_event
 from rlspec.run.budget import Pace, parse_budget
+from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.dealt import DealtTracker
 from rlspec.spectra.processes import ProcessError, Processes, told
 from rlspec.spectra.tracker import SpectralRecord, SpectralRecords, SpectralTracker
@@ -65,7 +65,9 @@ class SpectralCallback(TrainerCallback):
 
     Args:
         every: optimizer steps between measurements.
-        base: the reference: a safetensors checkpoint folder; None for the weights when the training begins.
+        base: the reference: a safetensors checkpoint folder; or a basis, or the folder of a saved one, with the modules,
+            rank and per_head given here, of which nothing is decomposed anew; None for the weights when the training
+            begins.
         modules: which projections, see ``SpectralBasis.from_model``.
         rank: leading directions to follow, see ``Rank``.
         per_head: each attention head of q, k, v and o is a matrix of its own.
@@ -92,15 +94,16 @@ class SpectralCallback(TrainerCallback):
         stop: end the training when the alarm rings, in all processes at the same step.
 
     Raises:
-        OptionError: an argument out of range, an unknown module, no texts, or an alarm without its score.
-        CheckpointError: ``base`` is no checkpoint.
+        OptionError: an argument out of range, an unknown module, no texts, an alarm without its score, or a basis of
+            other matrices or of another rank.
+        CheckpointError: ``base`` is neither a checkpoint nor a saved basis.
     """
 
     def __init__(
         self,
         every: int = 50,
         *,
-        base: str | Path | None = None,
+        base: str | Path | SpectralBasis | None = None,
         modules: str | Iterable[str] = "q,k,v",
         rank: RankLike = 0.2,
         per_head: bool = False,
@@ -114,12 +117,10 @@ class SpectralCallback(TrainerCallback):
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise OptionError(f"every={every!r} must be a whole number of steps, at least 1")
         self.every = every
-        self.base = None if base is None else Path(base)
-        if self.base is not None:
-            open_weights(self.base)  # told before the training, not in it
         self.modules = parse_modules(modules)
         self.rank = Rank.parse(rank)
         self.per_head = per_head
+        self.base = known_base(base, self.modules, self.rank, per_head)  # told before the training, not in it
         self.out = None if out is None else Path(out)
         self.budget = budget
         parse_budget(budget)
@@ -293,7 +294,7 @@ class SpectralCallback(TrainerCallback):
             belongs_to(state, self._training or "")
             return
         settings = {
-            "base": None if self.base is None else str(self.base.resolve()),
+            "base": told_base(self.base),
             "modules": list(self.modules),
             "rank": str(self.rank),
             "per_head": self.per_head,
@@ -323,9 +324,10 @@ class SpectralCallback(TrainerCallback):
             self._reference = kept_start(self._folder, step)
 
     def _begin(self, model: nn.Module) -> None:
-        """Decompose the reference."""
+        """Take the reference's factors."""
         options: dict[str, Any] = {"modules": self.modules, "rank": self.rank, "per_head": self.per_head}
-        self._tracker = make_tracker(model, self.base or self._reference, self._processes, **options)
+        base = self._reference if self.base is None else self.base
+        self._tracker = make_tracker(model, base, self._processes, **options)
 
     def _begin_scores(self) -> None:
         """Show the alarm the scores of a resumed training's earlier parts."""

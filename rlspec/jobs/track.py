@@ -126,8 +126,7 @@ def _read_inputs(config: TrackConfig, stages: Mapping[str, Stage]) -> _Inputs:
     device = choose_device(config.device)
     Rank.parse(config.rank)
     check_checkpoint(folder, parse_modules(config.modules), per_head=config.per_head)
-    assert config.stages is not None
-    if "restore" in config.stages:
+    if config.runs("restore"):
         Rank.parse(config.restore_rank)
         check_checkpoint(folder, parse_modules(config.restore_modules))
     if config.threads is not None:
@@ -139,7 +138,7 @@ def _read_inputs(config: TrackConfig, stages: Mapping[str, Stage]) -> _Inputs:
     exclude = evaluation_keys(task, config.shifts, config.deals, config.seed)
     needs = conversation_needs(tokenizer, task, config.shifts, config.deals, config.seed)
     model = load_model(folder, device)
-    needs.check(model, folder, tokenizer, examples="sft" in config.stages)
+    needs.check(model, folder, tokenizer, examples=config.runs("sft"))
     return _Inputs(folder, device, model, tokenizer, task, exclude, stages)
 
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import BackendError
-from rlspec.ops.jacobi import MOST_SWEEPS, Rotated
+from rlspec.linalg.jacobi import MOST_SWEEPS, Rotated
 
 
 class _Arrays(ctypes.Structure):

@@ -1,8 +1,8 @@
 """Who does small dense solves on a device: the host, unless ``RLSPEC_SOLVER`` chooses something that runs there.
 
 ``host`` (the default) is LAPACK, after a transfer. The others solve where the matrices are: ``jacobi`` is one-sided
-Jacobi of our own (csrc/cuda), ``triton`` the same as a Triton kernel (``ops.jacobi``), for matrices up to 64 x 64, which
-needs no nvcc; ``cusolver`` is cuSOLVER's batched ``cusolverDnXsyevBatched``. Nobody has measured them on a card yet, and
+Jacobi of our own (csrc/cuda, see ``linalg.jacobi``), ``triton`` the same as a Triton kernel, up to 64 x 64, which needs
+no nvcc; ``cusolver`` is cuSOLVER's batched ``cusolverDnXsyevBatched``. Nobody has measured them on a card yet, and
 batched solvers were seen to lose orthogonality silently, so whatever solved: residual and orthogonality are looked at on
 the device, one look for a batch, and a batch that fails is solved by the host, with a warning.
 
@@ -22,11 +22,10 @@ from torch import Tensor
 
 from rlspec.backend import triton_refusal
 from rlspec.errors import BackendError, OptionError
+from rlspec.linalg.jacobi import JacobiKernel, Rotates
 from rlspec.linalg.libraries import CusolverLibrary, JacobiLibrary, compile_problem, compiled
 from rlspec.linalg.scaling import into_range, multiplied, powers_of_two
 from rlspec.ops.gram import gram
-from rlspec.ops.jacobi import MOST_SWEEPS, Rotated, jacobi
-from rlspec.ops.table import MOST_COLUMNS
 
 VARIABLE = "RLSPEC_SOLVER"
 CHOICES = ("host", "jacobi", "cusolver", "triton")
@@ -36,7 +35,7 @@ _ROUNDING = 8.0
 _CORE_DEPARTURE = 2e-13
 _MOST_MATRICES = 65535  # of a grid
 # Beyond, LAPACK on one matrix at a time is as good; the Triton kernel holds a matrix in registers.
-_MOST_COLUMNS = {"jacobi": 1024, "cusolver": 1024, "triton": MOST_COLUMNS}
+_MOST_COLUMNS = {"jacobi": 1024, "cusolver": 1024, "triton": 64}
 
 
 class Solved(NamedTuple):
@@ -65,19 +64,6 @@ class Solver(Protocol):
     def name(self) -> str: ...
     def eigh(self, a: Tensor) -> Solved: ...
     def svd(self, a: Tensor) -> Decomposed: ...
-
-
-class Rotates(Protocol):
-    """One-sided Jacobi as csrc/cuda or a Triton kernel does it."""
-
-    def rotate(self, g: Tensor, v: Tensor | None = None, *, most_sweeps: int = MOST_SWEEPS) -> Rotated: ...
-
-
-class JacobiKernel:
-    """:func:`rlspec.ops.jacobi.jacobi`."""
-
-    def rotate(self, g: Tensor, v: Tensor | None = None, *, most_sweeps: int = MOST_SWEEPS) -> Rotated:
-        return jacobi(g, v, most_sweeps=most_sweeps)
 
 
 @dataclass(frozen=True)

@@ -91,6 +91,6 @@ def sylvester_rotation_ref(
 
 
 def jacobi_ref(g: Tensor, v: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor | None]:
-    """See :func:`rlspec.ops.jacobi.jacobi`: values, left and right vectors, up to signs and rotations of equal values."""
+    """See :class:`rlspec.linalg.jacobi.Rotated`: values, left and right vectors, up to signs and equal values' turns."""
     u, s, wh = torch.linalg.svd(g.double().mT)
     return s, u.mT, None if v is None else wh @ v.double()

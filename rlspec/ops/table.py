@@ -17,8 +17,6 @@ Dtypes = tuple[torch.dtype, ...]
 _KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _SHOWN = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _MOST_MATRICES = 65535  # of a stack: the second axis of a grid
-#: Columns of the largest matrix that the kernel of `jacobi` holds in registers.
-MOST_COLUMNS = 64
 
 
 @dataclass(frozen=True)
@@ -81,15 +79,6 @@ def _float32_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
     return _stack_misfit(dtypes, shape)
 
 
-def _window_misfit(dtypes: Dtypes, shape: Sequence[int]) -> str | None:
-    """``dtypes`` of the matrices; ``shape`` (b, n, n)."""
-    if dtypes[0] not in (torch.float32, torch.float64):
-        return f"the kernel takes float32 and float64, not {_name(dtypes[0])}"
-    if shape[-1] > MOST_COLUMNS:
-        return f"the kernel takes up to {MOST_COLUMNS} columns, not {shape[-1]}"
-    return "nothing to compute" if 0 in shape else None
-
-
 #: operation -> its implementations, the preferred first; the last one takes everything
 TABLE: dict[str, tuple[Implementation, ...]] = {
     "delta_stats": (
@@ -128,11 +117,6 @@ TABLE: dict[str, tuple[Implementation, ...]] = {
         Implementation("triton", "triton", _float32_misfit),
         Implementation("elementwise", "torch"),
     ),
-    # Of a device's small solves only where RLSPEC_SOLVER asks for it (linalg/solvers.py); the host has LAPACK.
-    "jacobi": (
-        Implementation("triton", "triton", _window_misfit),
-        Implementation("rounds", "torch"),
-    ),
 }
 # Tensors that each takes: W and W_ref, and a block; a weight, a change, and the result;
 # a matrix as it is decomposed.
@@ -145,10 +129,8 @@ _ARGUMENTS: dict[str, Callable[[torch.dtype, torch.dtype], Dtypes]] = {
     "chebyshev_step": lambda weights, wide: (wide,),
     "residual_norms": lambda weights, wide: (wide,) * 4,
     "sylvester_rotation": lambda weights, wide: (wide,),
-    "jacobi": lambda weights, wide: (wide,),
 }
-# Sizes that `summary` asks about.
-_LARGE, _SIZES = (1, 4096, 4096, 1024), {"jacobi": (1, MOST_COLUMNS, MOST_COLUMNS)}
+_LARGE = (1, 4096, 4096, 1024)  # sizes that `summary` asks about
 
 
 def choose(op: str, device: torch.device, dtypes: Dtypes, shape: Sequence[int]) -> str:
@@ -190,7 +172,7 @@ def summary(op: str, device: torch.device) -> str:
     for weights in _SHOWN:
         # Products are taken in float32 unless the weights hold more.
         wide = weights if weights == torch.float64 else torch.float32
-        arguments = op, device, _ARGUMENTS[op](weights, wide), _SIZES.get(op, _LARGE)
+        arguments = op, device, _ARGUMENTS[op](weights, wide), _LARGE
         chosen.setdefault(choose(*arguments), []).append(_name(weights))
         reasons |= {f"{name}: {why}": None for name, why in passed_over(*arguments)}
     if len(chosen) == 1:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from rlspec.perturb.batch import positions_of
+from rlspec.perturb.batch import positions_of, take
 from rlspec.perturb.coordinates import Pair, diagonalise
 from rlspec.perturb.delta import Delta
 from rlspec.perturb.estimate import remaining_error
@@ -50,6 +51,19 @@ class Solution:
     @property
     def rotation(self) -> Tensor:
         return torch.maximum(self.left_over.rotated_left, self.left_over.rotated_right)
+
+    def select(self, positions: Sequence[int]) -> Solution:
+        """The matrices of the given positions; all of them without a copy."""
+        return Solution(
+            self.pair.select(positions),
+            self.delta.select(positions),
+            take(self.block, positions),
+            take(self.settled, positions),
+            self.left_over.select(positions),
+            take(self.subspace, positions),
+            take(self.sigma, positions),
+            self.coarse,
+        )
 
 
 def solve(

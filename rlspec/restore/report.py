@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from glob import escape
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -17,28 +17,9 @@ from rlspec.io.files import write_atomically
 from rlspec.io.jsonl import append_rows, read_rows, repair
 from rlspec.io.projections import Projection
 
-
-class Figures(Protocol):
-    """What is told of a matrix, see :class:`rlspec.restore.RestoreResult`."""
-
-    @property
-    def k(self) -> int: ...
-    @property
-    def change_frobenius(self) -> float: ...
-    @property
-    def change_relative(self) -> float: ...
-    @property
-    def error_estimate(self) -> float: ...
-    @property
-    def rounding_share(self) -> float: ...
-    @property
-    def entries_changed(self) -> int: ...
-    @property
-    def rotation_sine_rms(self) -> float | None: ...
-    @property
-    def method(self) -> str: ...
-    @property
-    def note(self) -> str | None: ...
+if TYPE_CHECKING:  # both report to here
+    from rlspec.restore.matrix import RestoreResult
+    from rlspec.restore.tensors import Changes
 
 
 @dataclass(frozen=True)
@@ -64,26 +45,23 @@ class MatrixReport:
 
     @classmethod
     def of(
-        cls, projection: Projection, shape: tuple[int, int], dtype: torch.dtype, result: Figures
+        cls,
+        projection: Projection,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        result: RestoreResult | Changes,
     ) -> MatrixReport:
-        return cls(
-            name=projection.name,
-            tensor=projection.tensor,
-            module=projection.module,
-            layer=projection.layer,
-            rows=shape[0],
-            cols=shape[1],
-            dtype=str(dtype).removeprefix("torch."),
-            k=result.k,
-            change_frobenius=result.change_frobenius,
-            change_relative=result.change_relative,
-            error_estimate=result.error_estimate,
-            rounding_share=result.rounding_share,
-            entries_changed=result.entries_changed,
-            rotation_sine_rms=result.rotation_sine_rms,
-            method=result.method,
-            note=result.note,
-        )
+        described: dict[str, Any] = {
+            "name": projection.name,
+            "tensor": projection.tensor,
+            "module": projection.module,
+            "layer": projection.layer,
+            "rows": shape[0],
+            "cols": shape[1],
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        figures = (each.name for each in fields(cls) if each.name not in described)
+        return cls(**described, **{name: getattr(result, name) for name in figures})
 
 
 @dataclass(frozen=True)

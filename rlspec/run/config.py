@@ -181,9 +181,10 @@ class TrackConfig:
         if self.ppo_learning_rate is None:
             object.__setattr__(self, "ppo_learning_rate", ppo_rate)
         self._check_choice("trainer")
-        if self.stages is None:
-            object.__setattr__(self, "stages", STAGES if self.model == EMBEDDED else TRAINED)
-        assert self.stages is not None
+        stages = self.stages
+        if stages is None:
+            stages = STAGES if self.model == EMBEDDED else TRAINED
+            object.__setattr__(self, "stages", stages)
         if self.ppo_updates is None:
             object.__setattr__(self, "ppo_updates", PPO_UPDATES[self.trainer])
         for name in _COUNTS:
@@ -196,15 +197,15 @@ class TrackConfig:
             values = getattr(self, name)
             self._require(name, len(values) > 0, "one or more names, separated by commas")
             self._require(name, len(set(values)) == len(values), "names that differ from each other")
-        for stage in self.stages:
+        for stage in stages:
             if stage not in STAGES:
                 raise OptionError(
-                    f"stages={','.join(self.stages)!r}: unknown stage {stage!r}; valid: {', '.join(STAGES)}"
+                    f"stages={','.join(stages)!r}: unknown stage {stage!r}; valid: {', '.join(STAGES)}"
                 )
-        if "restore" in self.stages and "sft" not in self.stages:
-            raise OptionError(f"stages={','.join(self.stages)!r}: restore needs sft, whose end it repairs")
+        if "restore" in stages and "sft" not in stages:
+            raise OptionError(f"stages={','.join(stages)!r}: restore needs sft, whose end it repairs")
         # The order is fixed: PPO and restoration start from where SFT ends.
-        object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in self.stages))
+        object.__setattr__(self, "stages", tuple(stage for stage in STAGES if stage in stages))
         self._check_choice("engine")
         self._check_choice("dtype")
         parse_budget(self.track_budget, "track_budget")
@@ -279,7 +280,7 @@ class TrackConfig:
 
     def _check_ppo_from(self, steps: tuple[int, ...]) -> None:
         shown = ",".join(map(str, steps))
-        if not self._has(*TRAINED):
+        if not self.runs(*TRAINED):
             raise OptionError(f"ppo_from={shown} needs both stages, stages='sft,ppo'")
         self._require("ppo_from", len(set(steps)) == len(steps), "steps that differ from each other")
         for step in steps:
@@ -290,14 +291,15 @@ class TrackConfig:
 
     def _branch_points(self) -> tuple[int, ...]:
         """The SFT steps that PPO starts from, in order."""
-        if not self._has(*TRAINED):
+        if not self.runs(*TRAINED):
             return ()
         if self.ppo_from:
             return tuple(sorted(self.ppo_from))
         early = self.model == EMBEDDED and self.sft_steps > EMBEDDED_BRANCH
         return (EMBEDDED_BRANCH, self.sft_steps) if early else (self.sft_steps,)
 
-    def _has(self, *stages: str) -> bool:
+    def runs(self, *stages: str) -> bool:
+        """Whether all of ``stages`` are among the run's."""
         assert self.stages is not None  # __post_init__ has put some there
         return set(stages) <= set(self.stages)
 
@@ -326,8 +328,7 @@ class TrackConfig:
         A branch that is the only one is called by its stage, as in runs that could have no other.
         """
         method = method_of("ppo", {"trainer": self.trainer, "advantages": self.ppo.advantage})
-        assert self.stages is not None
-        first = self.stages[0]
+        first = next(stage for stage in STAGES if self.runs(stage))
         trunk = Segment(first, first, self.steps(first), None, method if first == "ppo" else "")
         points = self.ppo_from or ()
         names = [branch_id(point) for point in points] if len(points) > 1 else ["ppo"]
@@ -336,7 +337,7 @@ class TrackConfig:
             for name, point in zip(names, points)
         )
         restored = Segment("restore", "restore", self.steps("restore"), trunk.end, method_of("restore", {}))
-        return (trunk, *branches, *([restored] if self._has("restore") else []))
+        return (trunk, *branches, *([restored] if self.runs("restore") else []))
 
     def steps(self, stage: str) -> int:
         """The number of steps of ``stage``; restoring is one."""
@@ -363,7 +364,7 @@ class TrackConfig:
     def is_branch_point(self, stage: str, step: int) -> bool:
         """Whether a branch starts from ``step``."""
         # Asked at every step, and the tree takes the trainers' settings to make.
-        restored = self._has("restore") and step == self.sft_steps
+        restored = self.runs("restore") and step == self.sft_steps
         return stage == "sft" and (restored or step in (self.ppo_from or ()))
 
     def values(self) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -146,13 +146,13 @@ class SpectralBasis:
             OptionError: an invalid rank.
         """
         # Imported here: measuring tensors in memory needs no compiled extension.
-        from rlspec.spectra.saved_basis import load_basis
+        from rlspec.spectra.saved_basis import SavedBasis
 
         check_type("folder", folder, (str, Path), "the path of a saved basis")
         given = None if rank is None else Rank.parse(rank)
         place = choose_device(device)
-        projections, matrices, rule, note = load_basis(Path(folder), given, progress)
-        return cls(projections, matrices, rule, note, devices={p.name: place for p in projections})
+        saved = SavedBasis(Path(folder))
+        return saved.part(saved.projections, device=place, rank=given, progress=progress)
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write weights and factors to a folder, a matrix at a time: safetensors shards of a few GiB, and ``basis.json``.
@@ -218,6 +218,20 @@ class SpectralBasis:
     def device(self, name: str) -> torch.device:
         """Where a projection is measured."""
         return self._devices.get(name, torch.device("cpu"))
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(m, n) of each matrix, by the name of its projection."""
+        return {projection.name: self.matrix(projection.name).shape for projection in self.projections}
+
+    def part(self, projections: Sequence[Projection], *, device: torch.device) -> SpectralBasis:
+        """Some of its matrices, which are shared, not copied, to be measured on a device.
+
+        Args:
+            projections: some of its own.
+        """
+        matrices = [self.matrix(projection.name) for projection in projections]
+        devices = {projection.name: device for projection in projections}
+        return SpectralBasis(projections, matrices, self.rank, self.note, devices=devices)
 
     def __len__(self) -> int:
         return len(self.projections)

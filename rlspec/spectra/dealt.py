@@ -25,6 +25,7 @@ from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.spectra.basis import SpectralBasis, reference_matrices
 from rlspec.spectra.processes import GatherError, Processes, dealt, raise_failures, told
+from rlspec.spectra.saved_basis import SavedBasis, opened_base
 from rlspec.spectra.table import Row
 from rlspec.spectra.tracker import STACK_ENTRIES, SpectralRecord, SpectralTracker
 
@@ -40,6 +41,10 @@ class _Stack:
     projections: tuple[Projection, ...]
     tracker: SpectralTracker | None = field(default=None, repr=False)  # of the owner, once decomposed
 
+    def follow(self, basis: SpectralBasis) -> None:
+        # On a device every byte is the training's.
+        self.tracker = SpectralTracker(basis, arrays=False, factors="host")
+
 
 class DealtTracker:
     """A :class:`SpectralTracker` for a model that all processes of a training hold together.
@@ -49,8 +54,9 @@ class DealtTracker:
 
     Args:
         model: what this process trains: whole, or with DTensors of FSDP2 or tensor parallelism. It may be wrapped.
-        base: the reference, a safetensors checkpoint that every process can read; None for the model as it is now.
-        modules, rank, per_head, cache_dir: see ``SpectralBasis.from_model``.
+        base: the reference: the folder of a safetensors checkpoint or of a saved basis, which every process can read; or
+            a basis that all of them have; None for the model as it is now.
+        modules, rank, per_head, cache_dir: see ``SpectralBasis.from_model``; a basis has its own matrices and rank.
         device: where to measure; None: where the model's weights are.
 
     Raises:
@@ -63,7 +69,7 @@ class DealtTracker:
         self,
         model: nn.Module,
         *,
-        base: str | Path | None = None,
+        base: str | Path | SpectralBasis | None = None,
         modules: str | Sequence[str] = ("q", "k", "v"),
         rank: RankLike = 0.2,
         per_head: bool = False,
@@ -75,11 +81,18 @@ class DealtTracker:
         self._device = device
         self._cache_dir = cache_dir
         self._stacks: list[_Stack] = []
-        reference: Weights | None = None
+        basis: SpectralBasis | SavedBasis | None = None
+        reference: WeightSource = model
         failure, shapes = None, {}
         try:
-            reference = None if base is None else open_weights(Path(base))
-            shapes = self._find(reference or open_weights(model), model, modules, per_head)
+            opened = model if base is None else opened_base(base)
+            if isinstance(opened, SpectralBasis | SavedBasis):
+                basis = opened
+                self.projections, shapes = basis.projections, basis.shapes()
+            else:
+                reference = opened
+                shapes = self._find(open_weights(reference), modules, per_head)
+            self._largest = self._largest_of(model)
         except Exception as error:
             failure = told(error)
         found = self.processes.gathered((failure, shapes))
@@ -90,20 +103,23 @@ class DealtTracker:
         )
         self._deal(shapes)
         with pinned_arithmetic():
-            self.processes.agree(self._decompose(model if reference is None else reference))
+            self.processes.agree(self._decompose(reference) if basis is None else self._take(basis))
 
     def _find(
-        self, source: Weights, model: nn.Module, modules: str | Sequence[str], per_head: bool
+        self, source: Weights, modules: str | Sequence[str], per_head: bool
     ) -> dict[str, tuple[int, int]]:
         """Keep the projections; their shapes by name."""
         shapes = source.shapes()
         found = find_projections(shapes, parse_modules(modules), source.config())
         self.projections = tuple(split_heads(found, shapes, source.config()) if per_head else found)
-        held = open_weights(model)
-        here = held.shapes()
-        found_here = [find_tensor(p.tensor, here.keys(), held.where) for p in self.projections]
-        self._largest = max((math.prod(here[name]) for name in found_here), default=0)
         return {p.name: p.shape(shapes[p.tensor]) for p in self.projections}
+
+    def _largest_of(self, model: nn.Module) -> int:
+        """Entries of the largest tensor of the model that holds one of the projections."""
+        held = open_weights(model)
+        shapes = held.shapes()
+        found = [find_tensor(p.tensor, shapes.keys(), held.where) for p in self.projections]
+        return max((math.prod(shapes[name]) for name in found), default=0)
 
     def _deal(self, shapes: Mapping[str, tuple[int, int]]) -> None:
         """Stacks as one process would measure them, the costliest first to whoever has the least to do."""
@@ -129,10 +145,20 @@ class DealtTracker:
             weights = ((p, matrices.pop(p.name)[0]) for p in stack.projections)
             count = len(stack.projections)
             basis = reference_matrices(weights, self._rank, self._cache_dir, count=count)
-            reference = SpectralBasis(stack.projections, basis, self._rank, devices=devices)
-            stack.tracker = SpectralTracker(reference, arrays=False, factors="host")
+            stack.follow(SpectralBasis(stack.projections, basis, self._rank, devices=devices))
 
         return self._walk(source, work)
+
+    def _take(self, basis: SpectralBasis | SavedBasis) -> str | None:
+        """The same from factors that are there already."""
+        device = self._device or torch.device("cpu")
+        try:
+            for stack in self._stacks:
+                if stack.owner == self.processes.number:
+                    stack.follow(basis.part(stack.projections, device=device))
+        except Exception as error:
+            return told(error)
+        return None
 
     def measure(self, model: nn.Module, *, step: int, stage: str = "") -> SpectralRecord:
         """Measure the model as it is now.

@@ -12,13 +12,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rlspec.linalg.coarse import coarse_refusal
 from rlspec.linalg.transfer import to_host
-from rlspec.perturb.batch import positions_of, take
+from rlspec.perturb.batch import positions_of
 from rlspec.perturb.bounds import residual_bounds
 from rlspec.perturb.coordinates import Side, beyond, sines
 from rlspec.perturb.delta import Delta, UpdateStats
@@ -68,11 +69,12 @@ def _perturbative(
     kept, rest = positions_of(solution.settled), positions_of(~solution.settled)
     parts = []
     while kept:
-        found = _assemble(reference.select(kept), delta.select(kept), solution, kept, subspaces)
-        if isinstance(found, Measurement):
-            parts.append(([positions[i] for i in kept], found))
+        stack = reference.select(kept), delta.select(kept), solution.select(kept)
+        found = _findings(*stack)
+        if not bool(found.overtaken.any()):
+            parts.append(([positions[i] for i in kept], _measurement(*stack, found, subspaces)))
             break
-        overtaken = [kept[i] for i in found]
+        overtaken = [kept[i] for i in positions_of(found.overtaken)]
         kept, rest = [i for i in kept if i not in overtaken], sorted([*rest, *overtaken])
     if rest:
         exact = _exactly(reference.select(rest), delta.select(rest), subspaces)
@@ -85,17 +87,27 @@ def _exactly(reference: Reference, delta: Delta, subspaces: bool) -> Measurement
     return measure_exact(reference, delta, norm=estimated_norm, subspaces=subspaces).with_notes(note)
 
 
-def _assemble(
-    reference: Reference, delta: Delta, solution: Solution, kept: list[int], subspaces: bool
-) -> Measurement | list[int]:
-    """What is measured of the matrices ``kept``, which ``reference`` and ``delta`` hold; the results leave the device
-    in one transfer. Or positions among them of those whose pairs are not known to lead."""
-    k, change = reference.k, delta.stats
-    pair, block = solution.pair.select(kept), take(solution.block, kept)
+@dataclass(frozen=True)
+class _Findings:
+    """What a device was asked of a stack, on the host; see :class:`Measurement` for what is not told here."""
+
+    match_left: Tensor
+    match_right: Tensor
+    best: Tensor
+    core: Tensor
+    labels: Tensor  # (L, w) int64, of near-degenerate reference vectors
+    norm: Tensor  # (L,) ||E||_2
+    outside: tuple[Tensor, ...]  # of each side that has angles, see ``beyond``
+    largest_outside: Tensor  # (L,)
+    overtaken: Tensor  # (L,) bool: pairs that are not known to lead
+
+
+def _findings(reference: Reference, delta: Delta, solution: Solution) -> _Findings:
+    """All but the last two leave the device in one transfer."""
+    k, pair, block = reference.k, solution.pair, solution.block
     m, n = reference.shape
     labels = near_degenerate(reference.S[..., : block.shape[-1]], block)
-    left_over = solution.left_over.select(kept)
-    found = to_host(
+    match_left, match_right, best, core, labels, space, image, *outside = to_host(
         [
             best_match(pair.left.lead[..., :k, :k]),
             best_match(pair.right.lead[..., :k, :k]),
@@ -106,45 +118,59 @@ def _assemble(
             *(beyond(side, k) for side, dim in ((pair.left, m), (pair.right, n)) if k < dim),
         ]
     )
-    match_left, match_right, best, core, labels, space, image, *outside = found
-    squared = reference.device.type != "cpu"
     norm = spectral_norm(space, image)
-    wide = solution.delta.select(kept)
-    outside_value, overtaken = largest_outside(reference, wide, pair, left_over.sigma, norm)
-    if bool(overtaken.any()):
-        return positions_of(overtaken)
-    bounds = residual_bounds(reference, left_over, change.delta_frobenius, outside_value)
+    largest, overtaken = largest_outside(reference, solution.delta, pair, solution.left_over.sigma, norm)
+    return _Findings(
+        match_left=match_left,
+        match_right=match_right,
+        best=best,
+        core=core,
+        labels=labels.long(),
+        norm=norm,
+        outside=tuple(outside),
+        largest_outside=largest,
+        overtaken=overtaken,
+    )
+
+
+def _measurement(
+    reference: Reference, delta: Delta, solution: Solution, found: _Findings, subspaces: bool
+) -> Measurement:
+    k, change = reference.k, delta.stats
+    pair, left_over = solution.pair, solution.left_over
+    m, n = reference.shape
+    squared = reference.device.type != "cpu"
+    bounds = residual_bounds(reference, left_over, change.delta_frobenius, found.largest_outside)
     same = change.delta_frobenius == 0
     column = same.unsqueeze(-1)
     sigma = torch.where(column, reference.values[..., :k], left_over.sigma[..., :k])
     spectrum = _whole_spectrum(reference, change, sigma)
-    angles = [sines(x, k, squared=squared).masked_fill(column, 0.0) for x in outside]
+    angles = [sines(x, k, squared=squared).masked_fill(column, 0.0) for x in found.outside]
     left = angles[0] if k < m else None
     right = angles[-1] if k < n else None
     angle = (bounds.angle + arcsine_rounding((left, right), reference.U.dtype)).clamp_max(math.pi / 2)
     zero = torch.zeros_like(bounds.sigma)
     angle = torch.where(same, zero, angle)
-    labels = labels.long()
     return Measurement(
         update=change,
         sigma=sigma,
         sines_left=left,
         sines_right=right,
-        core=core,
-        blocks=labels[..., :k],
-        block_at_cut=split_block(labels, k),
-        best_match_left=match_left.clamp_max(1.0).masked_fill(column, 1.0),
-        best_match_right=match_right.clamp_max(1.0).masked_fill(column, 1.0),
-        best_cosine=best.clamp_max(1.0).masked_fill(column, 1.0),
-        delta_spectral=norm,
+        core=found.core,
+        blocks=found.labels[..., :k],
+        block_at_cut=split_block(found.labels, k),
+        best_match_left=found.match_left.clamp_max(1.0).masked_fill(column, 1.0),
+        best_match_right=found.match_right.clamp_max(1.0).masked_fill(column, 1.0),
+        best_cosine=found.best.clamp_max(1.0).masked_fill(column, 1.0),
+        delta_spectral=found.norm,
         effective_rank=effective_rank(spectrum),
         # Scaled and true trailing values both lie within ||E|| of the reference's.
         effective_rank_error_bound=effective_rank_bound(spectrum, 2.0 * change.delta_frobenius),
         sigma_error_bound=torch.where(same, zero, bounds.sigma),
         angle_error_bound_rad=angle,
-        engine=("delta",) * len(kept),
-        arithmetic=(_arithmetic(solution),) * len(kept),
-        notes=(None,) * len(kept),
+        engine=("delta",) * len(same),
+        arithmetic=(_arithmetic(solution),) * len(same),
+        notes=(None,) * len(same),
         subspaces=Subspaces.of(reference, pair.left, pair.right, same, angle) if subspaces else None,
     )
 

@@ -34,8 +34,10 @@ from rlspec.io.index import BASIS_FILE
 from rlspec.io.layout import header_bytes
 from rlspec.io.projections import MODULES, Projection, check_finite
 from rlspec.io.staging import Staging, write_file
+from rlspec.io.weights import Weights, open_weights
 from rlspec.linalg.rank import Rank
 from rlspec.perturb.matrix import MatrixBasis, matrix_basis
+from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.cache import bytes_of, checksum, fresh
 
 _FORMAT, _VERSION = "rlspec basis", 1
@@ -103,43 +105,85 @@ def save_basis(
         staging.close(keep=False)
 
 
-def load_basis(
-    folder: Path, rank: Rank | None, progress: Callable[[int, int], None] | None
-) -> tuple[list[Projection], list[MatrixBasis], Rank, str | None]:
-    """Projections, their decompositions, the rank rule and the note of a basis in a folder.
+class SavedBasis:
+    """A basis in a folder, of which basis.json alone is read until matrices are asked for.
 
-    Args:
-        rank: in the place of the saved one.
-        progress: called with (done, total) after every matrix.
+    Attributes:
+        folder: where it is.
+        projections, rank, note: see ``SpectralBasis``.
 
     Raises:
-        CheckpointError: there is no basis, one of a later version, or files that are missing, damaged or no basis's.
-        TensorError: a matrix or a factor holds NaN or infinity.
+        CheckpointError: there is no basis, one of a later version, or a basis.json that is damaged.
     """
-    file = folder / BASIS_FILE
-    if not file.is_file():
-        raise CheckpointError(
-            f"{folder}: no {BASIS_FILE} in it, so no saved basis; SpectralBasis.from_checkpoint decomposes a checkpoint"
-        )
-    content = read_json_object(file)
-    if content.get("format") != _FORMAT:
-        raise CheckpointError(
-            f"{file}: not of a basis that rlspec saved: format is {content.get('format')!r}"
-        )
-    if content.get("version") != _VERSION:
-        raise CheckpointError(
-            f"{file}: a basis of version {content.get('version')!r}, and this rlspec reads version {_VERSION}; "
-            f"rlspec {content.get('rlspec')} wrote it"
-        )
-    rule, note, entries = _read(file, content)
-    rule = rule if rank is None else rank
-    matrices = []
-    for shard, members in groupby(entries, key=lambda entry: entry.shard):
-        for matrix in _read_shard(folder / shard, list(members), rule):
-            matrices.append(matrix)
-            if progress is not None:
-                progress(len(matrices), len(entries))
-    return [entry.projection for entry in entries], matrices, rule, note
+
+    def __init__(self, folder: Path) -> None:
+        file = folder / BASIS_FILE
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder}: no {BASIS_FILE} in it, so no saved basis; SpectralBasis.from_checkpoint decomposes a "
+                "checkpoint"
+            )
+        content = read_json_object(file)
+        if content.get("format") != _FORMAT:
+            raise CheckpointError(
+                f"{file}: not of a basis that rlspec saved: format is {content.get('format')!r}"
+            )
+        if content.get("version") != _VERSION:
+            raise CheckpointError(
+                f"{file}: a basis of version {content.get('version')!r}, and this rlspec reads version {_VERSION}; "
+                f"rlspec {content.get('rlspec')} wrote it"
+            )
+        self.folder = folder
+        self.rank, self.note, entries = _read(file, content)
+        self._entries = {entry.projection.name: entry for entry in entries}
+        self.projections = tuple(entry.projection for entry in entries)
+
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(m, n) of each matrix, by the name of its projection."""
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def part(
+        self,
+        projections: Sequence[Projection],
+        *,
+        device: torch.device,
+        rank: Rank | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> SpectralBasis:
+        """Read some of its matrices.
+
+        Args:
+            projections: some of its own.
+            device: where to measure them.
+            rank: in the place of the saved one.
+            progress: called with (done, total) after every matrix.
+
+        Raises:
+            CheckpointError: files are missing, damaged or no basis's.
+            TensorError: a matrix or a factor holds NaN or infinity.
+        """
+        rule = self.rank if rank is None else rank
+        entries = [self._entries[projection.name] for projection in projections]
+        matrices: list[MatrixBasis] = []
+        for shard, members in groupby(entries, key=lambda entry: entry.shard):
+            for matrix in _read_shard(self.folder / shard, list(members), rule):
+                matrices.append(matrix)
+                if progress is not None:
+                    progress(len(matrices), len(entries))
+        devices = {projection.name: device for projection in projections}
+        return SpectralBasis(projections, matrices, rule, self.note, devices=devices)
+
+
+def opened_base(base: str | Path | SpectralBasis) -> Weights | SpectralBasis | SavedBasis:
+    """A reference as what it is: a basis, one that is saved, or the weights of a checkpoint.
+
+    Raises:
+        CheckpointError: a folder of neither.
+    """
+    if isinstance(base, SpectralBasis):
+        return base
+    folder = Path(base)
+    return SavedBasis(folder) if (folder / BASIS_FILE).is_file() else open_weights(folder)
 
 
 def _shards(matrices: Sequence[MatrixBasis]) -> list[list[MatrixBasis]]:

@@ -1,6 +1,6 @@
 """jacobi in Triton's interpreter, against float64 LAPACK, and faults put into it on purpose.
 
-Run by tests/test_op_jacobi.py in a process with TRITON_INTERPRET=1.
+Run by tests/test_linalg_jacobi.py in a process with TRITON_INTERPRET=1.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from triton.runtime.interpreter import GridExecutor
 from rlspec.kernels import jacobi as kernel
 from rlspec.kernels.configs import Config
 from rlspec.linalg import solvers
-from rlspec.ops.jacobi import MOST_SWEEPS, Rotated, jacobi
+from rlspec.linalg.jacobi import MOST_SWEEPS, Rotated
 
 TILES = (Config(16, 16, 16, 1, 1), Config(32, 32, 32, 2, 1), Config(64, 64, 64, 4, 1))
 BAR = 2.0
@@ -271,20 +271,6 @@ def test_a_fault_is_caught(fault: str, tmp_path: Path) -> None:
 def test_refusals(g: Tensor, v: Tensor | None, config: Config | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         kernel.jacobi_triton(g, v, most_sweeps=1, config=config)
-
-
-def test_the_public_operation_runs_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RLSPEC_BACKEND", "triton")
-    launched = mock.Mock(side_effect=kernel.jacobi_triton)
-    monkeypatch.setattr(kernel, "jacobi_triton", launched)
-    for dtype in (F32, F64):
-        g, v = matrices(2, 5, dtype), basis(2, 5, dtype)
-        check(jacobi(g, v), g, v)
-        check(jacobi(g), g)
-    assert launched.call_count == 4
-    large = matrices(1, 65, F32)
-    check(jacobi(large), large)
-    assert launched.call_count == 4
 
 
 def test_eigen_solves_and_cores_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
