@@ -190,6 +190,14 @@ def test_two_trainings_are_two_series_for_the_alarm() -> None:
     )
 
 
+def test_what_has_no_step_falls_only_where_nothing_has_one() -> None:
+    unnumbered = [scored("best", 9, 55) | {"step": None}, scored("final", 9, 1) | {"step": None}]
+    found = find_fall(unnumbered, "ood")
+    assert found is not None and found[1] == "best"
+    numbered = [scored("checkpoint-9", 9, 30), scored("checkpoint-20", 20, 31)]
+    assert find_fall([*numbered, *unnumbered], "ood") is None
+
+
 def test_scores_that_no_test_tells_from_chance_are_refused_for_an_alarm() -> None:
     numbers = [scored("checkpoint-9", 9, 55) | {"n": None, "results": None}]
     with pytest.raises(

@@ -40,11 +40,13 @@ def find_fall(rows: Sequence[Row], name: str) -> tuple[Fall, str] | None:
     """
     rows = [row for row in rows if row["checkpoint"] != BASE_LABEL]
     check_alarm(name, rows)
+    rows = [row for row in rows if row["score"] == name]
+    # Beside checkpoints with a step nobody knows when one without ("best") was; where none has one, the table's order is.
+    numbered = [row for row in rows if row["step"] is not None]
     trainings: dict[str | None, list[Row]] = {}
-    for row in rows:
-        if row["score"] == name:
-            training = None if row["step"] is None else training_of(row["checkpoint"])
-            trainings.setdefault(training, []).append(row)
+    for row in numbered or rows:
+        training = None if row["step"] is None else training_of(row["checkpoint"])
+        trainings.setdefault(training, []).append(row)
     return next(filter(None, (_fall_of(rows, name) for rows in trainings.values())), None)
 
 
