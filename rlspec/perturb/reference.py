@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.products import ALIGNED
+from rlspec.linalg.transfer import index_on
 from rlspec.perturb.batch import take
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.sample import Sample
@@ -74,7 +75,10 @@ class Reference:
         chosen = Reference(names, w, u, s, vh, self.k)
         # A stack has one width; nothing that is known already is asked of the device again.
         chosen.__dict__.update(
-            width=self.width, combinations=self.combinations, values=take(self.values, positions)
+            width=self.width,
+            combinations=self.combinations,
+            last_columns=self.last_columns,
+            values=take(self.values, positions),
         )
         return chosen
 
@@ -114,6 +118,11 @@ class Reference:
     def combinations(self) -> Tensor:
         """Those combinations, (w, c) float64, on the reference's device."""
         return self.sample.combinations(self.width).to(self.device)
+
+    @cached_property
+    def last_columns(self) -> Tensor:
+        """Of each combination that estimates look at, the column of its smallest value, (e,) int64, likewise."""
+        return index_on([stop - 1 for stop in self.sample.bounds[1:]], self.S)
 
     @cached_property
     def clear(self) -> Tensor:

@@ -83,14 +83,14 @@ def residual(reference: Reference, delta: Delta, pair: Pair) -> Residual:
     rows = torch.cat([*outside[0].parts(), *outside[1].parts()], dim=-2).double()
     few = sample.estimated
     some_left, some_right = over_left.columns(few.start, few.stop), over_right.columns(few.start, few.stop)
-    sigma = (pair.sigma.unsqueeze(-2) @ combinations[..., few]).squeeze(-2)
+    sigma = pair.sigma.index_select(-1, reference.last_columns)
     tails = some_left.tail, some_right.tail
     turn_right, turn_left = sylvester_rotation(reference.S[..., w:], sigma, *tails, floor=FLOOR)
     turns = torch.stack([turn_left, turn_right])
     square_left, square_right = turns.double().square().sum(-2)
     second_left, second_right = (torch.stack(tails) * turns).sum(-2)
-    k, s = reference.k, sample.spread
-    spread = [side.columns(sample.top, sample.top + s).rows(k, s).double() for side in (left, right)]
+    k, s = reference.k, sample.top + sample.groups
+    spread = [side.columns(0, s).rows(k, s).double() for side in (left, right)]
     found = to_host(
         [
             pair.sigma,
