@@ -13,7 +13,7 @@ from rlspec.linalg.products import ALIGNED
 from rlspec.linalg.transfer import index_on
 from rlspec.perturb.batch import take
 from rlspec.perturb.matrix import MatrixBasis
-from rlspec.perturb.sample import Sample
+from rlspec.perturb.sample import Sample, sample_of
 
 _CHOICE = 4  # widths to choose a gap from
 #: Pairs across the guard band's end closer than this (relative difference of squares) are damped: they would
@@ -112,7 +112,7 @@ class Reference:
     @cached_property
     def sample(self) -> Sample:
         """Which combinations of a pair's columns are looked at."""
-        return Sample(self.k)
+        return sample_of(self.k)
 
     @cached_property
     def combinations(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 
 import torch
@@ -78,6 +78,12 @@ class Sample:
         for e, (start, stop) in enumerate(pairwise(self.bounds)):
             chosen[start:stop, e] = signs[start:stop, 0]
         return chosen
+
+
+@lru_cache(maxsize=64)
+def sample_of(k: int) -> Sample:
+    """The sample of k columns, with what it has computed already."""
+    return Sample(k)
 
 
 def _signs(k: int, count: int) -> Tensor:

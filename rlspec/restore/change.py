@@ -28,7 +28,7 @@ from rlspec.perturb.solve import is_perturbation, solve
 _LARGEST_UPDATE = 0.1
 _DEEPEST = 0.6
 # Error of the subspaces to reach, as a share of their rotation: the change is wrong by about as much.
-_SUBSPACE = 3e-3
+_SUBSPACE = 3.2e-3
 # Roundings of E, and of the change, that add up on the way from the one to the other.
 _STEPS = 4.0
 
@@ -117,7 +117,7 @@ def _by_perturbation(reference: Reference, delta: Delta, start: int, stop: int, 
     error += part_rounding(solution.left_over.sigma, start, stop, reference.shape, rounding)
     return Change(
         change,
-        float(error) + _float64_error(reference.shape, start, stop, reference.values[0]),
+        float(error) + _float64_error(reference.shape, start, stop, reference.values[0, : reference.width]),
         max(left_norm, right_norm) / (stop - start) ** 0.5,
         "delta",
         _STEPS * torch.finfo(dtype).eps,
