@@ -62,7 +62,7 @@ def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor, ou
     beyond = torch.maximum(_beyond(values, sigma, w), outside)
     gaps = (sigma[..., :k] - beyond.unsqueeze(-1)).clamp_min(torch.finfo(torch.float64).tiny)
     # Columns divided by their gap give the missing rotation; sampled columns share the smallest gap.
-    edge_gaps = gaps[..., [sample.bounds[e] for e in edges]]
+    edge_gaps = gaps[..., [sample.borders[e] for e in edges]]
     escaped = left_over.outside
     at_edges = escaped[:, edges][..., edges]
     sampled = escaped[:, signs, signs]

@@ -1,8 +1,11 @@
 """How far a candidate pair still is from the true subspaces: estimates, to decide whether to refine it.
 
 The bounds of ``bounds`` hold for the worst angle and the worst value. What decides whether another sweep pays
-is the error of all columns together, in the Frobenius norm. It is estimated from a few of them, by the
-correction that the next sweep would make to each.
+is the error of all columns together, in the Frobenius norm. It is estimated from a few combinations of them, by the
+correction that the next sweep would make to each: with random signs, squared norms of combinations add up to those of
+their columns, on average.
+
+Axes: ``L`` matrices, ``w`` columns of a pair, ``e`` combinations.
 """
 
 from __future__ import annotations
@@ -71,7 +74,7 @@ def turned(sample: Sample, left_over: Residual, start: int = 0) -> tuple[Tensor,
     left = left + _mixing(values, nearest, core_right, core_left, slice(k, None))
     right = right + _mixing(values, nearest, core_left, core_right, slice(k, None))
     if start > 0:
-        nearest = values[..., [max(first, start) for first in sample.bounds[:-1]]]
+        nearest = values[..., [max(first, start) for first in sample.borders[:-1]]]
         left = left + _mixing(values, nearest, core_right, core_left, slice(start))
         right = right + _mixing(values, nearest, core_left, core_right, slice(start))
     return left, right
@@ -79,7 +82,7 @@ def turned(sample: Sample, left_over: Residual, start: int = 0) -> tuple[Tensor,
 
 def _smallest(sample: Sample, left_over: Residual) -> Tensor:
     """(L, e) the smallest value of each estimated combination."""
-    return left_over.sigma[..., [stop - 1 for stop in sample.bounds[1:]]]
+    return left_over.sigma[..., [stop - 1 for stop in sample.borders[1:]]]
 
 
 def _escaped(sample: Sample, left_over: Residual) -> Tensor:

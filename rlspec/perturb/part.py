@@ -24,8 +24,8 @@ def part_error(sample: Sample, left_over: Residual, start: int) -> Tensor:
     """(L,) Frobenius norm of the error of T, I = [start, k), from what the pair leaves over."""
     values, k = left_over.sigma, sample.k
     left, right = turned(sample, left_over, start)
-    largest = values[..., [max(first, start) for first in sample.bounds[:-1]]]
-    within = torch.tensor([stop > start for stop in sample.bounds[1:]], dtype=torch.float64)
+    largest = values[..., [max(first, start) for first in sample.borders[:-1]]]
+    within = torch.tensor([stop > start for stop in sample.borders[1:]], dtype=torch.float64)
     moved = (within * largest.square() * (left + right)).sum(-1)
     inside = [core[..., start:k, sample.signs] for core in (left_over.core_left, left_over.core_right)]
     core = torch.maximum(*(sampled_frobenius(products) for products in inside))

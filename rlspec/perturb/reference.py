@@ -122,7 +122,7 @@ class Reference:
     @cached_property
     def last_columns(self) -> Tensor:
         """Of each combination that estimates look at, the column of its smallest value, (e,) int64, likewise."""
-        return index_on([stop - 1 for stop in self.sample.bounds[1:]], self.S)
+        return index_on([stop - 1 for stop in self.sample.borders[1:]], self.S)
 
     @cached_property
     def clear(self) -> Tensor:

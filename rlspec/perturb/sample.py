@@ -38,8 +38,8 @@ class Sample:
         return min(_GROUPS, self.k - self.cut - self.top)
 
     @cached_property
-    def bounds(self) -> tuple[int, ...]:
-        """Combination e of the first three kinds is of columns [``bounds[e]``, ``bounds[e + 1]``)."""
+    def borders(self) -> tuple[int, ...]:
+        """Combination e of the first three kinds is of columns [``borders[e]``, ``borders[e + 1]``)."""
         between = self.k - self.cut - self.top
         inner = [self.top + i * between // self.groups for i in range(self.groups)]
         return (*range(self.top), *inner, *range(self.k - self.cut, self.k + 1))
@@ -68,14 +68,14 @@ class Sample:
     @cached_property
     def sizes(self) -> Tensor:
         """(e,) float64, of how many columns the estimated combinations are."""
-        return torch.tensor(self.bounds, dtype=torch.float64).diff()
+        return torch.tensor(self.borders, dtype=torch.float64).diff()
 
     @cached_property
     def neighbours(self) -> Tensor:
         """(k, e) float64, the estimated combinations."""
         signs = _signs(self.k, 1)
         chosen = torch.zeros(self.k, self.estimated.stop, dtype=torch.float64)
-        for e, (start, stop) in enumerate(pairwise(self.bounds)):
+        for e, (start, stop) in enumerate(pairwise(self.borders)):
             chosen[start:stop, e] = signs[start:stop, 0]
         return chosen
 

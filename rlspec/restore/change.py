@@ -112,7 +112,8 @@ def _by_perturbation(reference: Reference, delta: Delta, start: int, stop: int, 
     norms = to_host([frobenius(x) for x in (outside_left, outside_right)])
     left_norm, right_norm = (float(norm) for norm in norms)
     # E was rounded once where it was taken, and then with all that was done in the dtype of the factors.
-    rounding = (0.5 * torch.finfo(delta.dtype).eps + _STEPS * torch.finfo(dtype).eps) * delta.stats.delta_frobenius
+    eps = 0.5 * torch.finfo(delta.dtype).eps + _STEPS * torch.finfo(dtype).eps
+    rounding = eps * delta.stats.delta_frobenius
     error = part_error(reference.sample, solution.left_over, start) + rounding
     error += part_rounding(solution.left_over.sigma, start, stop, reference.shape, rounding)
     return Change(
@@ -160,6 +161,6 @@ def _by_decomposition(base: MatrixBasis, tuned: Tensor, start: int, stop: int, m
 
 
 def _float64_error(shape: tuple[int, int], start: int, stop: int, *spectra: Tensor) -> float:
-    """What float64 leaves unsaid of the parts along I of matrices of these singular values, (v,) on the host."""
+    """What float64 decompositions leave unsaid of the parts along I of matrices of these singular values, (v,) each."""
     exactly = torch.zeros(1, dtype=torch.float64)
     return sum(float(part_rounding(values[None], start, stop, shape, exactly)) for values in spectra)
