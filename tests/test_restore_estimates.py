@@ -15,8 +15,8 @@ from rlspec import restore_matrix
 from rlspec.linalg.factor import reference_factors
 from rlspec.linalg.rank import Rank
 from rlspec.perturb.matrix import matrix_basis
+from rlspec.perturb.reference import Reference
 from rlspec.perturb.residual import Residual
-from rlspec.perturb.sample import Sample
 from rlspec.restore import change
 
 F64 = torch.float64
@@ -161,12 +161,12 @@ def test_a_sample_without_the_top_columns_tells_too_little(monkeypatch: pytest.M
     """The twin: one value grows, and what the solve leaves over is in its columns alone."""
     told = change.part_error
 
-    def blind(sample: Sample, left_over: Residual, start: int) -> Tensor:
+    def blind(reference: Reference, left_over: Residual, start: int) -> Tensor:
         seen = [t.clone() for t in (left_over.turn_left, left_over.turn_right, left_over.outside)]
         for tensor in seen:
-            tensor[..., : sample.top] = 0.0
+            tensor[..., : reference.sample.top] = 0.0
         left, right, outside = seen
-        return told(sample, replace(left_over, turn_left=left, turn_right=right, outside=outside), start)
+        return told(reference, replace(left_over, turn_left=left, turn_right=right, outside=outside), start)
 
     monkeypatch.setattr(change, "part_error", blind)
     assert most_beyond(SPECTRA, ["sigma_1 and noise"]) > 2.0

@@ -7,12 +7,15 @@ lies between columns of I, where it is an error of T as it is.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from rlspec.perturb.estimate import turned
+from rlspec.perturb.reference import FLOOR, Reference
 from rlspec.perturb.residual import Residual
-from rlspec.perturb.sample import Sample, sampled_frobenius
+from rlspec.perturb.sample import sampled_frobenius
 
 # A few columns stand for all, and turns are told to first order.
 _SAFETY = 2.0
@@ -20,16 +23,34 @@ _SAFETY = 2.0
 _ENTRY = 2.0
 
 
-def part_error(sample: Sample, left_over: Residual, start: int) -> Tensor:
+def part_error(reference: Reference, left_over: Residual, start: int) -> Tensor:
     """(L,) Frobenius norm of the error of T, I = [start, k), from what the pair leaves over."""
-    values, k = left_over.sigma, sample.k
-    left, right = turned(sample, left_over, start)
+    sample, values, k = reference.sample, left_over.sigma, reference.k
+    stretch = _stretch(reference, values).square()
+    turns = replace(
+        left_over, turn_left=left_over.turn_left * stretch, turn_right=left_over.turn_right * stretch
+    )
+    left, right = turned(sample, turns, start)
     largest = values[..., [max(first, start) for first in sample.borders[:-1]]]
     within = torch.tensor([stop > start for stop in sample.borders[1:]], dtype=torch.float64)
     moved = (within * largest.square() * (left + right)).sum(-1)
     inside = [core[..., start:k, sample.signs] for core in (left_over.core_left, left_over.core_right)]
     core = torch.maximum(*(sampled_frobenius(products) for products in inside))
     return _SAFETY * (moved + core.square()).sqrt()
+
+
+def _stretch(reference: Reference, sigma: Tensor) -> Tensor:
+    """(L, e) by how much larger turns are than those towards the reference's tail, whose values E lifts as well: as much
+    as it does those of the guard band, it is taken."""
+    sample, before, w = reference.sample, reference.values, sigma.shape[-1]
+    if w >= before.shape[-1]:
+        return torch.ones(())
+    guard = slice(min(reference.k, w - 1), w)
+    mine, top = sigma[..., [stop - 1 for stop in sample.borders[1:]]], before[..., w, None]
+    lift = (sigma[..., guard] - before[..., guard]).amax(-1, keepdim=True).clamp_min(0.0)
+    lifted = torch.minimum(top + lift, torch.maximum(top, sigma[..., -1:]))
+    gaps = [((mine - value) * (mine + value)).clamp_min(FLOOR * mine.square()) for value in (top, lifted)]
+    return gaps[0] / gaps[1]
 
 
 def part_rounding(values: Tensor, start: int, stop: int, shape: tuple[int, int], rounding: Tensor) -> Tensor:

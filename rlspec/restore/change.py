@@ -114,7 +114,7 @@ def _by_perturbation(reference: Reference, delta: Delta, start: int, stop: int, 
     # E was rounded once where it was taken, and then with all that was done in the dtype of the factors.
     eps = 0.5 * torch.finfo(delta.dtype).eps + _STEPS * torch.finfo(dtype).eps
     rounding = eps * delta.stats.delta_frobenius
-    error = part_error(reference.sample, solution.left_over, start) + rounding
+    error = part_error(reference, solution.left_over, start) + rounding
     error += part_rounding(solution.left_over.sigma, start, stop, reference.shape, rounding)
     return Change(
         change,
