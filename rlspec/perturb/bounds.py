@@ -38,12 +38,15 @@ class Bounds:
     angle: Tensor
 
 
-def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor, outside: Tensor) -> Bounds:
+def residual_bounds(
+    reference: Reference, left_over: Residual, scale: Tensor, outside: Tensor, taken: torch.dtype
+) -> Bounds:
     """Bounds on the leading k values and angles of a pair, from what it leaves over.
 
     Args:
         scale: ||E||_F, (L,) on the host.
         outside: what the largest value outside of the pair may be, (L,) on the host, see ``largest_outside``.
+        taken: the dtype that E was taken in; its entries were rounded to it.
     """
     sample, k = reference.sample, reference.k
     values = reference.values
@@ -75,8 +78,9 @@ def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor, ou
     edge_squares = at_edges.diagonal(dim1=-2, dim2=-1)
     typical = sampled.diagonal(dim1=-2, dim2=-1).mean(-1) / k
     second_order = torch.maximum((edge_squares / edge_gaps).amax(-1), _EXTREME**2 * typical / gaps[..., -1])
-    # The reference's coordinates are exact by definition, so rounding enters relative to E only.
-    rounding = torch.finfo(reference.U.dtype).eps * scale
+    # The reference's coordinates are exact by definition, so rounding enters relative to E only: that of its entries,
+    # which no residual shows, and that of products.
+    rounding = (torch.finfo(reference.U.dtype).eps + 0.5 * torch.finfo(taken).eps) * scale
     # Rounding turns vectors by its size over the gap at the cut: that of the products with E, and that of the float64
     # decompositions of the reference and the core.
     own = 16.0 * torch.finfo(torch.float64).eps * sigma[..., 0]

@@ -113,7 +113,7 @@ def _assemble(
     outside_value, overtaken = largest_outside(reference, wide, pair, left_over.sigma, norm)
     if bool(overtaken.any()):
         return positions_of(overtaken)
-    bounds = residual_bounds(reference, left_over, change.delta_frobenius, outside_value)
+    bounds = residual_bounds(reference, left_over, change.delta_frobenius, outside_value, delta.dtype)
     same = change.delta_frobenius == 0
     column = same.unsqueeze(-1)
     sigma = torch.where(column, reference.values[..., :k], left_over.sigma[..., :k])
