@@ -111,7 +111,7 @@ def test_a_bound_notices_a_wrong_answer():
 
     def angle_bound(pair: Pair) -> torch.Tensor:
         left_over, scale = residual(reference, delta, pair), delta.stats.delta_frobenius
-        return residual_bounds(reference, left_over, scale, torch.zeros_like(scale)).angle
+        return residual_bounds(reference, left_over, scale, torch.zeros_like(scale), F64).angle
 
     wrong = (sines(beyond(bad.left, reference.k), reference.k).asin() - truth.sines_left.asin()).abs().max()
     assert wrong > 3 * angle_bound(good)

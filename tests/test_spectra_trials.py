@@ -13,6 +13,7 @@ from spectra_toys import F64, by_delta, by_exact, errors, stacked
 
 from rlspec.linalg.angles import principal_sines
 from rlspec.linalg.precision import pinned_arithmetic
+from rlspec.spectra import delta as spectra_delta
 
 SHAPES = [(48, 48), (24, 60), (60, 24), (16, 16)]
 SPECTRA = ["flat", "decay", "gap", "clusters", "random"]
@@ -179,6 +180,26 @@ def test_a_cut_inside_equal_values(update: str, rank: int, eps: float, dtype: to
     sigma, angle, _ = errors(found, by_exact(stacked([weight], rank), tuned))
     assert bool((sigma <= found.sigma_error_bound).all())
     assert bool((angle <= found.angle_error_bound_rad).all())
+
+
+def beyond_the_bounds(seed: int) -> float:
+    """Of one value grown by 5 %, weights stored in float32: the largest error over its bound."""
+    g = torch.Generator().manual_seed(seed)
+    base = reference("random", 90, 90, g).float()
+    u, s, vh = torch.linalg.svd(base.double())
+    tuned = (base.double() + 0.05 * s[0] * torch.outer(u[:, 0], vh[0])).float().unsqueeze(0)
+    found = by_delta(stacked([base], 0.3), tuned)
+    assert found.engine == ("delta",)
+    sigma, angle, _ = errors(found, by_exact(stacked([base], 0.3), tuned))
+    return float(max(sigma / found.sigma_error_bound, angle / found.angle_error_bound_rad))
+
+
+def test_rounding_of_an_update_taken_in_float32_is_in_the_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No residual shows it: the rounded update is what was solved for. Where factors are float64 it is all there is."""
+    assert all(beyond_the_bounds(seed) <= 1.0 for seed in range(6))
+    told = spectra_delta.residual_bounds
+    monkeypatch.setattr(spectra_delta, "residual_bounds", lambda *given: told(*given[:-1], F64))
+    assert any(beyond_the_bounds(seed) > 10.0 for seed in range(6))  # the twin
 
 
 @pytest.mark.parametrize("kind", ["scaled", "row"])

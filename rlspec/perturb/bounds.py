@@ -18,6 +18,7 @@ from torch import Tensor
 from rlspec.linalg.dense import values_of_gram
 from rlspec.perturb.reference import Reference
 from rlspec.perturb.residual import Residual
+from rlspec.perturb.sample import sampled_frobenius
 
 # Factors on the estimates below: a sampled norm against the true one, and an extreme entry against the
 # typical one (entries of a residual are near normal; the largest of a few hundred lies near 3.5 standard
@@ -37,12 +38,15 @@ class Bounds:
     angle: Tensor
 
 
-def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor, outside: Tensor) -> Bounds:
+def residual_bounds(
+    reference: Reference, left_over: Residual, scale: Tensor, outside: Tensor, taken: torch.dtype
+) -> Bounds:
     """Bounds on the leading k values and angles of a pair, from what it leaves over.
 
     Args:
         scale: ||E||_F, (L,) on the host.
         outside: what the largest value outside of the pair may be, (L,) on the host, see ``largest_outside``.
+        taken: the dtype that E was taken in; its entries were rounded to it.
     """
     sample, k = reference.sample, reference.k
     values = reference.values
@@ -51,7 +55,7 @@ def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor, ou
     # Inside the span: the error of the core, seen from both sides.
     core_left, core_right = left_over.core_left, left_over.core_right
     core = torch.cat([core_left[..., signs], core_right[..., signs]], dim=-2)
-    core_norm = _sampled_frobenius(core) / math.sqrt(2.0)
+    core_norm = sampled_frobenius(core) / math.sqrt(2.0)
     entry = core_norm / math.sqrt(k * w)
     entry = entry * _unevenness(core_left[..., signs]) * _unevenness(core_right[..., signs])
     largest = torch.maximum(core_left[..., edges].abs(), core_right[..., edges].abs())
@@ -61,7 +65,7 @@ def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor, ou
     beyond = torch.maximum(_beyond(values, sigma, w), outside)
     gaps = (sigma[..., :k] - beyond.unsqueeze(-1)).clamp_min(torch.finfo(torch.float64).tiny)
     # Columns divided by their gap give the missing rotation; sampled columns share the smallest gap.
-    edge_gaps = gaps[..., [sample.columns[e] for e in edges]]
+    edge_gaps = gaps[..., [sample.borders[e] for e in edges]]
     escaped = left_over.outside
     at_edges = escaped[:, edges][..., edges]
     sampled = escaped[:, signs, signs]
@@ -74,8 +78,9 @@ def residual_bounds(reference: Reference, left_over: Residual, scale: Tensor, ou
     edge_squares = at_edges.diagonal(dim1=-2, dim2=-1)
     typical = sampled.diagonal(dim1=-2, dim2=-1).mean(-1) / k
     second_order = torch.maximum((edge_squares / edge_gaps).amax(-1), _EXTREME**2 * typical / gaps[..., -1])
-    # The reference's coordinates are exact by definition, so rounding enters relative to E only.
-    rounding = torch.finfo(reference.U.dtype).eps * scale
+    # The reference's coordinates are exact by definition, so rounding enters relative to E only: that of its entries,
+    # which no residual shows, and that of products.
+    rounding = (torch.finfo(reference.U.dtype).eps + 0.5 * torch.finfo(taken).eps) * scale
     # Rounding turns vectors by its size over the gap at the cut: that of the products with E, and that of the float64
     # decompositions of the reference and the core.
     own = 16.0 * torch.finfo(torch.float64).eps * sigma[..., 0]
@@ -109,11 +114,6 @@ def _unevenness(products: Tensor) -> Tensor:
     rows = products.square().mean(-1).sqrt()
     typical = rows.square().mean(-1).sqrt()
     return (rows.amax(-1) / (_CHANCE * typical).clamp_min(torch.finfo(torch.float64).tiny)).clamp_min(1.0)
-
-
-def _sampled_frobenius(products: Tensor) -> Tensor:
-    """Frobenius norm of A from ``A ω`` for random sign columns ω, (L, q, c) -> (L,)."""
-    return (products.square().sum((-2, -1)) / products.shape[-1]).sqrt()
 
 
 def _beyond(values: Tensor, sigma: Tensor, w: int) -> Tensor:

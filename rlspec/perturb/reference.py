@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.products import ALIGNED
+from rlspec.linalg.transfer import index_on
 from rlspec.perturb.batch import take
 from rlspec.perturb.matrix import MatrixBasis
-from rlspec.perturb.sample import Sample
+from rlspec.perturb.sample import Sample, sample_of
 
 _CHOICE = 4  # widths to choose a gap from
 _WHOLE = 0.85  # from this share of the columns on a guard band takes all
@@ -75,7 +76,10 @@ class Reference:
         chosen = Reference(names, w, u, s, vh, self.k)
         # A stack has one width; nothing that is known already is asked of the device again.
         chosen.__dict__.update(
-            width=self.width, combinations=self.combinations, values=take(self.values, positions)
+            width=self.width,
+            combinations=self.combinations,
+            last_columns=self.last_columns,
+            values=take(self.values, positions),
         )
         return chosen
 
@@ -109,12 +113,17 @@ class Reference:
     @cached_property
     def sample(self) -> Sample:
         """Which combinations of a pair's columns are looked at."""
-        return Sample(self.k)
+        return sample_of(self.k)
 
     @cached_property
     def combinations(self) -> Tensor:
         """Those combinations, (w, c) float64, on the reference's device."""
         return self.sample.combinations(self.width).to(self.device)
+
+    @cached_property
+    def last_columns(self) -> Tensor:
+        """Of each combination that estimates look at, the column of its smallest value, (e,) int64, likewise."""
+        return index_on([stop - 1 for stop in self.sample.borders[1:]], self.S)
 
     @cached_property
     def clear(self) -> Tensor:

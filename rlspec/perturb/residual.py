@@ -5,8 +5,8 @@ everything that is missing. Their part inside the candidate's own span is the er
 outside is what would still turn the subspace. Both are measured, not modelled: the products that give them
 are taken afresh, so the rounding of the fast products shows up in them too.
 
-A few columns suffice, all taken in one product: single ones where trouble sits (next to the cut, where the gap is
-smallest, and at the top, where the values are largest), single ones spread over all the others, and random signs over
+A few combinations suffice, all taken in one product: single columns where trouble sits (next to the cut, where the gap
+is smallest, and at the top, where the values are largest), neighbours with random signs between, and random signs over
 all k, which give the norm of the whole from a sample of its range. All that decisions need of them reaches the host in
 one transfer.
 
@@ -34,10 +34,11 @@ class Residual:
     """Of L pairs, on the host, float64. "Turn" is the correction that the next sweep would make to a column.
 
     ``core_left``, ``core_right``: Yᵀ and Xᵀ times the residuals, (L, w, c), the error of the core. ``outside``:
-    (L, c, c), Gram matrix of what of both residuals lies outside the spans. The others are of the e estimated columns:
-    ``turn_left``, ``turn_right`` (L, e) squared norms of the turns; ``second`` (L, e) residual times turn;
-    ``spread_left``, ``spread_right`` Gram matrices (L, s, s) of what s spread columns have outside the reference's
-    leading k. ``rotated_left``, ``rotated_right`` (L,): see :func:`rotated`. ``sigma`` (L, w).
+    (L, c, c), Gram matrix of what of both residuals lies outside the spans. The others are of the e estimated
+    combinations: ``turn_left``, ``turn_right`` (L, e) squared norms of the turns, solved with the smallest of their
+    values; ``second`` (L, e) residual times turn; ``spread_left``, ``spread_right`` Gram matrices (L, s, s) of what all
+    but those at the cut have outside the reference's leading k. ``rotated_left``, ``rotated_right`` (L,): see
+    :func:`rotated`. ``sigma`` (L, w).
     """
 
     sigma: Tensor
@@ -83,14 +84,14 @@ def residual(reference: Reference, delta: Delta, pair: Pair) -> Residual:
     rows = torch.cat([*outside[0].parts(), *outside[1].parts()], dim=-2).double()
     few = sample.estimated
     some_left, some_right = over_left.columns(few.start, few.stop), over_right.columns(few.start, few.stop)
-    sigma = (pair.sigma.unsqueeze(-2) @ combinations[..., few]).squeeze(-2)
+    sigma = pair.sigma.index_select(-1, reference.last_columns)
     tails = some_left.tail, some_right.tail
     turn_right, turn_left = sylvester_rotation(reference.S[..., w:], sigma, *tails, floor=FLOOR)
     turns = torch.stack([turn_left, turn_right])
     square_left, square_right = turns.double().square().sum(-2)
     second_left, second_right = (torch.stack(tails) * turns).sum(-2)
-    k, s = reference.k, sample.spread
-    spread = [side.columns(sample.top, sample.top + s).rows(k, s).double() for side in (left, right)]
+    k, s = reference.k, sample.top + sample.groups
+    spread = [side.columns(0, s).rows(k, s).double() for side in (left, right)]
     found = to_host(
         [
             pair.sigma,

@@ -20,6 +20,7 @@ from rlspec.perturb.coordinates import Side
 from rlspec.perturb.delta import Delta, DenseDelta, frobenius
 from rlspec.perturb.leading import largest_outside
 from rlspec.perturb.matrix import MatrixBasis
+from rlspec.perturb.part import part_error, part_rounding
 from rlspec.perturb.reference import Reference
 from rlspec.perturb.solve import is_perturbation, solve
 
@@ -27,7 +28,9 @@ from rlspec.perturb.solve import is_perturbation, solve
 _LARGEST_UPDATE = 0.1
 _DEEPEST = 0.6
 # Error of the subspaces to reach, as a share of their rotation: the change is wrong by about as much.
-_SUBSPACE = 3e-3
+_SUBSPACE = 3.2e-3
+# Roundings of E, and of the change, that add up on the way from the one to the other.
+_STEPS = 4.0
 
 
 @dataclass(frozen=True)
@@ -108,17 +111,17 @@ def _by_perturbation(reference: Reference, delta: Delta, start: int, stop: int, 
         change = LowRank(torch.cat([near, -far], dim=1), torch.cat([v, outside_right], dim=1))
     norms = to_host([frobenius(x) for x in (outside_left, outside_right)])
     left_norm, right_norm = (float(norm) for norm in norms)
-    largest = float(solution.left_over.sigma[0, start])
-    wrong = float(solution.subspace[0]) * float(solution.rotation[0])
-    error = 2.0 * largest * (2.0**0.5 * wrong + (stop - start) ** 0.5 * float(solution.sigma[0]))
-    # That of the update itself, which may have been taken in less than the factors are kept in.
-    error += 2.0 * torch.finfo(delta.dtype).eps * float(delta.stats.delta_frobenius[0])
+    # E was rounded once where it was taken, and then with all that was done in the dtype of the factors.
+    eps = 0.5 * torch.finfo(delta.dtype).eps + _STEPS * torch.finfo(dtype).eps
+    rounding = eps * delta.stats.delta_frobenius
+    error = part_error(reference, solution.left_over, start) + rounding
+    error += part_rounding(solution.left_over.sigma, start, stop, reference.shape, rounding)
     return Change(
         change,
-        error,
+        float(error) + _float64_error(reference.shape, start, stop, reference.values[0, : reference.width]),
         max(left_norm, right_norm) / (stop - start) ** 0.5,
         "delta",
-        4.0 * torch.finfo(dtype).eps,
+        _STEPS * torch.finfo(dtype).eps,
     )
 
 
@@ -140,6 +143,7 @@ def _by_decomposition(base: MatrixBasis, tuned: Tensor, start: int, stop: int, m
     """From a float64 decomposition of the tuned matrix, on the host."""
     u, s, vh = thin_svd(tuned.cpu().double())
     largest = max(float(base.S.norm()), float(s.norm()))
+    error = _float64_error(base.shape, start, stop, base.S, s)
     u, s, v = u[:, start:stop], s[start:stop], vh[start:stop].mT
     u_base, v_base = base.U[:, start:stop].double(), base.Vh[start:stop].double().mT
     values = base.S[start:stop]
@@ -152,5 +156,11 @@ def _by_decomposition(base: MatrixBasis, tuned: Tensor, start: int, stop: int, m
     sine_rms = max(float(x.norm()) for x in outside) / (stop - start) ** 0.5
     # LAPACK's backward error, and that of base factors kept in float32.
     eps = torch.finfo(base.U.dtype).eps + 16.0 * torch.finfo(torch.float64).eps
-    delta = delta.to(tuned.device)
-    return Change(delta, 4.0 * eps * largest * max(u.shape[0], v.shape[0]) ** 0.5, sine_rms, "exact")
+    error += 4.0 * eps * largest * max(base.shape) ** 0.5
+    return Change(delta.to(tuned.device), error, sine_rms, "exact")
+
+
+def _float64_error(shape: tuple[int, int], start: int, stop: int, *spectra: Tensor) -> float:
+    """What float64 decompositions leave unsaid of the parts along I of matrices of these singular values, (v,) each."""
+    exactly = torch.zeros(1, dtype=torch.float64)
+    return sum(float(part_rounding(values[None], start, stop, shape, exactly)) for values in spectra)

@@ -140,7 +140,7 @@ def _measurement(
     pair, left_over = solution.pair, solution.left_over
     m, n = reference.shape
     squared = reference.device.type != "cpu"
-    bounds = residual_bounds(reference, left_over, change.delta_frobenius, found.largest_outside)
+    bounds = residual_bounds(reference, left_over, change.delta_frobenius, found.largest_outside, delta.dtype)
     same = change.delta_frobenius == 0
     column = same.unsqueeze(-1)
     sigma = torch.where(column, reference.values[..., :k], left_over.sigma[..., :k])
