@@ -14,6 +14,7 @@ from torch import Tensor
 from rlspec import restore_matrix
 from rlspec.linalg.factor import reference_factors
 from rlspec.linalg.rank import Rank
+from rlspec.perturb import estimate
 from rlspec.perturb.matrix import matrix_basis
 from rlspec.perturb.reference import Reference
 from rlspec.perturb.residual import Residual
@@ -176,3 +177,13 @@ def test_rounding_counts_for_more_over_narrow_gaps(monkeypatch: pytest.MonkeyPat
     """The twin: rounding as a share of the update and of the change alone."""
     monkeypatch.setattr(change, "part_rounding", lambda values, *_: torch.zeros(len(values), dtype=F64))
     assert most_beyond(["cluster"], ["small", "rank 1", "sigma_1 and noise"]) > 10.0
+
+
+def test_what_leaves_the_span_in_leading_coordinates_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An update carries a column of the guard band off to the tail, so that the pair spans the leading coordinates no
+    more. The twin takes turns from tail coordinates alone."""
+    left_behind = [case("power", "swap", 7), case("late spikes", "swap", 3)]
+    assert all(beyond_the_estimate(each) <= 1.0 for each in left_behind)
+    seen = estimate._escaped
+    monkeypatch.setattr(estimate, "_escaped", lambda *given: torch.zeros_like(seen(*given)))
+    assert all(beyond_the_estimate(each) > 100.0 for each in left_behind)
