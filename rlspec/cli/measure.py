@@ -10,10 +10,10 @@ import click
 
 from rlspec.cli.exits import stopped
 from rlspec.cli.launched import Told, first_tells
-from rlspec.cli.measure_scores import Scoring
 from rlspec.errors import OptionError
 
 if TYPE_CHECKING:
+    from rlspec.cli.measure_scores import Scoring
     from rlspec.io.share import Share
     from rlspec.jobs.series import Series
 
@@ -106,6 +106,7 @@ def command(
     share = Share.of_launch()
     with first_tells(share, lambda: _launch_file(out)) as told:
         _check(out, table, watch, settings["locking"], share)
+        from rlspec.cli.measure_scores import Scoring
         from rlspec.jobs.series.scores import Scorer
 
         scorer = Scorer(

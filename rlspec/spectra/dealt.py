@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,11 @@ from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.spectra.basis import SpectralBasis, reference_matrices
 from rlspec.spectra.processes import GatherError, Processes, dealt, raise_failures, told
-from rlspec.spectra.saved_basis import SavedBasis, opened_base
 from rlspec.spectra.table import Row
 from rlspec.spectra.tracker import STACK_ENTRIES, SpectralRecord, SpectralTracker
+
+if TYPE_CHECKING:
+    from rlspec.spectra.saved_basis import SavedBasis
 
 #: by the name of the projection: the matrix, and what adapters add to it, see ``Weights.stream_apart``
 _Matrices = dict[str, tuple[Tensor, Update | None]]
@@ -85,12 +87,18 @@ class DealtTracker:
         reference: WeightSource = model
         failure, shapes = None, {}
         try:
-            opened = model if base is None else opened_base(base)
-            if isinstance(opened, SpectralBasis | SavedBasis):
-                basis = opened
+            if base is not None:
+                # Imported here: measuring tensors in memory needs no compiled extension.
+                from rlspec.spectra.saved_basis import SavedBasis, opened_base
+
+                opened = opened_base(base)
+                if isinstance(opened, SpectralBasis | SavedBasis):
+                    basis = opened
+                else:
+                    reference = opened
+            if basis is not None:
                 self.projections, shapes = basis.projections, basis.shapes()
             else:
-                reference = opened
                 shapes = self._find(open_weights(reference), modules, per_head)
             self._largest = self._largest_of(model)
         except Exception as error:
