@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import shlex
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
-from click.testing import CliRunner, Result
+from click.testing import Result
 from restore_toys import tune
+from series_toys import measure, script
 from train_toys import save_toy_model
 
 import rlspec
-from rlspec.cli.main import main
 from rlspec.errors import OptionError
 from rlspec.jobs.series import Series
 from rlspec.jobs.series.watch import watch
@@ -99,19 +97,12 @@ def test_a_function_that_fails_or_gives_no_scores_is_told_with_its_checkpoint(ru
         rlspec.measure(run / "base", run / "run", modules="q", evaluate=3)  # type: ignore[arg-type]
 
 
-def command(run: Path, text: str) -> str:
-    path = run / "score.py"
-    path.write_text(f"import json, sys\nstep = int(sys.argv[1].rpartition('-')[2])\n{text}\n")
-    return f"{shlex.quote(sys.executable)} {shlex.quote(str(path))} {{checkpoint}}"
-
-
 def invoke(run: Path, *more: str) -> Result:
-    words = ["measure", "--base", str(run / "base"), str(run / "run"), "--out", str(run / "out"), *more]
-    return CliRunner().invoke(main, [*words, "--modules", "q"])
+    return measure(run, *more, "--modules", "q")
 
 
 def test_the_command_tells_what_goes_with_the_scores_and_writes_a_table_of_them(run: Path) -> None:
-    evaluate = command(run, "print(json.dumps({'ood': [i < 60 - step for i in range(60)]}))")
+    evaluate = script(run, "print(json.dumps({'ood': [i < 60 - step for i in range(60)]}))")
     result = invoke(run, "--eval", evaluate, "--csv", str(run / "table.csv"))
     assert result.exit_code == 0, result.output
     lines = result.stdout.splitlines()
@@ -125,7 +116,7 @@ def test_the_command_tells_what_goes_with_the_scores_and_writes_a_table_of_them(
 
 def test_a_misspelt_alarm_is_told_at_the_first_score(run: Path) -> None:
     log = run / "asked"
-    evaluate = command(
+    evaluate = script(
         run, f"open({str(log)!r}, 'a').write('.')\nprint(json.dumps({{'ood': [step > 9] * 9}}))"
     )
     result = invoke(run, "--eval", evaluate, "--alarm", "odd")
@@ -140,7 +131,7 @@ def test_a_folder_that_fills_is_scored_as_it_does(run: Path, monkeypatch: pytest
 
     for step in (40, 50, 60):
         shutil.move(run / "run" / f"checkpoint-{step}", run / f"checkpoint-{step}")
-    evaluate = command(
+    evaluate = script(
         run,
         "solved = {10: 30, 20: 58, 30: 31, 40: 30, 60: 10}[step]\n"
         "print(json.dumps({'ood': [i < solved for i in range(60)]}))",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 import shutil
 import subprocess
 import sys
@@ -12,8 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from click.testing import CliRunner, Result
+from click.testing import CliRunner
 from distributed_toys import save
+from series_toys import measure, script
 from train_toys import save_toy_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -36,17 +36,6 @@ def run(tmp_path: Path) -> Path:
         save_toy_model(tmp_path / name, initializer_range=0.1 + 0.05 * i)
     (tmp_path / "retain.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
     return tmp_path
-
-
-def script(folder: Path, text: str) -> str:
-    path = folder / "score.py"
-    path.write_text(f"import json, sys\nstep = int(sys.argv[1].rpartition('-')[2])\n{text}\n")
-    return f"{shlex.quote(sys.executable)} {shlex.quote(str(path))} {{checkpoint}}"
-
-
-def measure(run: Path, *more: str) -> Result:
-    words = ["measure", "--base", str(run / "base"), str(run / "run"), "--out", str(run / "out"), *more]
-    return CliRunner().invoke(main, words)
 
 
 def rows(run: Path) -> list[dict[str, Any]]:

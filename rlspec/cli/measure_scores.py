@@ -32,15 +32,11 @@ class Scoring:
 
     def lines(self, series: Series) -> list[str]:
         """Score what has no scores yet; every score, what goes with it, and what the alarm finds."""
-        from rlspec.jobs.series.falls import find_fall
-        from rlspec.tasks.alarm import describe_fall
-
         scored = self._scored(series, None)
         lines = ["", *score_lines(scored.scores), *correlation_lines(scored.correlations())]
         if self._alarm is not None:
-            fall = find_fall(scored.scores, self._alarm)
             calm = f"{self._alarm}: no fall from a peak that chance does not explain"
-            lines.append(calm if fall is None else describe_fall(fall[0], checkpoint=fall[1]))
+            lines.append(_told_fall(scored, self._alarm) or calm)
         return lines
 
     def news(self, series: Series, warn: Callable[[str], None]) -> list[str]:
@@ -49,17 +45,13 @@ class Scoring:
         Args:
             warn: gets one line for a checkpoint that cannot be scored.
         """
-        from rlspec.jobs.series.falls import find_fall
-        from rlspec.tasks.alarm import describe_fall
-
         scored = self._scored(series, warn)
         lines = score_lines([row for row in scored.scores if row["checkpoint"] not in self._told])
         self._told |= {row["checkpoint"] for row in scored.scores}
         if self._alarm is not None and any(row["score"] == self._alarm for row in scored.scores):
-            fall = find_fall(scored.scores, self._alarm)
-            told = "" if fall is None else describe_fall(fall[0], checkpoint=fall[1])
-            if told not in self._told:
-                lines += [told] if told else []
+            told = _told_fall(scored, self._alarm)
+            if told and told not in self._told:
+                lines.append(told)
                 self._told.add(told)
         return lines
 
@@ -78,3 +70,12 @@ class Scoring:
         if self._table is not None:
             scored.scores.to_csv(self._table)
         return scored
+
+
+def _told_fall(scored: Series, alarm: str) -> str:
+    """What to say of a score's fall; "" where there is none."""
+    from rlspec.jobs.series.falls import find_fall
+    from rlspec.tasks.alarm import describe_fall
+
+    found = find_fall(scored.scores, alarm)
+    return "" if found is None else describe_fall(found[0], checkpoint=found[1])
