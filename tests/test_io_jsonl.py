@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -90,3 +92,20 @@ def test_a_row_of_another_version_is_left_out_and_the_latest_counts(tmp_path: Pa
     append_rows(path, [{"name": "old", "layers": 3}, asdict(ROW) | {"k": 1}, asdict(ROW)])
     assert Journal(out).read() == {"n": ROW}
     assert [json.loads(line)["name"] for line in path.read_text().splitlines()] == ["old", "n", "n"]
+
+
+def test_rows_for_which_the_disk_has_no_room_leave_the_file_as_it_was(tmp_path: Path) -> None:
+    """A limit on the size of files stands for a disk that takes a part of what is written."""
+    path = tmp_path / "rows.jsonl"
+    append_rows(path, [{"name": "first"}])
+    before = path.read_bytes()
+    text = (
+        "import resource, sys\nfrom pathlib import Path\nfrom rlspec.io.jsonl import append_rows\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({len(before) + 9}, resource.RLIM_INFINITY))\n"
+        f"try:\n    append_rows(Path({str(path)!r}), [{{'name': 'x' * 99}}])\n"
+        "except OSError as error:\n    print(error.strerror)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout == "File too large\n" and path.read_bytes() == before
+    append_rows(path, [{"name": "second"}])
+    assert [row["name"] for row in read_rows(path)] == ["first", "second"]

@@ -54,6 +54,14 @@ def test_figures_are_means_and_the_largest_angle_is_named(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
+def test_rows_that_were_measured_anew_count_once(tmp_path: Path) -> None:
+    """A kill leaves the ones before beside them."""
+    whole = read_series(write(tmp_path / "whole", rows()))
+    old = [row | {"delta_relative": 9.0, "locking_end": "checkpoint-200"} for row in rows()[:6]]
+    twice = read_series(write(tmp_path / "twice", [*old, *rows()]))
+    assert checkpoints(twice) == checkpoints(whole) and len(twice.spectra) == len(rows())
+
+
 def test_where_no_angle_was_measured_none_is_told(tmp_path: Path) -> None:
     measured = {name for name in rows(1)[0] if name.endswith("_rad") or name.startswith(("sigma", "delta"))}
     folder = write(tmp_path / "spectra", [row | dict.fromkeys(measured) for row in rows(1)])

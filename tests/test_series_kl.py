@@ -204,3 +204,26 @@ def test_an_adapter_of_what_is_no_parameter_is_told_with_the_way_out(run: Path) 
     del model.model.layers[1]
     with pytest.raises(CheckpointError, match=r"layers\.1\.self_attn\.q_proj.*merge the adapter with PEFT"):
         add_adapter(model, adapter)
+
+
+def test_completions_are_answers_as_trl_has_them(run: Path) -> None:
+    answer = "number 24"
+    forms = [
+        {"messages": ASKED, "answer": answer},
+        {"prompt": ASKED[0]["content"], "completion": answer},
+        {"prompt": ASKED, "completion": [{"role": "assistant", "content": answer}]},
+    ]
+    found = [kl(run, write(run / "prompts.jsonl", form))["checkpoint-10"] for form in forms]
+    assert found[0]["results"] == found[1]["results"] == found[2]["results"]
+
+
+@pytest.mark.parametrize("content", [[{"type": "text", "text": "hi"}], None, 5])
+@pytest.mark.parametrize("where", ["messages", "prompt", "role"])
+def test_what_is_no_plain_text_is_told_with_its_line(content: Any, where: str, run: Path) -> None:
+    message = {"role": content, "content": "hi"} if where == "role" else {"role": "user", "content": content}
+    row = {"messages" if where == "role" else where: [message]}
+    path = write(run / "prompts.jsonl", {"prompt": "number 24"}, row)
+    with pytest.raises(
+        OptionError, match=r"prompts\.jsonl, line 2: wanted .*found the fields (messages|prompt)"
+    ):
+        kl(run, path)

@@ -188,6 +188,8 @@ def test_a_series_killed_while_it_is_measured_anew_goes_on(
     monkeypatch.setattr(Job, "_rows", killed)
     with pytest.raises(KeyboardInterrupt):
         measured(run, out=out)
+    kept = [(row["checkpoint"], row["name"]) for row in rows_in(out)]
+    assert len(set(kept)) == len(kept)  # what is measured anew takes the place of what was
     monkeypatch.setattr(Job, "_rows", right)
     measured(run, out=out)
     assert (out / "spectra.jsonl").read_bytes() == (whole / "spectra.jsonl").read_bytes()

@@ -106,8 +106,27 @@ def test_checkpoints_that_differ_by_their_step_are_of_one_training(
 def test_labels_are_the_ends_of_paths_that_tell_them_apart() -> None:
     paths = [Path("/a/run/checkpoint-5"), Path("/b/run/checkpoint-5"), Path("/b/run/checkpoint-6")]
     checkpoints = [Checkpoint.at(path) for path in paths]
-    assert labels(checkpoints) == ["a/run/checkpoint-5", "b/run/checkpoint-5", "checkpoint-6"]
-    assert labels(checkpoints[2:], [Path("/c/checkpoint-6")]) == ["run/checkpoint-6"]
+    assert labels(checkpoints) == ["a/run/checkpoint-5", "b/run/checkpoint-5", "b/run/checkpoint-6"]
+    assert labels(checkpoints[2:], {"checkpoint-6": Path("/c/checkpoint-6")}) == ["run/checkpoint-6"]
+    unnumbered = [Checkpoint.at(Path(path)) for path in ("/a/run/final", "/b/run/best", "/c/best")]
+    assert labels(unnumbered) == ["final", "run/best", "c/best"]
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_checkpoints_of_one_training_are_called_differs_by_their_step_alone(together: bool) -> None:
+    """However many another training has, and whichever of them came when."""
+    places = [f"/runs/a/checkpoint-{step}" for step in (100, 200)]
+    places += [f"/runs/b/checkpoint-{step}" for step in (100, 200, 300, 400)]
+    places += [f"/runs/verl/global_step_{step}/actor/huggingface" for step in (40, 80)]
+    checkpoints = [Checkpoint.at(Path(place)) for place in places]
+    known: dict[str, Path] = {}
+    for given in [checkpoints] if together else [[one] for one in checkpoints]:
+        known |= dict(zip(labels(given, known), (one.called for one in given), strict=True))
+    assert len(known) == len(places)
+    trainings = [training_of(label) for label in known]
+    assert [trainings.index(one) for one in trainings] == [0, 0, 2, 2, 2, 2, 6, 6]
+    assert next(iter(known)) == ("a/checkpoint-100" if together else "checkpoint-100")
+    assert next(iter(reversed(known))) == "verl/global_step_80/actor/huggingface"
 
 
 def test_two_runs_with_checkpoints_of_one_name_stay_apart(run: Path) -> None:

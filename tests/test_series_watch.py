@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -19,6 +20,7 @@ from transformers import AutoModelForCausalLM
 import rlspec
 from rlspec.cli.main import main
 from rlspec.errors import CheckpointError
+from rlspec.jobs.series import table
 from rlspec.jobs.series import watch as watching
 from rlspec.jobs.series.job import Job
 from rlspec.jobs.series.watch import watch
@@ -359,3 +361,45 @@ def test_ctrl_c_ends_a_watch_and_keeps_what_is_measured(base: Path, monkeypatch:
         done.exit_code == 130 and "checkpoint-1" in done.stdout and "what is measured is kept" in done.stderr
     )
     assert len((out / "spectra.jsonl").read_text().splitlines()) == 6
+
+
+def test_one_for_which_there_is_no_memory_is_tried_again(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As beside a trainer on the same card."""
+    tune(base, base.parent / "run" / "checkpoint-5")
+    right, tries = Job._rows, []
+
+    def full(self: Any, *args: Any) -> Any:
+        tries.append(1)
+        if len(tries) < 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
+        return right(self, *args)
+
+    monkeypatch.setattr(Job, "_rows", full)
+    added, warnings = looks(base, *[nothing] * 4)
+    assert added == [["checkpoint-5"]] and len(warnings) == 1
+    assert warnings[0].endswith("checkpoint-5: until there is room: CUDA out of memory")
+    rows = [json.loads(line) for line in (base.parent / "out" / "spectra.jsonl").open()]
+    assert rows == rlspec.measure(base, base.parent / "run", modules="q").rows
+
+
+def test_a_table_that_cannot_be_written_ends_the_watch_and_goes_on(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for step in (1, 2):
+        tune(base, base.parent / "run" / f"checkpoint-{step}", seed=step)
+    right, calls = table.append_rows, []
+
+    def full(*args: Any) -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        right(*args)
+
+    monkeypatch.setattr(table, "append_rows", full)
+    with pytest.raises(CheckpointError, match="out: cannot be written: No space left on device"):
+        looks(base, nothing, nothing)
+    assert len(calls) == 2
+    added, warnings = looks(base, nothing, nothing)
+    assert (added, warnings) == ([["checkpoint-2"]], [])  # the other one was whole
+    rows = [json.loads(line) for line in (base.parent / "out" / "spectra.jsonl").open()]
+    assert rows == rlspec.measure(base, base.parent / "run", modules="q").rows

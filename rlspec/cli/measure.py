@@ -177,9 +177,12 @@ def _measure(
             series.to_csv(table)
         for line in (*series_lines(series), heading()):
             click.echo(line)
-        if scoring:
-            for line in scoring.lines(series):
-                click.echo(line)
+        for line in scoring.lines(series, _pass_over):
+            click.echo(line)
+        if scoring.failures:
+            raise OptionError(
+                f"scores that lack, for the reasons above: {scoring.failures}; the same command takes them again"
+            )
     except KeyboardInterrupt as stop:
         bar.close()
         _stopped(stop, tell=first)
@@ -187,6 +190,10 @@ def _measure(
         bar.close()
         if job is not None:
             job.table.close()
+
+
+def _pass_over(message: str) -> None:
+    click.echo(f"passed over: {message}", err=True)
 
 
 def _stopped(stop: KeyboardInterrupt, *, tell: bool) -> NoReturn:
@@ -211,7 +218,7 @@ def _watch(
 
     def warn(message: str) -> None:
         bar.close()
-        click.echo(f"passed over: {message}", err=True)
+        _pass_over(message)
 
     def tell(series: Series, added: Sequence[str]) -> None:
         bar.close()
@@ -219,14 +226,13 @@ def _watch(
             series.to_csv(table)
         for line in series_lines(spectra for spectra in series if spectra.checkpoint in added):
             click.echo(line)
-        if scoring:
-            for line in scoring.news(series, warn):
-                click.echo(line)
+        for line in scoring.news(series, warn):
+            click.echo(line)
 
     job = None
     try:
         job = Job.open(base, out=out, **settings)
-        if scoring and (before := job.table.series()):
+        if before := job.table.series():
             tell(before, [])  # which an earlier command may have left without scores
         for added in watch(job, paths, on_matrix=bar, warn=warn):
             tell(job.table.series(), added)

@@ -27,47 +27,59 @@ class Scoring:
         self._table = None if table is None else table.with_name(f"{table.stem}-scores{table.suffix}")
         self._told: set[str] = set()  # checkpoints, and the fall
 
-    def __bool__(self) -> bool:
-        return bool(self._scorer)
+    def lines(self, series: Series, warn: Callable[[str], None]) -> list[str]:
+        """Score what has no scores yet; every score, what goes with it, and what the alarm finds.
 
-    def lines(self, series: Series) -> list[str]:
-        """Score what has no scores yet; every score, what goes with it, and what the alarm finds."""
-        scored = self._scored(series, None)
+        Args:
+            warn: gets one line for a checkpoint that cannot be scored.
+        """
+        scored = self._scored(series, warn)
+        if not self._scorer:
+            return []
         lines = ["", *score_lines(scored.scores), *correlation_lines(scored.correlations())]
-        if self._alarm is not None:
+        if self._watches(scored):
             calm = f"{self._alarm}: no fall from a peak that chance does not explain"
-            lines.append(_told_fall(scored, self._alarm) or calm)
+            lines.append(_told_fall(scored, str(self._alarm)) or calm)
         return lines
 
     def news(self, series: Series, warn: Callable[[str], None]) -> list[str]:
         """The same of a series that grows: what was not told yet.
 
         Args:
-            warn: gets one line for a checkpoint that cannot be scored.
+            warn: as that of :meth:`lines`.
         """
         scored = self._scored(series, warn)
         lines = score_lines([row for row in scored.scores if row["checkpoint"] not in self._told])
         self._told |= {row["checkpoint"] for row in scored.scores}
-        if self._alarm is not None and any(row["score"] == self._alarm for row in scored.scores):
-            told = _told_fall(scored, self._alarm)
+        if self._watches(scored):
+            told = _told_fall(scored, str(self._alarm))
             if told and told not in self._told:
                 lines.append(told)
                 self._told.add(told)
         return lines
 
-    def _scored(self, series: Series, warn: Callable[[str], None] | None) -> Series:
+    @property
+    def failures(self) -> int:
+        """How many scores of checkpoints that were asked for could not be taken."""
+        return self._scorer.failures
+
+    def _watches(self, scored: Series) -> bool:
+        """Whether there is something that the alarm can look at: the base is no part of a training."""
+        found = (row for row in scored.scores if row["checkpoint"] != "base")
+        return self._alarm is not None and any(row["score"] == self._alarm for row in found)
+
+    def _scored(self, series: Series, warn: Callable[[str], None]) -> Series:
         bar = Bar(does="score", unit="score")
 
         def told(message: str) -> None:
             bar.close()
-            if warn is not None:
-                warn(message)
+            warn(message)
 
         try:
-            scored = self._scorer.score(series, warn=None if warn is None else told, on_score=bar)
+            scored = self._scorer.score(series, warn=told, on_score=bar)
         finally:
             bar.close()
-        if self._table is not None:
+        if self._table is not None and self._scorer:
             scored.scores.to_csv(self._table)
         return scored
 

@@ -68,7 +68,7 @@ def series_lines(series: Iterable[CheckpointSpectra]) -> list[str]:
             str(len(spectra.rows)),
         ]
         for column in _MEANS.values():
-            value = mean(row[column] for row in spectra.rows)
+            value = mean(row.get(column) for row in spectra.rows)
             cells.append("" if value is None else f"{value:.4g}")
         rows.append(cells)
     if not rows:

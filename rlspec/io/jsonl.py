@@ -36,12 +36,22 @@ def _encode(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def append_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    """Append ``rows`` to ``path`` and return once they are on disk."""
+    """Append ``rows`` to ``path`` and return once they are on disk.
+
+    Raises:
+        OSError: they cannot be written; the file is as it was.
+    """
     data = _encode(rows)
-    with path.open("ab") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+    with path.open("ab", buffering=0) as file:
+        before = file.seek(0, os.SEEK_END)
+        try:
+            written = file.write(data)
+            if written < len(data):  # a disk that is full takes what it can
+                file.write(data[written:])
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(before)  # or the next row would end half a line
+            raise
 
 
 def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:

@@ -32,14 +32,18 @@ def read_series(folder: Path) -> RunData:
             where numbers belong; names file and line.
     """
     path = folder / ROWS
-    rows: list[Row] = []
+    found: dict[Any, Row] = {}
     unnumbered: dict[str, int] = {}  # checkpoint -> its place among those without a step
     for line, row in numbered_rows(path):
         checkpoint, step = row.get("checkpoint"), row.get("step")
         place = unnumbered.setdefault(str(checkpoint), len(unnumbered)) if step is None else step
         own = {"stage": row.get("stage") or "series", "step": place, "segment": _segment(row)}
-        rows.append(row | own | {"unnumbered": step is None})
-        check_row(f"{path}, line {line}", rows[-1], "module")
+        row |= own | {"unnumbered": step is None}
+        check_row(f"{path}, line {line}", row, "module")
+        # A series that was stopped while it was measured anew holds the rows before, too.
+        matrix = str(checkpoint), str(row.get("name")), row.get("module")
+        found[line if checkpoint is None else matrix] = row
+    rows = list(found.values())
     if not rows:
         raise RunFolderError(f"{path}: no row yet; nothing to report")
     if numbered := [row["step"] for row in rows if not row["unnumbered"]]:
@@ -52,15 +56,15 @@ def read_series(folder: Path) -> RunData:
     starts = _starts(rows)
     events: list[Row] = [
         {
-            "stage": found[0]["stage"], "segment": segment, "step": step,
+            "stage": of_it[0]["stage"], "segment": segment, "step": step,
             "global_step": step + starts.get(segment, 0),
-            "checkpoint": found[0].get("checkpoint"), "unnumbered": found[0]["unnumbered"],
+            "checkpoint": of_it[0].get("checkpoint"), "unnumbered": of_it[0]["unnumbered"],
         }
-        for (segment, step), found in by_event(rows).items()
+        for (segment, step), of_it in by_event(rows).items()
     ]  # fmt: skip
     segments = [
-        Segment(name, found[0]["stage"], found[-1]["step"], None, name)
-        for name, found in rows_by_segment(events).items()
+        Segment(name, of_it[0]["stage"], of_it[-1]["step"], None, name)
+        for name, of_it in rows_by_segment(events).items()
     ]
     return RunData(folder, {}, events, rows, {}, segments, add_scores(folder, events))
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shlex
 import subprocess
 from collections.abc import Sequence
@@ -10,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rlspec.errors import OptionError
+
+# What torchrun tells its processes. A command that one of them runs is a program of its own, and would wait for others.
+_LAUNCH = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)|TORCHELASTIC_.*")
 
 
 def check_command(command: str, marker: str, name: str) -> None:
@@ -38,7 +43,7 @@ def words_for(command: str, marker: str, checkpoint: Path) -> list[str]:
 
 
 def run(words: Sequence[str], told: str, *, quiet: bool) -> subprocess.CompletedProcess[str]:
-    """Run a command and keep what it prints, whatever bytes that is.
+    """Run a command and keep what it prints, whatever bytes that is. It is told nothing of torchrun.
 
     Args:
         told: what messages call it.
@@ -48,9 +53,12 @@ def run(words: Sequence[str], told: str, *, quiet: bool) -> subprocess.Completed
         OptionError: it cannot be run.
     """
     errors = subprocess.PIPE if quiet else None
+    own = dict(os.environ)
+    if {"RANK", "WORLD_SIZE"} <= own.keys():
+        own = {name: value for name, value in own.items() if not _LAUNCH.fullmatch(name)}
     try:
         return subprocess.run(
-            words, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", check=False
+            words, stdout=subprocess.PIPE, stderr=errors, text=True, errors="replace", check=False, env=own
         )
     except OSError as error:
         raise OptionError(f"{told}: cannot be run: {error.strerror or error}") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from rlspec.errors import OptionError
 from rlspec.io.jsonl import Row, numbered_rows
@@ -18,8 +18,8 @@ _ANSWERED = '{"prompt": "...", "answer": "..."} or {"messages": [...], "answer":
 
 def read_traces(path: Path, tokenizer: Any) -> list[Trace]:
     """The rows of a file: {"text": ...}, whose every token but the first carries loss, or {"messages": [...],
-    "answer": ...} or {"prompt": ..., "answer": ...}, whose answer does. The answer may be the assistant's last message,
-    and a prompt a list of messages.
+    "answer": ...} or {"prompt": ..., "answer": ...}, whose answer does. The answer may be the assistant's last message or
+    called "completion", as TRL has it, and a prompt a list of messages. What messages say is plain text.
 
     Raises:
         OptionError: the file is missing, has fewer than two rows, or a row is none of these; names the line.
@@ -68,15 +68,16 @@ def _encoded(row: Row, tokenizer: Any) -> Trace | list[int] | None:
     if isinstance(text := row.get("text"), str):
         ids = list(tokenizer(text)["input_ids"])[:MOST_TOKENS]
         return single(ids[:1], ids[1:]) if len(ids) > 1 else None
-    answer, prompt, messages = row.get("answer"), row.get("prompt"), row.get("messages")
+    prompt, messages = row.get("prompt"), row.get("messages")
     if isinstance(prompt, str):
         messages = [{"role": "user", "content": prompt}]
     elif isinstance(prompt, list):
         messages = prompt
-    if not isinstance(messages, list) or not messages:
+    if not _are_messages(messages):
         return None
-    if not all(isinstance(message, dict) and {"role", "content"} <= message.keys() for message in messages):
-        return None
+    answer = row.get("answer", row.get("completion"))
+    if _are_messages(answer) and len(answer) == 1:
+        answer = answer[0]["content"]
     if answer is None and messages[-1]["role"] == "assistant" and len(messages) > 1:
         *messages, last = messages
         answer = last["content"]
@@ -85,3 +86,17 @@ def _encoded(row: Row, tokenizer: Any) -> Trace | list[int] | None:
     if not isinstance(answer, str):
         return None
     return single(encode_prompt(tokenizer, messages), encode_answer(tokenizer, answer))
+
+
+def _are_messages(value: object) -> TypeGuard[list[dict[str, str]]]:
+    """Whether that is a conversation of plain texts."""
+    return (
+        isinstance(value, list)
+        and len(value) > 0
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -176,16 +176,54 @@ def in_order(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
     return sorted(checkpoints, key=key)
 
 
-def labels(
-    checkpoints: Sequence[Checkpoint], known: Iterable[Path] = (), taken: Iterable[str] = ()
-) -> list[str]:
+def labels(checkpoints: Sequence[Checkpoint], known: Mapping[str, Path] | None = None) -> list[str]:
     """What rows call each: the end of its path that tells it from the others, and from those known before.
 
+    Labels of one training differ by their step alone, and those of two by more: where a checkpoint has a step, its label
+    begins with the folder that bears it, after as much of what is above as tells that folder's place from all others
+    with such checkpoints.
+
     Args:
-        known: what those known before are called, as :attr:`Checkpoint.called`.
-        taken: labels that are not given again.
+        known: the labels of those known before, which stay, and what they are called (:attr:`Checkpoint.called`).
     """
-    return told_apart([checkpoint.called for checkpoint in checkpoints], known, {BASE_LABEL, *taken})
+    known = known or {}
+    starts = {
+        place: label.removesuffix(end)
+        for label, called in known.items()
+        for place, end in [_placed(called)]
+        if _step_in(called) is not None and label.endswith(end)
+    }
+    numbered = [None if one.step is None else _placed(one.called) for one in checkpoints]
+    new = [placed[0] for placed in numbered if placed is not None and placed[0] not in starts]
+    starts |= _told_apart_places(list(dict.fromkeys(new)), list(starts), set(starts.values()))
+    found = [None if placed is None else starts[placed[0]] + placed[1] for placed in numbered]
+    taken = {BASE_LABEL, *known, *filter(None, found)}
+    others = told_apart([one.called for one in checkpoints], known.values(), taken)
+    return [other if label is None or label in known else label for label, other in zip(found, others)]
+
+
+def _placed(called: Path) -> tuple[Path, str]:
+    """The folder that a training's checkpoints are in, and the rest of the path of this one."""
+    place = _named(called).parent
+    return place, str(called.relative_to(place))
+
+
+def _told_apart_places(
+    places: Sequence[Path], known: Sequence[Path], taken: Container[str]
+) -> dict[Path, str]:
+    """What labels of checkpoints in each place begin with: nothing, where it is the only one."""
+    if len(places) == 1 and not known:
+        return {places[0]: ""}
+    starts: dict[Path, str] = {}
+    for place in places:
+        others = [other.parts for other in (*places, *known) if other != place]
+        for length in range(1, len(place.parts) + 1):
+            end = place.parts[-length:]
+            start = os.path.join(*end, "")
+            if start not in taken and all(other[-length:] != end for other in others):
+                break
+        starts[place] = start
+    return starts
 
 
 def difference(before: Files, now: Files) -> str:

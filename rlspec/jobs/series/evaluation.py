@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import shlex
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,10 +34,12 @@ class Evaluation:
     def __init__(self, evaluate: Evaluate) -> None:
         if isinstance(evaluate, str):
             check_command(evaluate, MARKER, "evaluate")
-            self.by = evaluate
+            self.by, self.lasting = evaluate, True
         elif callable(evaluate):
             named = evaluate if hasattr(evaluate, "__qualname__") else type(evaluate)
             self.by = f"{named.__module__}.{named.__qualname__}"
+            # Others of that name may be about: lambdas, partial functions, methods of several objects.
+            self.lasting = inspect.isfunction(evaluate) and evaluate.__name__ != "<lambda>"
         else:
             raise OptionError(
                 f"evaluate={evaluate!r}: neither a command nor a function of a checkpoint's path"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from rlspec.errors import OptionError
 from rlspec.io.jsonl import Row
@@ -54,9 +53,6 @@ def _fall_of(events: Sequence[Row], name: str) -> tuple[Fall, str] | None:
     """The same of one training."""
     results = [None if row["results"] is None else tuple(row["results"]) for row in events]
     scores = [Score(row["value"], row["n"], found) for row, found in zip(events, results)]
-    fall = standing_fall(name, enumerate(scores))
-    if fall is None:
-        return None
     steps = [at if row["step"] is None else row["step"] for at, row in enumerate(events)]
-    told = replace(fall, peak_step=steps[fall.peak_step], step=steps[fall.step])
-    return told, events[fall.peak_step]["checkpoint"]
+    fall = standing_fall(name, zip(steps, scores, strict=True))
+    return None if fall is None else (fall, events[steps.index(fall.peak_step)]["checkpoint"])

@@ -78,8 +78,9 @@ def measure(
         memory_gib: bound on tensors and decompositions that are held at once on the host, GiB.
         cache_dir: where the base's decompositions are kept; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
         evaluate: scores each checkpoint: a function from its path to named scores (see
-            ``rlspec.tasks.scores.read_scores``), known by its name where ``out`` is gone on with, or a command in which
-            ``{checkpoint}`` stands for the path and that prints them as JSON.
+            ``rlspec.tasks.scores.read_scores``), or a command in which ``{checkpoint}`` stands for the path and that
+            prints them as JSON. Where ``out`` is gone on with, what it found counts again: a command is known by its
+            words and a function by its name; lambdas, partial functions and methods are asked anew.
         texts: a JSONL file with a ``text`` on each line, for the scores ``text_loss`` (mean token loss, nats; of the
             base, too) and ``forgetting`` (what it is above the base's).
         prompts: a JSONL file of prompts, with or without answers, for the score ``kl_base`` (KL(base || checkpoint), nats
@@ -120,7 +121,7 @@ def measure(
     )
     try:
         series = job.series(given, on_matrix)
-        return scorer.score(series) if scorer and job.share.number == 0 else series
+        return scorer.score(series) if job.share.number == 0 else series
     finally:
         job.table.close()
 
@@ -233,8 +234,8 @@ class Job:
 
     def series(self, paths: Iterable[str | Path], on_matrix: OnMatrix | None = None) -> Series:
         """Measure the checkpoints at the paths, and wait for other processes; returns the table in order."""
-        labels = self.measure(find_checkpoints(paths), on_matrix)
         try:
+            labels = self.measure(find_checkpoints(paths), on_matrix)
             self.wait_for_others(labels)
         finally:
             series = self.table.settle()

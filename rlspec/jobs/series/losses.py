@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rlspec.errors import CheckpointError, OptionError
 from rlspec.jobs.loading import load_tokenizer
-from rlspec.jobs.series.models import Models, check_loadable, tokenizer_of
+from rlspec.jobs.series.models import Models, check_loadable
 from rlspec.tasks.scores import Score, read_scores
 from rlspec.train.answers import answered
 from rlspec.train.divergence import trace_divergences
@@ -23,7 +23,7 @@ TEXT_LOSS, FORGETTING, KL_BASE = "text_loss", "forgetting", "kl_base"
 
 class TextLoss:
     """``text_loss``, the mean token loss on texts in nats, of the base too; and ``forgetting``, what it is above the
-    base's (as PEFT's method comparison has it).
+    base's (as PEFT's method comparison has it). Tokens are those of the base's tokenizer, the same for all.
 
     Args:
         texts: a JSONL file with a ``text`` on each line.
@@ -33,7 +33,7 @@ class TextLoss:
         CheckpointError: the base has no tokenizer.
     """
 
-    base_too = True
+    base_too = lasting = True
     names = (TEXT_LOSS, FORGETTING)
 
     def __init__(self, models: Models, texts: str | Path) -> None:
@@ -41,8 +41,10 @@ class TextLoss:
         self._texts = read_texts(texts)
         self._path = texts
         self.by = _named("texts", texts)
-        tokenizer = load_tokenizer(models.base)
-        if all(len(tokenizer(text)["input_ids"]) < 2 for text in self._texts):
+        self._tokenizer = load_tokenizer(models.base)
+        tokens = [self._tokenizer(text)["input_ids"] for text in self._texts]
+        self._vocabulary = 1 + max((token for ids in tokens for token in ids), default=0)
+        if all(len(ids) < 2 for ids in tokens):
             raise OptionError(f"{texts}: no text has two tokens, so none has a loss")
 
     def check(self, place: Path) -> None:
@@ -53,9 +55,15 @@ class TextLoss:
 
         Raises:
             CheckpointError: it cannot be loaded.
+            OptionError: it lacks tokens of the base's vocabulary.
         """
         model = self._models.load(place)
-        losses = text_losses(model, tokenizer_of(place, self._models.base), self._texts)
+        if self._vocabulary > (there := model.get_input_embeddings().weight.shape[0]):
+            raise OptionError(
+                f"{place}: {TEXT_LOSS}: the base's tokenizer makes token {self._vocabulary - 1} of {self._path}, the "
+                f"model has {there}; wanted a model of the base's vocabulary"
+            )
+        losses = text_losses(model, self._tokenizer, self._texts)
         found = read_scores({TEXT_LOSS: losses}, str(place))
         start = of_base.get(TEXT_LOSS)
         if start is not None and start.results is not None:
@@ -79,7 +87,7 @@ class BaseDivergence:
         CheckpointError: the base has no tokenizer.
     """
 
-    base_too = False
+    base_too, lasting = False, True
     names = (KL_BASE,)
 
     def __init__(self, models: Models, prompts: str | Path, answers: Path | None) -> None:

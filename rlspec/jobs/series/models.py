@@ -14,7 +14,7 @@ from rlspec.io.adapter import Adapter, is_adapter
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.stream import read_tensor
 from rlspec.io.weights import find_tensor
-from rlspec.jobs.loading import load_model, load_tokenizer, model_folder
+from rlspec.jobs.loading import load_model, model_folder
 
 
 class Models:
@@ -105,9 +105,3 @@ def add_adapter(model: nn.Module, adapter: Adapter) -> None:
             continue
         module, _, leaf = there.rpartition(".")
         model.get_submodule(module).register_parameter(leaf, nn.Parameter(after, requires_grad=False))
-
-
-def tokenizer_of(place: Path, base: Path) -> Any:
-    """A checkpoint's own tokenizer; the base's where trainers have saved weights alone."""
-    own = any((place / name).exists() for name in ("tokenizer_config.json", "tokenizer.json"))
-    return load_tokenizer(place if own else base)

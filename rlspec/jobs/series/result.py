@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import overload
 
@@ -26,6 +26,8 @@ class CheckpointSpectra:
     stage: str
     step: int | None  #: None where its name has no number
     rows: list[Row]
+    #: what it was read from: name of a file -> its size in bytes and when it was last changed, in nanoseconds
+    files: dict[str, list[int]] = field(default_factory=dict, repr=False)
 
 
 class Scores(Tabular, Sequence[Row]):

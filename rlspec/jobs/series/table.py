@@ -196,7 +196,7 @@ class SpectraTable:
             return [by_path[str(checkpoint.path.resolve())] for checkpoint, _ in checkpoints]
         known = [self._known_as(checkpoint, files) for checkpoint, files in checkpoints]
         names = [self._named(checkpoint, label) for (checkpoint, _), label in zip(checkpoints, known)]
-        new = labels(names, map(self._called, self._known), self._known)
+        new = labels(names, {label: self._called(label) for label in self._known})
         found = []
         for (_, files), one, label, fresh in zip(checkpoints, names, known, new):
             place = str(one.path.resolve())
@@ -306,7 +306,16 @@ class SpectraTable:
         found = []
         for label, checkpoint in self._in_order(done):
             rows = [self._rows[label][name] for name in self._order]
-            found.append(CheckpointSpectra(label, checkpoint.path, checkpoint.stage, checkpoint.step, rows))
+            found.append(
+                CheckpointSpectra(
+                    label,
+                    checkpoint.path,
+                    checkpoint.stage,
+                    checkpoint.step,
+                    rows,
+                    self._known[label]["files"],
+                )
+            )
         return Series(found)
 
     def settle(self) -> Series:
@@ -329,7 +338,11 @@ class SpectraTable:
             return write()
         except OSError as error:
             assert self._folder is not None
-            raise write_error(self._folder, error) from None
+            raise TableError(str(write_error(self._folder, error))) from None
+
+
+class TableError(CheckpointError):
+    """The table cannot be written, of whatever checkpoint."""
 
 
 def check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import torch
+
 from rlspec.errors import CheckpointError, ProjectionError, TensorError
 from rlspec.io.index import distributed_format
 from rlspec.jobs.series.checkpoints import (
@@ -16,6 +18,7 @@ from rlspec.jobs.series.checkpoints import (
     foreign_below,
 )
 from rlspec.jobs.series.job import Job, OnMatrix
+from rlspec.jobs.series.table import TableError
 
 #: Seconds between two looks. A checkpoint is whole when all its files are there and have not changed between them.
 INTERVAL = 10.0
@@ -33,7 +36,8 @@ def watch(
     """Measure the checkpoints at the paths and those that appear there, for ever.
 
     A checkpoint that cannot be measured is told of, and passed over until it is written anew; so is one that vanishes
-    while it is read, as trainers remove old ones. Models in formats that are not read are told of once.
+    while it is read, as trainers remove old ones. One for which the device has no memory left, as beside a trainer, is
+    told of and tried again at each look. Models in formats that are not read are told of once.
 
     Args:
         job: opened, see :class:`Job`.
@@ -45,13 +49,14 @@ def watch(
         The labels that a look has added to the table, whose rows are then in order on disk.
 
     Raises:
-        CheckpointError: no folder at a path.
+        CheckpointError: no folder at a path, or the table cannot be written.
     """
     for path in map(Path, paths):
         if not path.exists():
             raise CheckpointError(f"{path}: no such folder to watch")
     before: dict[Path, Files] = {}
     passed_over: dict[Path, Files | None] = {}
+    waiting: set[Path] = set()
 
     def pass_over(checkpoint: Checkpoint, files: Files | None, message: str) -> None:
         passed_over[checkpoint.path] = files
@@ -71,10 +76,17 @@ def watch(
         """Together, so that the base is decomposed once; one by one where that fails."""
         try:
             return job.measure([checkpoint for checkpoint, _ in ready], on_matrix)
-        except (CheckpointError, ProjectionError, TensorError) as error:
+        except TableError:
+            raise
+        except (CheckpointError, ProjectionError, TensorError, torch.OutOfMemoryError) as error:
             if len(ready) > 1:
                 return [label for one in ready for label in measured([one])]
             ((checkpoint, files),) = ready
+            if isinstance(error, torch.OutOfMemoryError):
+                if checkpoint.path not in waiting:
+                    waiting.add(checkpoint.path)
+                    warn(f"{checkpoint.path}: until there is room: {str(error).partition('. ')[0]}")
+                return []
             label = job.table.label_of(checkpoint)
             if label is not None and job.table.missing(label):
                 job.table.forget(label)
