@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,6 +86,39 @@ def test_a_killed_study_goes_on_to_the_same_table(arguments: list[str], whole: P
 def test_workers_change_no_result(arguments: list[str], whole: Path, tmp_path: Path) -> None:
     assert invoke(*arguments, f"--out={tmp_path / 's'}", "--workers=2").exit_code == 0
     assert table(tmp_path / "s") == table(whole)
+
+
+def test_ctrl_c_saves_what_workers_are_at(arguments: list[str], whole: Path, tmp_path: Path) -> None:
+    """A terminal sends it to all processes of its group; workers that got it twice would break off in a step."""
+    command = [sys.executable, "-m", "rlspec", *arguments, f"--out={tmp_path / 's'}", "--workers=2"]
+    driver = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    assert driver.stderr is not None
+    driver.stderr.readline()  # one cell is done, so there are workers
+    children = Path(f"/proc/{driver.pid}/task/{driver.pid}/children").read_text().split()
+    workers = [int(c) for c in children if "spawn_main" in Path(f"/proc/{c}/cmdline").read_text()]
+    assert len(workers) == 2 and all(os.getpgid(worker) != driver.pid for worker in workers)
+    os.killpg(driver.pid, signal.SIGINT)
+    _, told = driver.communicate(timeout=300)
+    assert driver.returncode == 130 and "Traceback" not in told and "broken off" not in told
+    assert not any(Path(f"/proc/{worker}").exists() for worker in workers)
+    assert invoke(*arguments, f"--out={tmp_path / 's'}").exit_code == 0
+    assert table(tmp_path / "s") == table(whole)
+
+
+def test_a_model_that_is_written_anew_is_another_study_s(
+    arguments: list[str], model: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine, out = tmp_path / "mine", tmp_path / "out"
+    shutil.copytree(model, mine)
+    shutil.copytree(whole, out)
+    study = json.loads((out / "study.json").read_text())
+    assert study["model_files"] and all(cell["settings"]["model"] == str(model) for cell in study["cells"])
+    (out / "study.json").write_text(json.dumps(study | {"model_files": {"model.safetensors": [1, 2]}}))
+    result = invoke(*arguments, f"--out={out}")
+    assert result.exit_code == 2 and "its model was written anew since the study was begun (" in result.output
+    monkeypatch.chdir(model.parent)  # a relative path is the same model from anywhere
+    relative = [word.replace(str(model), model.name) for word in arguments]
+    assert invoke(*relative, f"--out={whole}").exit_code == 0
 
 
 def test_a_killed_worker_is_one_clear_error_and_the_study_goes_on(

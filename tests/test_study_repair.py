@@ -22,6 +22,7 @@ from rlspec.cli.main import main
 from rlspec.cli.study_rank_text import restore_flags
 from rlspec.errors import OptionError
 from rlspec.io.jsonl import read_rows, write_rows
+from rlspec.io.lock import take_lock
 from rlspec.study.repair import LossScores, search
 from rlspec.study.repair.candidates import coarse, directions, straight_line
 from rlspec.study.repair.choice import Trial, difference_interval, front, recommend
@@ -204,6 +205,15 @@ def test_a_ledger_of_other_data_is_refused(given: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and "is of a search of other models or data; give --out" in result.stderr
 
 
+def test_two_searches_in_one_folder_are_one_too_many(given: Path, tmp_path: Path) -> None:
+    """The candidate of one would be scored as the other's."""
+    (tmp_path / "out").mkdir()
+    with take_lock(tmp_path / "out"):
+        result = rank(given, tmp_path / "out", *by_loss(given), "--budget", "1")
+    assert result.exit_code == 2 and "is in use by another rlspec process" in result.stderr
+    assert rank(given, tmp_path / "out", *by_loss(given), "--budget", "1").exit_code == 0
+
+
 def scorer(tmp_path: Path, text: str = SCORER) -> str:
     (tmp_path / "scorer.py").write_text(text)
     (tmp_path / "log").mkdir(exist_ok=True)
@@ -221,7 +231,9 @@ def test_a_command_sees_one_checkpoint_at_a_time_and_none_is_left(given: Path, t
     assert "Unconfirmed" in result.stdout or "No recommendation" in result.stdout
     totals = sum(float(w.double().abs().sum()) for w in tensors_of(given / "tuned").values())
     rows = (tmp_path / "log" / "out" / "table.csv").read_text().splitlines()
-    assert float(rows[2].split(",")[7]) == pytest.approx(-totals)
+    assert float(rows[2].split(",")[7]) == pytest.approx(totals)
+    told = next(line for line in result.stdout.splitlines() if line.endswith("   tuned"))
+    assert float(told.split()[0]) == pytest.approx(totals, abs=1e-4)  # as the command printed it
 
 
 @pytest.mark.parametrize(

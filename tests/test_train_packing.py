@@ -104,6 +104,7 @@ def test_windows_and_layers_that_see_their_neighbours_are_not_packed(monkeypatch
     assert can_pack(toy_model(), 0, longest) and can_pack(family_model("gpt2"), 0, longest)
     assert can_pack(family_model("mistral", sliding_window=12), 0, longest)
     assert not can_pack(family_model("mistral", sliding_window=11), 0, longest)
+    assert can_pack(family_model("qwen2", max_window_layers=2), 0, longest)  # layers, not tokens
     assert not can_pack(family_model("bloom"), 0, longest)  # distances between columns, not positions
     lfm = family_model("lfm2", layer_types=["conv", "full_attention"], block_ff_dim=48)
     assert not can_pack(lfm, 0, longest)

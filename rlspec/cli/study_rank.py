@@ -103,7 +103,8 @@ def rank_any(
 
     def on_trial(trial: Trial) -> None:
         score = trial.score
-        click.echo(f"{score.general:9.4f} {score.task:9.4f}   {told(trial.candidate)}", err=True)
+        general, task = scores.sign * score.general, scores.sign * score.task
+        click.echo(f"{general:9.4f} {task:9.4f}   {told(trial.candidate)}", err=True)
 
     try:
         found = search(

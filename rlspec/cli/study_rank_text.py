@@ -31,7 +31,7 @@ def restore_flags(candidate: Candidate) -> list[str]:
 
 
 def lines(found: Found, base: Path, tuned: Path) -> Iterator[str]:
-    """The trade-off curve by rising general cost, what it leaves out, and the recommendation."""
+    """The trade-off curve, best general score first, what it leaves out, and the recommendation."""
     curve = front(found.trials)
     rest = sorted((t for t in found.trials if t not in curve), key=lambda trial: trial.score.general)
     yield f"{'general':>9} {'won back':>9} {'task':>9}   setting"
@@ -64,7 +64,7 @@ def as_csv(found: Found) -> str:
 
     def scored(model: str, score: Costs) -> dict[str, Any]:
         share = share_won_back(score, found.base, found.tuned)
-        return {"model": model, **dict(zip(scores, (score.general, score.task, share)))}
+        return {"model": model, **dict(zip(scores, (*_given(score, found), share)))}
 
     rows = [scored("base", found.base), scored("tuned", found.tuned)]
     for trial in found.trials:
@@ -88,7 +88,13 @@ def _named(trial: Trial) -> str:
 def _line(name: str, score: Costs, found: Found) -> str:
     share = share_won_back(score, found.base, found.tuned)
     won = "" if share is None else f"{100 * share:.0f} %"
-    return f"{score.general:9.4f} {won:>9} {score.task:9.4f}   {name}"
+    general, task = _given(score, found)
+    return f"{general:9.4f} {won:>9} {task:9.4f}   {name}"
+
+
+def _given(score: Costs, found: Found) -> tuple[float, float]:
+    """The scores as they were given."""
+    return found.sign * score.general, found.sign * score.task
 
 
 def _confirmation(found: Found) -> Iterator[str]:
@@ -97,7 +103,8 @@ def _confirmation(found: Found) -> Iterator[str]:
         return
     yield "Confirmed on data that the search did not see:"
     for name, score in found.confirmed.items():
-        yield f"{score.general:9.4f} {'':>9} {score.task:9.4f}   {name}"
+        general, task = _given(score, found)
+        yield f"{general:9.4f} {'':>9} {task:9.4f}   {name}"
     ours, tuned = found.confirmed["recommended"], found.confirmed["tuned"]
     if ours.details is None or tuned.details is None:
         return

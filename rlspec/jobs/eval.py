@@ -9,19 +9,21 @@ from typing import Any
 import torch
 
 from rlspec.backend import choose_device
-from rlspec.errors import OptionError
+from rlspec.errors import OptionError, RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.io.jsonl import Row
 from rlspec.jobs.loading import (
     check_checkpoint,
     conversation_needs,
+    evaluation_keys,
     load_model,
     load_tokenizer,
     model_folder,
 )
 from rlspec.run.config import TrackConfig
 from rlspec.run.evaluation import describe_test, eval_row, paired_test
-from rlspec.tasks import Task, check_shift, get_task
+from rlspec.run.folder import RunFolder
+from rlspec.tasks import Task, check_shift, evaluation_problems, get_task
 from rlspec.train import evaluate
 from rlspec.train.limits import Needs
 
@@ -38,7 +40,8 @@ def evaluate_models(config: TrackConfig, *, compare: str | None = None, json_fil
     """Evaluate ``config.model``, and ``compare`` on the same deals if it is given.
 
     Returns the figures as they go into ``json_file``: ``evals`` holds one row per model and shift,
-    ``tests`` one McNemar test per shift.
+    ``tests`` one McNemar test per shift, ``not_held_out`` how many problems of a model and a shift were not kept from
+    the training of the run that the model is a checkpoint of, where there are some.
 
     Raises:
         RlspecError: An unknown shift, an unreadable model, or no folder for the file.
@@ -61,6 +64,11 @@ def evaluate_models(config: TrackConfig, *, compare: str | None = None, json_fil
             check_shift(task, shift)
         needs = conversation_needs(tokenizer, task, config.shifts, config.deals, config.seed)
         prepared.append((folder, tokenizer, task, needs))
+    result["not_held_out"] = [
+        {"model": name, "shift": shift, "problems": problems}
+        for name, (folder, _, task, _) in zip(names, prepared)
+        for shift, problems in _not_held_out(folder, task, config).items()
+    ]
     # Each model is gone before the next is loaded: no name out here holds it.
     by_model = [_evaluated(config, device, *each) for each in prepared]
     result["evals"] = [{"model": name, **row} for name, rows in zip(names, by_model) for row in rows]
@@ -69,6 +77,27 @@ def evaluate_models(config: TrackConfig, *, compare: str | None = None, json_fil
     if json_file is not None:
         write_atomically(json_file, (json.dumps(result, indent=2) + "\n").encode())
     return result
+
+
+def _not_held_out(folder: Path, task: Task, config: TrackConfig) -> dict[str, int]:
+    """By shift: problems that the training of a run's checkpoint may have seen, as it kept others from it."""
+    run = RunFolder(folder.resolve().parent.parent)
+    try:
+        settings = run.settings()
+        trained = settings["task"], settings["shifts"], int(settings["deals"]), int(settings["seed"])
+        if trained[0] != config.task or folder.resolve().parent != run.path / "checkpoints":
+            return {}
+        kept = evaluation_keys(task, *trained[1:])
+    except (RunFolderError, KeyError, TypeError, ValueError):  # no run of ours
+        return {}
+    counts = {
+        shift: sum(
+            problem.key not in kept
+            for problem in evaluation_problems(task, config.deals, shift=shift, seed=config.seed)
+        )
+        for shift in config.shifts
+    }
+    return {shift: count for shift, count in counts.items() if count}
 
 
 def _evaluate_shifts(model: Any, tokenizer: Any, task: Any, config: TrackConfig) -> list[Row]:
@@ -99,4 +128,9 @@ def evaluation_lines(result: Row) -> list[str]:
             f"{row['accuracy']:>8.1%}  {interval}  {row['first_turn_accuracy']:>10.1%}"
         )
     lines += [describe_test(test) for test in result.get("tests", ())]
+    lines += [
+        f"{seen['problems']} of these {result['deals']} problems of {seen['shift']} were not kept from the training of "
+        f"{seen['model']}: a run holds out those of its own shifts, deals and seed"
+        for seen in result["not_held_out"]
+    ]
     return lines

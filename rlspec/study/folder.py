@@ -8,6 +8,8 @@ from typing import Any
 
 from rlspec.errors import RunFolderError
 from rlspec.io.files import read_json_object, write_atomically
+from rlspec.jobs.series.checkpoints import Checkpoint, Files, difference
+from rlspec.models import EMBEDDED
 from rlspec.study.cells import Cell, Study
 
 FORMAT = 1
@@ -51,7 +53,8 @@ class StudyFolder:
         """Refuse a folder that holds anything but a part of this study. Writes nothing.
 
         Raises:
-            RunFolderError: it holds something else, or a study with cells that this one does not have.
+            RunFolderError: it holds something else, a study with cells that this one does not have, or one whose model
+                was written anew.
         """
         if (self.path / "study.json").is_file():
             stored = self.study()
@@ -64,6 +67,12 @@ class StudyFolder:
                     f"{self.path}: holds a study of plan {stored.plan!r} with other settings; give the same ones to go "
                     "on (more seeds may be added), or another folder"
                 )
+            before = read_json_object(self.path / "study.json", RunFolderError).get("model_files", {})
+            now = _model_files(study)
+            if now and (told := difference(before, now)):
+                raise RunFolderError(
+                    f"{self.path}: its model was written anew since the study was begun ({told}); choose another folder"
+                )
         elif self.path.is_dir():
             if any(entry.name != ".lock" for entry in self.path.iterdir()):
                 raise RunFolderError(f"{self.path}: exists and is no study; choose another folder")
@@ -74,7 +83,8 @@ class StudyFolder:
         """Write study.json."""
         (self.path / "cells").mkdir(parents=True, exist_ok=True)
         cells = [cell.to_json() for cell in study.cells]
-        content = {"format": FORMAT, "plan": study.plan, "threads": study.threads, "cells": cells}
+        content = {"format": FORMAT, "plan": study.plan, "threads": study.threads}
+        content |= {"model_files": _model_files(study), "cells": cells}
         write_atomically(self.path / "study.json", _json(content))
 
     def study(self) -> Study:
@@ -94,6 +104,14 @@ class StudyFolder:
             return Study(content["plan"], cells, content["threads"])
         except (KeyError, TypeError) as error:
             raise RunFolderError(f"{path}: not the cells of a study ({error!r})") from None
+
+
+def _model_files(study: Study) -> Files:
+    """What tells whether the model was written anew: its weights' files; none of the one that comes with rlspec, and
+    of one that is gone, which finished cells do not need."""
+    names = {str(cell.settings.get("model", EMBEDDED)) for cell in study.cells} - {EMBEDDED}
+    folder = Path(next(iter(names), ""))
+    return Checkpoint.at(folder).files() if names and folder.is_dir() else {}
 
 
 def _digests(study: Study) -> set[str]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rlspec.models import EMBEDDED
 from rlspec.settings import setting
 from rlspec.study.cells import Cell, Study
 
@@ -14,7 +16,10 @@ from rlspec.study.cells import Cell, Study
 class StudyOptions:
     """What a user may choose of a plan."""
 
-    model: str = setting("embedded", "A Hugging Face folder, or the model that comes with rlspec.")
+    model: str = setting(
+        "embedded",
+        "A Hugging Face folder in the place of the model that comes with rlspec, whose settings stay; on the CPU.",
+    )
     seeds: str = setting("0", "Seeds, as in 0,1,2; more may be added later.")
     quick: bool = setting(False, "A smaller grid, for a first look: within 10 minutes on 2 cores.")
     deals: int = setting(234, "Evaluation problems per shift, on which results are reported.")
@@ -34,7 +39,7 @@ class _Builder:
         self.options, self.seed = options, seed
         self.cells: list[Cell] = []
         self.shared: dict[str, Any] = {
-            "model": options.model,
+            "model": EMBEDDED if options.model == EMBEDDED else os.path.abspath(options.model),
             "task": "general_points",
             "turns": options.turns,
             "seed": seed,

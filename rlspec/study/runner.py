@@ -78,7 +78,11 @@ class Processes:
 
 
 def _end_with_parent() -> None:
-    """A worker whose parent was killed ends too: what it would still do nobody waits for."""
+    """A worker whose parent was killed ends too: what it would still do nobody waits for.
+
+    Ctrl-C is the parent's alone, which then asks for an end. Coming twice it would break off the step, not save it.
+    """
+    os.setpgrp()
     parent = os.getppid()
 
     def watch() -> None:

@@ -18,8 +18,9 @@ from rlspec.study.runner import describe
 from rlspec.study.work import run_cell
 
 _POLL = 2.0  # seconds between looks at the queue
-# Looks at a queue without a job, until its files too must have come through a network's file system.
-_GONE = 5
+# Looks at a queue without a job, until its files too must have come through a network's file system: by its defaults
+# NFS goes on to say for half a minute that there is no such file.
+_GONE = 20
 
 
 @dataclass(eq=False)

@@ -54,6 +54,10 @@ class EvalResult:
         return self.first_turn_successes / self.n
 
 
+def _side_by_side(model: Any) -> int:
+    return 64 if sum(parameter.numel() for parameter in model.parameters()) >= 10**9 else 256
+
+
 def evaluate(
     model: Any,
     tokenizer: Any,
@@ -65,7 +69,7 @@ def evaluate(
     seed: int = 0,
     first: int = 0,
     temperature: float = 0.2,
-    batch_size: int = 256,
+    batch_size: int | None = None,
     dtype: Any = "float32",
 ) -> EvalResult:
     """Let a model solve fixed problems of a shift.
@@ -83,7 +87,8 @@ def evaluate(
         seed: of problems and sampling.
         first: problems of the fixed order that are passed over, so that two sets of one seed share none.
         temperature: of sampling; 0 takes the likeliest token.
-        batch_size: episodes played side by side (memory).
+        batch_size: episodes played side by side, whose caches are in memory together; None is 256, or 64 for models of a
+            billion parameters and more.
         dtype: of the passes: ``"float32"``, ``"bf16"``, or ``"auto"``, which is bf16 on CUDA.
 
     Raises:
@@ -101,7 +106,7 @@ def evaluate(
         turns=limit,
         temperature=temperature,
         generator=torch.Generator().manual_seed(derived_seed(seed, "evaluate", shift)),
-        batch_size=batch_size,
+        batch_size=batch_size or _side_by_side(model),
         dtype=dtype,
     )
     outcomes = [episode.solved for episode in episodes]

@@ -155,7 +155,12 @@ def can_pack(model: Any, pad: int, longest: int) -> bool:
 def _window(model: Any) -> float:
     """Tokens back that every layer sees."""
     settings = model.config.get_text_config().to_dict()
-    windows = [v for k, v in settings.items() if ("window" in k or "chunk" in k) and type(v) is int and v > 0]
+    windows = [
+        value
+        for key, value in settings.items()
+        if ("window" in key or "chunk" in key) and type(value) is int and value > 0
+        if key != "max_window_layers"  # Qwen's number of layers without one
+    ]
     return min(windows, default=float("inf"))
 
 

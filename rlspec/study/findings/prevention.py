@@ -37,9 +37,9 @@ def prevention_sections(rows: Sequence[Row], tokens: Mapping[str, int]) -> list[
             cost = sum(tokens[row["cell"]] for row in there) / len(there)
             name = arm if len(there) == len(seeds) else f"{arm} ({len(there)} of {len(seeds)} seeds)"
             cells.append([name, places, pooled(there, "id"), pooled(there, "ood"), f"{cost / 1e6:.2f} M"])
-            told.append((sum(row["ood"] for row in there) / len(there), arm))
+            told.append((len(there), sum(row["ood"] for row in there) / len(there), arm))
         if told:
-            ood, arm = max(told)
+            _, ood, arm = max(told)  # of those that reach it on most seeds: one seed may be a lucky one
             text = f"With at least {level:.0%} ID accuracy, {arm} has the highest OOD accuracy, {ood:.1%}."
         else:
             text = f"Nothing reaches {level:.0%} ID accuracy."

@@ -52,10 +52,10 @@ class CommandScores:
         self._base, self._tuned, self._cache = base, tuned, cache_dir
         self._commands = {False: command, True: confirm}
         self._names = {"win_back": list(win_back), "keep": list(keep)}
-        self._sign = 1.0 if lower_is_better else -1.0
+        self.sign = 1.0 if lower_is_better else -1.0
         self._place = beside.with_name(f".{beside.name}.candidate")
         self.can_confirm, self.can_randomise = confirm is not None, False
-        self.identity = f"command {json.dumps([self._commands[False], confirm, self._names, self._sign])}"
+        self.identity = f"command {json.dumps([self._commands[False], confirm, self._names, self.sign])}"
 
     def base(self, *, confirm: bool = False) -> Costs:
         return self._score(self._base, confirm)
@@ -96,7 +96,7 @@ class CommandScores:
                 f"eval: {command!r} printed no line that is a JSON object; wanted named scores"
             ) from None
         general, task = (
-            self._sign * _mean(found, names, command, kind) for kind, names in self._names.items()
+            self.sign * _mean(found, names, command, kind) for kind, names in self._names.items()
         )
         return Costs(general, task)
 

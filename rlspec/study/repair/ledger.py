@@ -9,6 +9,7 @@ from typing import Any
 from rlspec.errors import CheckpointError, OptionError
 from rlspec.io.files import write_error
 from rlspec.io.jsonl import append_rows, read_rows, repair
+from rlspec.io.lock import take_lock
 from rlspec.study.repair.scores import Costs, as_row, from_row
 
 
@@ -18,6 +19,7 @@ class Ledger:
     Raises:
         OptionError: the file is another search's.
         CheckpointError: it cannot be read or written.
+        RunFolderError: another process searches there.
     """
 
     def __init__(self, folder: Path, identity: str) -> None:
@@ -25,6 +27,7 @@ class Ledger:
         self._rows: list[tuple[dict[str, Any], Costs]] = []
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            self._lock = take_lock(folder)
             repair(self._path)
         except OSError as error:
             raise write_error(folder, error) from None
@@ -40,6 +43,10 @@ class Ledger:
         self.resumed = len(self._rows)
 
     resumed = 0
+
+    def close(self) -> None:
+        """Let other processes search there."""
+        self._lock.close()
 
     def score(self, of: dict[str, Any], compute: Callable[[], Costs]) -> Costs:
         """The score noted, or the one computed now, noted before it is returned."""

@@ -52,6 +52,7 @@ class LossScores:
     """
 
     can_confirm = can_randomise = True
+    sign = 1.0
 
     def __init__(
         self,

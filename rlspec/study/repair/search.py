@@ -35,6 +35,7 @@ class Found:
     passed_over: tuple[tuple[Candidate, str], ...]
     resumed: int
     tolerance: float
+    sign: float = 1.0  #: times a cost it is the score that was given: -1 where more of that is better
 
 
 def search(
@@ -62,6 +63,7 @@ def search(
     Raises:
         OptionError: a budget or tolerance out of range, or a ledger of another search.
         CheckpointError: checkpoints that cannot be read or do not belong together.
+        RunFolderError: another process searches in ``out``.
     """
     if evaluations is not None and evaluations < 1:
         raise OptionError(f"budget={evaluations}: wanted one evaluation at least")
@@ -71,6 +73,22 @@ def search(
         raise OptionError(f"tolerance={tolerance} is not in [0, 1]")
     plan = plan_restore(base, tuned, coarse()[0].options)
     ledger = Ledger(out, f"{fingerprint(plan)} {scores.identity}")
+    try:
+        return _searched(ledger, base, tuned, scores, evaluations, seconds, tolerance, on_trial)
+    finally:
+        ledger.close()
+
+
+def _searched(
+    ledger: Ledger,
+    base: Path,
+    tuned: Path,
+    scores: Scores,
+    evaluations: int | None,
+    seconds: float | None,
+    tolerance: float,
+    on_trial: Callable[[Trial], None],
+) -> Found:
     until = None if seconds is None else time.monotonic() + seconds
     of_base = ledger.score({"model": "base"}, scores.base)
     of_tuned = ledger.score({"model": "tuned"}, scores.tuned)
@@ -115,6 +133,7 @@ def search(
         tuple(passed_over),
         ledger.resumed,
         tolerance,
+        scores.sign,
     )
 
 
