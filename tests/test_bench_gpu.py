@@ -23,6 +23,7 @@ from gpu_report import REHEARSAL, main, measured
 from gpu_solves import solve_cases
 from roofline import CARDS, Stage
 from roofline import main as roofline
+from shapes import Shape
 from solver_toys import host_jacobi
 from torch import Tensor
 
@@ -30,6 +31,7 @@ from rlspec.linalg import solvers
 from rlspec.linalg.jacobi import MOST_SWEEPS, Rotated, Rotates
 from rlspec.linalg.solvers import Cusolver, Jacobi, Solved
 from rlspec.ops.table import TABLE
+from rlspec.perturb.delta import DenseDelta
 
 BEST = {"copy": 1e10, "float32": 1e11}
 
@@ -77,6 +79,17 @@ def test_a_rotation_that_is_a_little_wrong_is_seen(monkeypatch: pytest.MonkeyPat
                 name == "rotation_of_images",
                 name != "rotation_of_images",
             ]
+
+
+def test_products_that_lose_to_one_side_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the update along the first vectors: of random ones the losses cancel."""
+    shape = Shape("a small model", "q", 96, 96, 1)
+    case = gpu_cases.tracking_case([shape], 1, torch.device("cpu"))
+    assert case.error() <= 1.0
+    for name in ("matmul", "rmatmul"):
+        right = getattr(DenseDelta, name)
+        monkeypatch.setattr(DenseDelta, name, lambda e, x, right=right: right(e, x) * (1.0 - 2.0**-18))
+    assert case.error() > 1.0 and float(case.notes[1].split(" by ")[1].split()[0]) > 2.0
 
 
 def test_every_choice_of_small_solves_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
