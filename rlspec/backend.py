@@ -10,7 +10,9 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
+from subprocess import CalledProcessError
 from typing import Literal
 
 import torch
@@ -35,6 +37,30 @@ def triton_problem(device: torch.device) -> str | None:
     major, minor = torch.cuda.get_device_capability(device)
     if torch.version.hip is None and major < 8:
         return f"the kernels want compute capability 8.0 or later, {device} has {major}.{minor}"
+    return _launch_problem()
+
+
+@functools.cache
+def _launch_problem() -> str | None:
+    """Why Triton cannot launch kernels in this process, told once by a warning too; None if it can.
+
+    It compiles a module in C that launches them, which it otherwise does at the first launch, amid a job: that needs a
+    compiler, Python's headers and a folder to keep it in, and slim images lack one or the other.
+    """
+    try:
+        from triton.runtime import driver
+
+        driver.active.utils  # noqa: B018  made where it is first asked for
+    except Exception as error:  # whatever it is, PyTorch computes the same
+        told = (
+            f"{error.cmd[0]} failed" if isinstance(error, CalledProcessError) else str(error).split("\n")[0]
+        )
+        problem = (
+            f"Triton cannot launch kernels here ({type(error).__name__}: {told}); it needs a C compiler (gcc, clang or "
+            "what CC names), Python's headers (python3-dev) and a cache that it can write (TRITON_CACHE_DIR)"
+        )
+        warnings.warn(f"{problem}; PyTorch computes instead, more slowly", RuntimeWarning, stacklevel=2)
+        return problem
     return None
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
+import sys
+from collections.abc import Iterator
+from subprocess import CalledProcessError
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -14,10 +18,38 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _clean(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No choice of another test's, nor one left to the next."""
     monkeypatch.delenv("RLSPEC_BACKEND", raising=False)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    backend._decide.cache_clear()
+    for kept in (backend._decide, backend._launch_problem):
+        kept.cache_clear()
+    yield
+    for kept in (backend._decide, backend._launch_problem):
+        kept.cache_clear()
+
+
+def gpu(monkeypatch: pytest.MonkeyPatch, driver: object, capability: tuple[int, int] = (9, 0)) -> None:
+    """A GPU, and a Triton whose driver is this."""
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setitem(sys.modules, "triton", ModuleType("triton"))
+    runtime = ModuleType("triton.runtime")
+    runtime.driver = SimpleNamespace(active=driver)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "triton.runtime", runtime)
+
+
+class Broken:
+    """A driver that cannot build the module it launches kernels with; counts the attempts."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error, self.attempts = error, 0
+
+    @property
+    def utils(self) -> object:
+        self.attempts += 1
+        raise self.error
 
 
 def test_the_cpu_computes_with_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -51,10 +83,40 @@ def test_without_triton_the_reason_is_given(monkeypatch: pytest.MonkeyPatch) -> 
     ("capability", "expected"), [((7, 5), "torch"), ((8, 0), "triton"), ((9, 0), "triton")]
 )
 def test_gpus(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], expected: str) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    gpu(monkeypatch, SimpleNamespace(utils=object()), capability)
     assert backend.backend_for("cuda:0") == expected
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("Failed to find C compiler.\nMore."), r"\(RuntimeError: Failed to find C compiler\.\)"),
+        (CalledProcessError(1, ["gcc", "main.c", "-O3"]), r"\(CalledProcessError: gcc failed\)"),
+        (PermissionError(13, "Permission denied", "/.triton"), r"\(PermissionError: .*/\.triton'\)"),
+    ],
+)
+def test_a_triton_that_cannot_launch_is_not_taken(
+    error: Exception, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked before a job begins, once for all devices and operations; who insists on it is refused."""
+    driver = Broken(error)
+    gpu(monkeypatch, driver)
+    with pytest.warns(RuntimeWarning, match=rf"{told}.*; PyTorch computes instead") as warned:
+        assert [backend.backend_for(f"cuda:{i}") for i in range(2)] == ["torch", "torch"]
+    assert "C compiler" in (backend.triton_refusal(torch.device("cuda:0")) or "")
+    monkeypatch.setenv("RLSPEC_BACKEND", "triton")
+    with pytest.raises(BackendError, match=f"RLSPEC_BACKEND=triton, but Triton cannot launch .*{told}"):
+        backend.backend_for("cuda:0")
+    assert len(warned) == 1 and driver.attempts == 1
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None or torch.cuda.is_available(), reason="for Triton without a GPU"
+)
+def test_triton_itself_is_asked() -> None:
+    """Without a GPU it has no driver, and says so where it would build one."""
+    with pytest.warns(RuntimeWarning, match="0 active drivers"):
+        assert "0 active drivers" in (backend._launch_problem() or "")
 
 
 def test_unknown_backend(monkeypatch: pytest.MonkeyPatch) -> None:

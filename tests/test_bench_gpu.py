@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import gpu_cases
+import gpu_clock
 import gpu_iteration
+import gpu_report
 import gpu_solves
 import pytest
 import torch
@@ -20,6 +23,7 @@ from gpu_report import REHEARSAL, main, measured
 from gpu_solves import solve_cases
 from roofline import CARDS, Stage
 from roofline import main as roofline
+from shapes import Shape
 from solver_toys import host_jacobi
 from torch import Tensor
 
@@ -27,6 +31,7 @@ from rlspec.linalg import solvers
 from rlspec.linalg.jacobi import MOST_SWEEPS, Rotated, Rotates
 from rlspec.linalg.solvers import Cusolver, Jacobi, Solved
 from rlspec.ops.table import TABLE
+from rlspec.perturb.delta import DenseDelta
 
 BEST = {"copy": 1e10, "float32": 1e11}
 
@@ -74,6 +79,17 @@ def test_a_rotation_that_is_a_little_wrong_is_seen(monkeypatch: pytest.MonkeyPat
                 name == "rotation_of_images",
                 name != "rotation_of_images",
             ]
+
+
+def test_products_that_lose_to_one_side_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the update along the first vectors: of random ones the losses cancel."""
+    shape = Shape("a small model", "q", 96, 96, 1)
+    case = gpu_cases.tracking_case([shape], 1, torch.device("cpu"))
+    assert case.error() <= 1.0
+    for name in ("matmul", "rmatmul"):
+        right = getattr(DenseDelta, name)
+        monkeypatch.setattr(DenseDelta, name, lambda e, x, right=right: right(e, x) * (1.0 - 2.0**-18))
+    assert case.error() > 1.0 and float(case.notes[1].split(" by ")[1].split()[0]) > 2.0
 
 
 def test_every_choice_of_small_solves_is_checked_before_it_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,6 +168,118 @@ def test_what_is_wrong_is_told_and_not_timed() -> None:
     assert measured(case, clock, BEST)["failure"] == "wrong: not timed" and not calls
     broken = Case("broken", {"ours": lambda: 1 / 0}, lambda: 0.0)
     assert "ZeroDivisionError" in measured(broken, clock, BEST)["failure"]
+
+
+def test_a_variant_that_fails_takes_no_other_along() -> None:
+    """A baseline is told and the rest is timed; ours is a failure, be it at once or in the middle of the rounds."""
+    clock = Clock(torch.device("cpu"), float("inf"))
+    turns = iter([None, None, None])
+
+    def runs_out() -> object:
+        return next(turns)
+
+    case = Case(
+        "a", {"ours": lambda: None, "driver": lambda: 1 / 0, "late": runs_out}, lambda: 0.0, bytes=1.0
+    )
+    row = measured(case, clock, BEST)
+    assert "failure" not in row and list(row["seconds"]) == ["ours"] and row["bytes"]["per_second"] > 0
+    assert row["left_out"] == {"driver": "ZeroDivisionError: division by zero", "late": "StopIteration: "}
+    turns = iter([None, None, None])
+    row = measured(Case("b", {"ours": runs_out, "theirs": lambda: None}, lambda: 0.0), clock, BEST)
+    assert row["failure"] == "StopIteration: " and not row["seconds"]
+
+
+def test_a_case_that_cannot_be_made_ends_its_section_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*sizes: object) -> Iterator[Case]:
+        yield Case("the first", {"ours": lambda: None, "theirs": lambda: 1 / 0}, lambda: 0.0)
+        raise MemoryError("no room")
+
+    few = {"Operations": broken, "Restoration": lambda: [1 / 0], "Tracking": lambda: list(broken())[:0]}
+    few["Small dense solves"] = lambda: [Case("the last", {"ours": lambda: None}, lambda: 0.0)]
+    monkeypatch.setattr(gpu_report, "sections", lambda device, quick: few)
+    result = CliRunner().invoke(main, ["--device", "cpu", "--quick", "--out", str(tmp_path)])
+    assert (
+        result.exit_code == 1
+        and "failed: Operations, case 2 and on; Restoration, case 1 and on" in result.output
+    )
+    text = (tmp_path / "report.md").read_text()
+    assert "| Operations, case 2 and on | **not made: MemoryError: no room** |" in text
+    assert "| the first | theirs | ZeroDivisionError: division by zero |" in text
+    found = json.loads((tmp_path / "report.json").read_text())["sections"]
+    assert found["Operations"][0]["seconds"] and found["Small dense solves"][0]["seconds"]
+
+
+def test_after_the_deadline_no_call_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a variant, a case or a section; what was measured before is kept, and the files tell the rest."""
+    now = [0.0]
+    monkeypatch.setattr(gpu_clock.time, "monotonic", lambda: now[0])
+    begun: list[str] = []
+
+    def taking(name: str, seconds: float) -> Callable[[], None]:
+        def run() -> None:
+            begun.append(name)
+            now[0] += seconds
+
+        return run
+
+    variants = {"ours": taking("ours", 1.0), "slow": taking("slow", 50.0), "never": taking("never", 1.0)}
+    row = measured(Case("a", variants, lambda: 0.0), Clock(torch.device("cpu"), 30.0), BEST)
+    assert begun == ["ours", "ours", "slow"] and not row["seconds"] and "failure" not in row
+    assert set(row["left_out"].values()) == {"the time was over"}
+
+    def cases() -> Iterator[Case]:
+        yield Case("b", {"ours": taking("b", 3.0)}, lambda: 0.0)
+        yield Case("c", {"ours": taking("c", 3.0)}, lambda: 0.0)
+
+    now[0] = 0.0
+    monkeypatch.setattr(gpu_report, "yardsticks", lambda device, size: BEST)
+    monkeypatch.setattr(gpu_report, "sections", lambda device, quick: {"First": cases, "Second": cases})
+    out = ["--device", "cpu", "--out", str(tmp_path), "--seconds"]
+    assert CliRunner().invoke(main, [*out, "10"]).exit_code == 0 and "c" not in begun
+    assert (
+        "Left out, the time was over: whatever was left of First, Second."
+        in (tmp_path / "report.md").read_text()
+    )
+    assert CliRunner().invoke(main, [*out, "0"]).exit_code == 0
+
+
+def test_a_card_is_timed_on_its_own_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on that of whichever is current: work on another one would be over at once."""
+    recorded = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: object = "the current device's") -> None:
+            recorded.append(stream)
+
+        def elapsed_time(self, end: object) -> float:
+            return 2000.0
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"that of {device}")
+    assert Clock(torch.device("cuda", 1), float("inf")).once(lambda: None) == 2.0
+    assert recorded == ["that of cuda:1"] * 2
+
+
+def test_nvidia_smi_is_asked_by_uuid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first of CUDA_VISIBLE_DEVICES=3 is not its first."""
+    asked = []
+
+    def answer(command: list[str], **options: object) -> SimpleNamespace:
+        asked.append(command[1])
+        return SimpleNamespace(stdout="NVIDIA H100, 550.54\n")
+
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
+    monkeypatch.setattr(gpu_report.subprocess, "run", answer)
+    for properties in (SimpleNamespace(uuid="1f3a-77"), SimpleNamespace()):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device, found=properties: found)
+        assert gpu_report.card(torch.device("cuda", 0)).startswith("NVIDIA H100")
+    assert asked == ["--id=GPU-1f3a-77"]
 
 
 def test_without_a_gpu_it_says_what_to_do(tmp_path: Path) -> None:

@@ -9,6 +9,10 @@ from spectra_toys import F64, flat_at_the_cut, random_update
 import rlspec
 from rlspec import restore_matrix
 from rlspec.errors import OptionError, TensorError
+from rlspec.linalg.rank import Rank
+from rlspec.perturb.matrix import matrix_basis
+from rlspec.restore import matrix
+from rlspec.restore.matrix import same_entries
 from rlspec.spectra import SpectralBasis
 
 
@@ -260,3 +264,18 @@ def test_the_basis_of_another_matrix_is_refused() -> None:
         restore_matrix(base, tuned, 3, basis=wrong)
     with pytest.raises(TensorError, match=r"shape \(12, 9\), W_base has \(9, 12\)"):
         restore_matrix(base.T, tuned.T, 3, basis=own)
+
+
+def test_a_matrix_is_not_compared_with_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nor copied in float64 for it, which of a large one takes gigabytes; an equal one elsewhere is compared."""
+    compared = []
+
+    def counted(first: torch.Tensor, second: torch.Tensor) -> bool:
+        compared.append((first, second))
+        return same_entries(first, second)
+
+    monkeypatch.setattr(matrix, "same_entries", counted)
+    base, tuned = pair(16, 12, 1e-2, dtype=torch.float32)
+    own = matrix_basis("base", base, torch.linalg.svd(base, full_matrices=False), Rank.parse(3))
+    found = [restore_matrix(given, tuned, 3, basis=own).weight for given in (own.W, own.W.clone())]
+    assert len(compared) == 1 and torch.equal(*found)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import copy
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -101,6 +102,11 @@ class Weights:
     def config(self) -> Config | None:
         """The model's configuration, which tells how fused projections are laid out; None where there is none."""
         raise NotImplementedError
+
+    def on(self, device: torch.device) -> Weights:
+        """The same weights, of which streams may put what they read on a device, by copies that run while the next
+        tensors are read; those in memory stay where they are. Whoever wants all of them there moves the rest."""
+        return self
 
     def in_file_order(self, projections: Iterable[Projection]) -> list[Projection]:
         """Projections as their tensors lie on disk; of weights in memory, as given."""
@@ -289,6 +295,7 @@ class CheckpointWeights(Weights):
     """A safetensors checkpoint on disk, its headers read once."""
 
     _copies_parts = True
+    _device = torch.device("cpu")  #: where streams put tensors of numbers
 
     def __init__(self, folder: Path) -> None:
         # Here and below: the reader needs the compiled extension, tensors in memory do not.
@@ -306,6 +313,11 @@ class CheckpointWeights(Weights):
     def _take(self, index: CheckpointIndex) -> None:
         self._index = index
         self.where = f"the checkpoint {index.path}"
+
+    def on(self, device: torch.device) -> Weights:
+        moved = copy(self)
+        moved._device = device
+        return moved
 
     def config(self) -> Config | None:
         return read_config(self._index.path)
@@ -370,7 +382,10 @@ class CheckpointWeights(Weights):
         from rlspec.io.stream import TensorStream
 
         memory = read_ahead_bytes([self._index.tensors[name] for name in names])
-        with TensorStream(self._index, names, memory_bytes=memory) as stream:
+        # Codes meet their scales on the host, and one tensor alone has none to be copied beside.
+        on_host = len(names) < 2 or any(self._companions.get(name) for name in names)
+        device = torch.device("cpu") if on_host else self._device
+        with TensorStream(self._index, names, memory_bytes=memory, device=device) as stream:
             for _ in names:
                 yield next(stream).tensor  # which no name here keeps while the next one is asked for
 

@@ -26,7 +26,7 @@ def product_eps(device: torch.device, dtype: torch.dtype) -> float:
     """What products of such matrices round to, relative to the sum of the sizes of their terms, as bounds count it.
 
     NVIDIA's tensor cores multiply float32 as three products of split factors, which lose some 2^-21 where float32 itself
-    loses 2^-24.
+    loses 2^-24, and cut off the sums of a tile towards zero: terms of one sign lose some 2^-22, all to one side.
     """
     by_kernel = choose("gram", device, (dtype,), (1, 1, 1)) == "triton"
     return (

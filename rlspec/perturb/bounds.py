@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rlspec.linalg.dense import values_of_gram
+from rlspec.ops.gram import product_eps
 from rlspec.perturb.reference import Reference
 from rlspec.perturb.residual import Residual
 from rlspec.perturb.sample import sampled_frobenius
@@ -79,8 +80,9 @@ def residual_bounds(
     typical = sampled.diagonal(dim1=-2, dim2=-1).mean(-1) / k
     second_order = torch.maximum((edge_squares / edge_gaps).amax(-1), _EXTREME**2 * typical / gaps[..., -1])
     # The reference's coordinates are exact by definition, so rounding enters relative to E only: that of its entries,
-    # which no residual shows, and that of products.
-    rounding = (torch.finfo(reference.U.dtype).eps + 0.5 * torch.finfo(taken).eps) * scale
+    # which no residual shows, and that of products, whose bias residuals share: tensor cores cut sums off towards zero.
+    products = product_eps(reference.device, reference.U.dtype)
+    rounding = (products + 0.5 * torch.finfo(taken).eps) * scale
     # Rounding turns vectors by its size over the gap at the cut: that of the products with E, and that of the float64
     # decompositions of the reference and the core.
     own = 16.0 * torch.finfo(torch.float64).eps * sigma[..., 0]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rlspec.linalg.coarse import coarse_refusal
 from rlspec.linalg.transfer import to_host
+from rlspec.ops.gram import product_eps
 from rlspec.perturb.batch import positions_of
 from rlspec.perturb.bounds import residual_bounds
 from rlspec.perturb.coordinates import Side, beyond, sines
@@ -148,7 +149,8 @@ def _measurement(
     angles = [sines(x, k, squared=squared).masked_fill(column, 0.0) for x in found.outside]
     left = angles[0] if k < m else None
     right = angles[-1] if k < n else None
-    angle = (bounds.angle + arcsine_rounding((left, right), reference.U.dtype)).clamp_max(math.pi / 2)
+    lost = arcsine_rounding((left, right), product_eps(reference.device, reference.U.dtype))
+    angle = (bounds.angle + lost).clamp_max(math.pi / 2)
     zero = torch.zeros_like(bounds.sigma)
     angle = torch.where(same, zero, angle)
     return Measurement(

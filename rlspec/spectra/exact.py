@@ -70,7 +70,9 @@ def measure_exact(
         best = torch.maximum(best, coordinates[..., w:, :].abs().amax(-2))
     zero = torch.zeros_like(change.delta_frobenius)
     backward = _backward_error(reference, s)
-    angle = _angle_bound(backward, reference, s) + arcsine_rounding((left, right), reference.U.dtype)
+    angle = _angle_bound(backward, reference, s) + arcsine_rounding(
+        (left, right), torch.finfo(reference.U.dtype).eps
+    )
     angle = torch.where(same.squeeze(-1), zero, angle.clamp_max(math.pi / 2))
     kept = None
     if subspaces:

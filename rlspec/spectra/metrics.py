@@ -117,8 +117,8 @@ def arcsine_error(sine: Tensor, error: Tensor | float) -> Tensor:
     return torch.asin((sine + error).clamp_max(1.0)) - torch.asin((sine - error).clamp(0.0, 1.0))
 
 
-def arcsine_rounding(sines: Iterable[Tensor | None], dtype: torch.dtype) -> Tensor | float:
-    """(L,) radians lost by taking angles from sines, which are rounded as factors of ``dtype`` are.
+def arcsine_rounding(sines: Iterable[Tensor | None], eps: float) -> Tensor | float:
+    """(L,) radians lost by taking angles from sines, of factors and products that round to ``eps``.
 
     The more, the nearer to π/2, and an angle gets there under the smallest update where the k-th value and the next
     change places.
@@ -126,7 +126,7 @@ def arcsine_rounding(sines: Iterable[Tensor | None], dtype: torch.dtype) -> Tens
     Args:
         sines: (L, k) descending, of each side; None for a side without angles.
     """
-    rounding = 2.0 * torch.finfo(dtype).eps + 8.0 * torch.finfo(torch.float64).eps
+    rounding = 2.0 * eps + 8.0 * torch.finfo(torch.float64).eps
     # A column's rounding is relative to all of it, and so to all the sines.
     lost = [
         arcsine_error(s[..., 0], rounding * s.norm(dim=-1).clamp_max(1.0)) for s in sines if s is not None

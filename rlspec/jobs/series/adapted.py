@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from rlspec.io.adapter import Adapter
 from rlspec.io.stream import read_tensor
 from rlspec.io.updates import Update
-from rlspec.io.weights import CheckpointWeights
+from rlspec.io.weights import CheckpointWeights, Weights
 
 
 class AdaptedWeights(CheckpointWeights):
@@ -19,6 +20,9 @@ class AdaptedWeights(CheckpointWeights):
         super().__init__(base)
         self._adapter = adapter
         self.where = f"the adapter {adapter.index.path.parent} on {base}"
+
+    def on(self, device: torch.device) -> Weights:
+        return self  # what adapters add to W is added, or told apart from it, on the host
 
     def _decoded(self, name: str, stored: Tensor) -> Tensor:
         saved = self._adapter.saved(name)

@@ -379,8 +379,9 @@ class Job:
         )
 
     def _checked(self, checkpoint: Checkpoint) -> Weights:
-        """Open a checkpoint and see from its headers that it has every matrix in the base's shape."""
-        weights = checkpoint.open(self.base)
+        """Open a checkpoint and see from its headers that it has every matrix in the base's shape; its tensors come where
+        they are measured."""
+        weights = checkpoint.open(self.base).on(self.device)
         shapes = weights.shapes()
         for projection in (p for stack in self.stacks for p in stack):
             with _named(checkpoint.path):
