@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlspec.backend import device_problem
 from rlspec.errors import OptionError, RunFolderError, TensorError, check_type
 from rlspec.integrations.store import TrackingFolder
 from rlspec.io.projections import MODULES
@@ -121,4 +122,7 @@ def _check_fit(
 
 
 def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+    """Where a model's weights are measured: see ``SpectralBasis.from_model``."""
+    held = (p.device for p in model.parameters() if not p.is_meta)
+    first = next(held, torch.device("cpu"))
+    return first if device_problem(first) is None else torch.device("cpu")
