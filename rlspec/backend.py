@@ -16,12 +16,15 @@ from subprocess import CalledProcessError
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from rlspec.errors import BackendError, OptionError
 
 Backend = Literal["torch", "triton"]
 CHOICES = ("auto", "torch", "triton")
 VARIABLE = "RLSPEC_BACKEND"
+# Where we compute; ROCm's devices are "cuda" to torch. Others lack float64 (MPS), or nothing here was made for them.
+_KINDS = ("cpu", "cuda")
 
 
 def triton_problem(device: torch.device) -> str | None:
@@ -119,24 +122,39 @@ def _cpu_has(probe: str) -> bool:
 
 
 def choose_device(name: str | torch.device) -> torch.device:
-    """``auto`` is CUDA where there is some, else the CPU. A ``torch.device`` is taken at its word.
+    """``auto`` is CUDA where there is some, else the CPU. Whether a ``torch.device`` is there is not asked.
 
     Raises:
-        OptionError: A name that torch does not know, or a CUDA device that is not there.
+        OptionError: A name that torch does not know, a device of another kind than CPU and CUDA, or a CUDA device that
+            is not there.
     """
-    if isinstance(name, torch.device):
-        return name
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise OptionError(f"device={name!r}: unknown device; valid: auto, cpu, cuda, cuda:<index>") from None
-    if device.type not in ("cpu", "cuda"):
-        raise OptionError(f"device={name!r}: unsupported device; valid: auto, cpu, cuda, cuda:<index>")
+    if device.type not in _KINDS:
+        raise OptionError(f"device={str(name)!r}: unsupported device; valid: auto, cpu, cuda, cuda:<index>")
+    if isinstance(name, torch.device):
+        return name
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise OptionError(f"device={name!r}: torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def device_problem(device: torch.device) -> str | None:
+    """What a message says of tensors on a device where we do not compute; None where we do."""
+    if device.type in _KINDS:
+        return None
+    return (
+        f"runs on the CPU and on CUDA and ROCm devices, found a tensor on {device}; move it to the CPU first"
+    )
+
+
+def where_computed(tensor: Tensor) -> Tensor:
+    """The tensor itself where we compute, or without values; a copy on the CPU of one on any other device."""
+    return tensor if tensor.is_meta or tensor.device.type in _KINDS else tensor.cpu()
 
 
 def row_blocks(rows: int, width: int, most: int) -> Iterator[slice]:

@@ -127,6 +127,71 @@ def test_whoever_set_a_number_of_threads_keeps_it(name: str, tmp_path: Path) -> 
     assert after(machine(tmp_path, LIMITED), **{name: "3"}) == {**WAITING, name: "3"}
 
 
+LAUNCHED = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "OMP_NUM_THREADS": "1"}
+
+
+def launcher(root: Path, *settings: str) -> Path:
+    """A file system in which this process's parent was started with these."""
+    return machine(root, {f"proc/{os.getppid()}/environ": "\0".join(settings)})
+
+
+def test_torchrun_s_one_thread_becomes_a_share_of_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(threads, "allowed_cpus", lambda: set(range(18)))
+    root = launcher(tmp_path, "HOME=/root", "NOT_OMP_NUM_THREADS=1")
+    assert after(root, **LAUNCHED) == {**LAUNCHED, **WAITING, "OMP_NUM_THREADS": "4"}
+    assert after(root, **{**LAUNCHED, "LOCAL_WORLD_SIZE": "32"})["OMP_NUM_THREADS"] == "1"
+    machine(root, {"proc/self/cgroup": "0::/", f"{GROUPS}/cpu.max": "850000 100000"})
+    assert after(root, **LAUNCHED)["OMP_NUM_THREADS"] == "2"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"LOCAL_WORLD_SIZE": "1"},  # torchrun leaves one process alone
+        {"LOCAL_WORLD_SIZE": "many"},
+        {"OMP_NUM_THREADS": "3"},
+        {"MKL_NUM_THREADS": "5"},
+        {"OMP_THREAD_LIMIT": "2"},
+    ],
+    ids=str,
+)
+def test_what_torchrun_did_not_set_stays(given: dict[str, str], tmp_path: Path) -> None:
+    environment = {**LAUNCHED, **given}
+    assert after(launcher(tmp_path, "HOME=/root"), **environment) == {**environment, **WAITING}
+    alone = {name: value for name, value in LAUNCHED.items() if name != "TORCHELASTIC_RUN_ID"}
+    assert after(tmp_path, **alone) == {**alone, **WAITING}
+
+
+def test_one_thread_that_the_user_exported_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "allowed_cpus", lambda: set(range(16)))
+    exported = launcher(tmp_path / "told", "HOME=/root", "OMP_NUM_THREADS=1")
+    assert after(exported, **LAUNCHED) == {**LAUNCHED, **WAITING}
+    assert after(tmp_path / "cannot be read", **LAUNCHED) == {**LAUNCHED, **WAITING}
+    assert after(launcher(tmp_path / "not told"), **LAUNCHED)["OMP_NUM_THREADS"] == "4"
+
+
+TELLS = """
+import os
+from rlspec.cli.threads import processes_of_torchrun
+print("told", processes_of_torchrun(os.environ))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/environ").exists(), reason="no /proc")
+@pytest.mark.parametrize(("exported", "found"), [({}, "told 2"), ({"OMP_NUM_THREADS": "1"}, "told None")])
+def test_torchrun_is_told_from_the_user(exported: dict[str, str], found: str, tmp_path: Path) -> None:
+    unset = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_THREAD_LIMIT")
+    environment = {name: value for name, value in os.environ.items() if name not in unset} | exported
+    (tmp_path / "tells.py").write_text(TELLS)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(
+        [*command, str(tmp_path / "tells.py")], capture_output=True, text=True, check=True, env=environment
+    )
+    assert done.stdout.splitlines().count(found) == 2
+
+
 def test_nothing_is_set_once_torch_is_loaded(tmp_path: Path) -> None:
     environment: dict[str, str] = {}
     share_the_machine(environment, root=machine(tmp_path, LIMITED))  # this process has torch

@@ -189,3 +189,17 @@ def test_layers_that_are_not_tracked_are_told(
     assert (
         "only 1 of 2 layers hold q, k, v: 1; the other layers are not tracked" in result.output.splitlines()
     )
+
+
+def test_the_factors_wait_on_the_host(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of a device's memory would be theirs before the training has asked for any of it."""
+
+    class Seen(Exception):
+        pass
+
+    def started(*arguments: Any) -> None:
+        raise Seen(arguments[3].factors)
+
+    monkeypatch.setattr("rlspec.jobs.track.EventRecorder", started)
+    with pytest.raises(Seen, match="^host$"):
+        invoke(*arguments(model, tmp_path / "run", **_ONE_STEP))

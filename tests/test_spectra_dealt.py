@@ -15,7 +15,7 @@ from process_toys import changed, held, together, toy_with_uneven_layers
 
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.io import weights
-from rlspec.spectra import dealt
+from rlspec.spectra import room
 from rlspec.spectra.dealt import DealtTracker
 from rlspec.spectra.processes import GatherError, ProcessError, Processes
 
@@ -126,7 +126,7 @@ def peak(number: int, out: Path, entries: int) -> None:
         return tensor
 
     model = held(toy_with_uneven_layers(), "fsdp2", 2)
-    dealt.STACK_ENTRIES = entries
+    room.STACK_ENTRIES = entries
     tracker = DealtTracker(model, modules=MODULES)
     module.ModuleTensors.value = counting  # type: ignore[method-assign]
     tracker.measure(model, step=0)

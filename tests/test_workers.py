@@ -277,7 +277,7 @@ def test_a_reader_has_room_for_all_stacks_at_once(tmp_path: Path, monkeypatch: p
     basis = SpectralBasis.from_checkpoint(base)
     size = 256 * 256 * 4
     for entries in (1, 3 * 256 * 256):  # a stack of one matrix, and of all of a kind
-        monkeypatch.setattr("rlspec.spectra.tracker.STACK_ENTRIES", entries)
+        monkeypatch.setattr("rlspec.spectra.room.STACK_ENTRIES", entries)
         held = size * (1 if entries == 1 else 3)
         for stacks in (1, 2, 3, 5, 9):
             room = held * stacks + (1 << 16)

@@ -4,7 +4,9 @@ OpenMP's threads spin at every barrier until the last one arrives. Where another
 waits for that core while the others burn theirs, and a command takes several times as long as its share of the
 machine asks for (bench/contention_bench.py). Spinning shortly costs little on a machine of one's own.
 
-OpenMP reads its environment when torch is loaded, so this must come before. What the user has set stays.
+OpenMP reads its environment when torch is loaded, so this must come before. What the user has set stays; the one thread
+that torchrun gives each of several processes, where the user has said nothing, becomes its share of the cores: a base's
+decompositions, and those of a GPU's small cores, are LAPACK's.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import math
 import os
 import sys
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 # GNU's runtime counts turns, 300000 unless told; a hundred would be too few, and cost half a command's speed where it is
@@ -38,10 +40,33 @@ def share_the_machine(
     environment = os.environ if environment is None else environment
     if not any(name in environment for name in (*WAITING, *_ALSO_ABOUT_WAITING)):
         environment.update(WAITING)
-    quota = cpu_quota(root)
-    if quota is not None and not any(name in environment for name in _ABOUT_THREADS):
-        # torch knows the affinity and takes one thread per physical core; of a quota it knows nothing.
-        environment["OMP_NUM_THREADS"] = str(min(physical_cores(root), max(1, math.ceil(quota))))
+    processes = processes_of_torchrun(environment, root)
+    if processes is None and any(name in environment for name in _ABOUT_THREADS):
+        return
+    quota, cores = cpu_quota(root), physical_cores(root)
+    if quota is not None:
+        cores = min(cores, max(1, math.ceil(quota)))
+    elif processes is None:
+        return  # torch knows the affinity and takes one thread per physical core; of a quota it knows nothing
+    environment["OMP_NUM_THREADS"] = str(max(1, cores // (processes or 1)))
+
+
+def processes_of_torchrun(environment: Mapping[str, str], root: Path = Path("/")) -> int | None:
+    """How many processes torchrun started on this machine, if it is torchrun that set their number of threads to one.
+
+    The same is found where the user exported it. What torchrun, this process's parent, was started with tells; where that
+    cannot be read, the user is taken to have meant it.
+    """
+    others = [name for name in _ABOUT_THREADS if name in environment and name != "OMP_NUM_THREADS"]
+    if "TORCHELASTIC_RUN_ID" not in environment or environment.get("OMP_NUM_THREADS") != "1" or others:
+        return None
+    processes = _count(environment.get("LOCAL_WORLD_SIZE"))
+    try:
+        started_with = (root / f"proc/{os.getppid()}/environ").read_bytes().split(b"\0")
+    except OSError:
+        return None
+    was_told = any(setting.startswith(b"OMP_NUM_THREADS=") for setting in started_with)
+    return processes if processes > 1 and not was_told else None
 
 
 def allowed_cpus() -> set[int]:
@@ -103,5 +128,5 @@ def _read(path: Path) -> str | None:
 
 
 def _count(text: str | None) -> int:
-    """A number of microseconds; 0 for what is none, such as "max" and -1."""
+    """A number, as of microseconds; 0 for what is none, such as "max" and -1."""
     return int(text) if text is not None and text.isascii() and text.isdigit() else 0

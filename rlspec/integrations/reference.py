@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from rlspec.errors import OptionError, RunFolderError, TensorError, check_type
 from rlspec.integrations.store import TrackingFolder
+from rlspec.io.module import module_device
 from rlspec.io.projections import MODULES
 from rlspec.linalg.rank import Rank
 from rlspec.spectra.basis import SpectralBasis
@@ -87,7 +87,7 @@ def make_tracker(
         options: ``modules``, ``rank`` and ``per_head`` of ``SpectralBasis.from_model``, whose errors are raised; a basis
             has its own.
     """
-    device = _device(model)
+    device = module_device(model)
     if processes.count > 1:
         return DealtTracker(model, base=base, device=None if base is None else device, **options)
     opened = None if base is None else opened_base(base)
@@ -118,7 +118,3 @@ def _check_fit(
         raise OptionError(
             f"{name}: a basis of {told}; ask for what it holds, or give the checkpoint that it was made of as base="
         )
-
-
-def _device(model: nn.Module) -> torch.device:
-    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlspec.backend import device_problem
 from rlspec.errors import TensorError
 from rlspec.io.fused import Config
 from rlspec.io.projections import text_config
@@ -36,6 +37,13 @@ def module_config(module: nn.Module) -> Config | None:
     found: list[Config] = []
     _collect_configs(module, found)
     return found[0] if found and all(config == found[0] for config in found) else None
+
+
+def module_device(module: nn.Module) -> torch.device:
+    """Where we compute with a module's weights: where its first one is, or on the CPU if we do not compute there."""
+    held = (parameter.device for parameter in module.parameters() if not parameter.is_meta)
+    first = next(held, torch.device("cpu"))
+    return first if device_problem(first) is None else torch.device("cpu")
 
 
 def _collect_configs(module: nn.Module, found: list[Config]) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rlspec.backend import where_computed
 from rlspec.io.projections import Projection
 
 
@@ -24,8 +25,9 @@ class Update:
     @classmethod
     def of(cls, terms: Sequence[tuple[Tensor, Tensor, float]]) -> Update:
         """The sum of ``scale * left @ right`` over one or more terms (left, right, scale)."""
-        lefts = [left.double() * scale for left, _, scale in terms]
-        return cls(torch.cat(lefts, dim=1), torch.cat([right.double() for _, right, _ in terms], dim=0))
+        lefts = [where_computed(left).double() * scale for left, _, scale in terms]
+        rights = [where_computed(right).double() for _, right, _ in terms]
+        return cls(torch.cat(lefts, dim=1), torch.cat(rights, dim=0))
 
     @classmethod
     def none(cls, weight: Tensor) -> Update:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from rlspec.backend import where_computed
 from rlspec.errors import CheckpointError, TensorError, check_type
 from rlspec.io.fused import Config
 from rlspec.io.module import (
@@ -249,7 +250,7 @@ class _TensorMapping(Weights):
         return _shapes(self._tensors)
 
     def _load(self, name: str) -> Tensor:
-        return gathered(self._tensors[name].detach())
+        return where_computed(gathered(self._tensors[name].detach()))
 
 
 class _ModuleWeights(Weights):
@@ -269,7 +270,7 @@ class _ModuleWeights(Weights):
         return _shapes(self._held.tensors)
 
     def _load(self, name: str) -> Tensor:
-        return self._held.value(name)
+        return where_computed(self._held.value(name))
 
     def _adapted(self, name: str, weight: Tensor) -> Tensor:
         layer = self._held.adapter(name)

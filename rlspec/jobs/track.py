@@ -246,7 +246,8 @@ def _run_segments(
     # The reference of every measurement is the model that the run started from, in a continued run as well.
     with clock.timed("tracking"), pace.spending(once=True):
         basis = _basis(config, inputs, progress)
-        tracker = SpectralTracker(basis, engine=config.engine)
+        # On a device every byte is the training's, which has allocated next to nothing of its own by now.
+        tracker = SpectralTracker(basis, engine=config.engine, factors="host")
     if basis.note:
         progress.say(f"{basis.note}; the other layers are not tracked")
     with clock.timed("kl"):

@@ -45,6 +45,7 @@ from torch import Tensor
 from rlspec.linalg import solvers
 from rlspec.linalg.scaling import into_range, multiplied, powers_of_two
 from rlspec.linalg.transfer import to_device, to_host
+from rlspec.linalg.workers import by_matrix
 from rlspec.ops.gram import gram
 
 # Up to this r LAPACK's SVD in float64 takes well under a second.
@@ -64,17 +65,20 @@ Factors = tuple[Tensor, Tensor, Tensor]
 def on_host(solve: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
     """``solve(*tensors)`` on the host, in float64: one transfer there, and one back to the device of the first.
 
-    On the CPU nothing is moved or converted. Where a device solves for itself, `solve` runs there.
+    On the CPU nothing is moved or converted. Where a device solves for itself, `solve` runs there. Elsewhere its small
+    matrices are solved side by side, see :func:`workers.by_matrix`.
     """
-    if tensors[0].is_cuda and solvers.solver_for(tensors[0].device) is not None:
+    if not tensors[0].is_cuda:
+        return solve(*tensors)
+    if solvers.solver_for(tensors[0].device) is not None:
         return solve(*(t.double() for t in tensors))
-    return to_device(solve(*to_host(tensors)), tensors[0])
+    return to_device(by_matrix(solve, *to_host(tensors)), tensors[0])
 
 
 def eigh(a: Tensor) -> tuple[Tensor, Tensor]:
     """Eigenvalues (..., n), ascending, and eigenvectors (..., n, n) of symmetric (..., n, n), in its dtype."""
     if a.is_cuda:
-        values, vectors = solvers.eigh(a) or to_device(eigh(a.cpu()), a)
+        values, vectors = solvers.eigh(a) or to_device(by_matrix(eigh, a.cpu()), a)
         return values, vectors
     values, vectors = torch.linalg.eigh(a)
     return values, vectors
@@ -182,7 +186,7 @@ def core_svd(a: Tensor) -> Factors:
     takes twice as long. Each core takes its own route, whatever its neighbours.
     """
     if a.is_cuda:
-        u, s, z = solvers.core_svd(a) or to_device(core_svd(a.cpu()), a)
+        u, s, z = solvers.core_svd(a) or to_device(by_matrix(core_svd, a.cpu()), a)
         return u, s, z
     a, power = into_range(a)
     squares, z = _descending(gram(a))

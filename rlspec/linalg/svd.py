@@ -13,6 +13,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from rlspec.backend import device_problem
 from rlspec.errors import OptionError, TensorError
 from rlspec.linalg.dense import lapack_svd, leading_by_gram
 from rlspec.linalg.estimates import perturbation_bound
@@ -92,8 +93,9 @@ def svd(
 
     Raises:
         OptionError: unknown method, rank or tolerance out of range, "warm" without a start.
-        TensorError: not a dense floating matrix, or NaN or infinity (the message names the first position); or singular
-            values or residuals past the range of the result's dtype.
+        TensorError: not a dense floating matrix, one on a device that is neither CPU nor CUDA nor ROCm, or NaN or
+            infinity (the message names the first position); or singular values or residuals past the range of the
+            result's dtype.
     """
     _check_kind(A)
     if A.element_size() == 1:
@@ -257,6 +259,9 @@ def _check_kind(A: Tensor) -> None:
         raise TensorError(
             f"svd needs values, found a tensor {tuple(A.shape)} on the meta device; load it first"
         )
+    problem = device_problem(A.device)
+    if problem is not None:
+        raise TensorError(f"svd {problem}")
 
 
 def _check_range(found: SVDResult, a: Tensor) -> None:

@@ -13,11 +13,14 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import TypeVar
 
 import torch
+from torch import Tensor
 
 from rlspec.backend import interpreting
+from rlspec.linalg.precision import pinned_arithmetic
 
 R = TypeVar("R")
 
@@ -136,6 +139,28 @@ def in_order(jobs: Iterable[tuple[int, Callable[[], R]]], most: int) -> Iterator
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+
+def by_matrix(solve: Callable[..., tuple[Tensor, ...]], *stacks: Tensor) -> tuple[Tensor, ...]:
+    """``solve(*stacks)`` of what a device sent to the host, small matrices side by side.
+
+    LAPACK takes a batch one after the other, each with all threads. One matrix alone, and large ones, have those still;
+    the tiny ones of a batch are done before a thread has begun.
+
+    Args:
+        solve: takes and returns tensors that begin with the stack's axis; no matrix minds its neighbours.
+        stacks: (L, ...) on the CPU; the first tells how large a matrix is.
+    """
+    count, entries = len(stacks[0]), stacks[0][:1].numel()
+    if stacks[0].ndim != 3 or count < 2 or entries <= _TINY_ENTRIES or not is_small(entries):
+        return solve(*stacks)
+
+    @pinned_arithmetic()  # which a thread of its own does not inherit
+    def one(i: int) -> tuple[Tensor, ...]:
+        return solve(*(stack[i : i + 1] for stack in stacks))
+
+    found = list(in_order(((entries, partial(one, i)) for i in range(count)), count))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
 
 
 def _begin() -> None:

@@ -18,6 +18,7 @@ from torch import Tensor
 from rlspec.linalg.coarse import coarse_matmul
 from rlspec.linalg.dense import core_svd, on_host, singular_values, small_gram, values_of_gram
 from rlspec.linalg.products import product, transposed_product
+from rlspec.linalg.workers import by_matrix
 from rlspec.perturb.batch import put, take
 from rlspec.perturb.delta import Delta
 from rlspec.perturb.reference import Reference
@@ -208,7 +209,10 @@ def sines(outside: Tensor, k: int, *, squared: bool = False) -> Tensor:
     Args:
         outside: CPU, float64, as :func:`beyond` gives it. squared: it is the Gram matrix.
     """
-    found = values_of_gram(outside) if squared else singular_values(outside)
+    if squared:
+        (found,) = by_matrix(lambda gram: (values_of_gram(gram),), outside)
+    else:
+        found = singular_values(outside)
     if found.shape[-1] < k:
         found = torch.cat([found, found.new_zeros((*found.shape[:-1], k - found.shape[-1]))], dim=-1)
     return found[..., :k].clamp(0.0, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -45,12 +45,14 @@ class Reference:
         *,
         device: torch.device | str = "cpu",
         dtype: torch.dtype | None = None,
+        width: int | None = None,
     ) -> Reference:
         """The factors of matrices of one shape, weight dtype and k, stacked.
 
         Args:
             device: where to.
             dtype: of U and Vh; default their own.
+            width: of a larger stack that these are a part of; default: chosen for these, see :func:`guard_width`.
         """
 
         def moved(tensors: list[Tensor], dtype: torch.dtype | None = None) -> Tensor:
@@ -65,6 +67,8 @@ class Reference:
             k=matrices[0].k,
         )
         made.__dict__["values"] = stack([m.S for m in matrices])
+        if width is not None:
+            made.__dict__["width"] = width
         return made
 
     def select(self, positions: Sequence[int]) -> Reference:
@@ -72,14 +76,23 @@ class Reference:
         if len(positions) == len(self.names):
             return self
         names = tuple(self.names[i] for i in positions)
-        w, u, s, vh = (take(t, positions) for t in (self.W, self.U, self.S, self.Vh))
+        return self._some(names, lambda t: take(t, positions))
+
+    def part(self, start: int, stop: int) -> Reference:
+        """The matrices from ``start`` up to ``stop``: views, for which a device needs no memory."""
+        if (start, stop) == (0, len(self.names)):
+            return self
+        return self._some(self.names[start:stop], lambda t: t[start:stop])
+
+    def _some(self, names: tuple[str, ...], some: Callable[[Tensor], Tensor]) -> Reference:
+        w, u, s, vh = (some(t) for t in (self.W, self.U, self.S, self.Vh))
         chosen = Reference(names, w, u, s, vh, self.k)
         # A stack has one width; nothing that is known already is asked of the device again.
         chosen.__dict__.update(
             width=self.width,
             combinations=self.combinations,
             last_columns=self.last_columns,
-            values=take(self.values, positions),
+            values=some(self.values),
         )
         return chosen
 
@@ -137,22 +150,31 @@ class Reference:
 
     @cached_property
     def width(self) -> int:
-        """w: the k columns followed and a guard band past the cut.
+        """w: the k columns followed and a guard band past the cut, see :func:`guard_width`."""
+        return guard_width(self.values, self.k, max(self.shape))
 
-        It ends where the smallest gap over the stack is largest; among multiples of `ALIGNED` where there is a choice
-        of them, since gaps in a flat spectrum differ little.
-        """
-        k, s = self.k, self.values
-        floor = s[..., :1] * max(self.shape) * torch.finfo(torch.float32).eps
-        rank = int((s > floor).sum(-1).min())  # columns of zero singular values have no direction to follow
-        low, high = _band(k)
-        if high >= min(rank, round(_WHOLE * s.shape[-1])):
-            return max(k, rank)
-        drop = ((s[..., low - 1 : high] - s[..., low : high + 1]) / s[..., low - 1 : high]).amin(0).tolist()
-        widths = [w for w in range(low, high + 1) if w % ALIGNED == 0]
-        if len(widths) < _CHOICE:
-            widths = list(range(low, high + 1))
-        return max(widths, key=lambda w: drop[w - low])
+
+def guard_width(values: Tensor, k: int, longest: int) -> int:
+    """Where the guard band of a stack ends: k columns and some past the cut.
+
+    It ends where the smallest gap over the stack is largest; among multiples of `ALIGNED` where there is a choice of
+    them, since gaps in a flat spectrum differ little.
+
+    Args:
+        values: (L, r) float64, descending, on the host.
+        longest: the longer side of a matrix.
+    """
+    floor = values[..., :1] * longest * torch.finfo(torch.float32).eps
+    rank = int((values > floor).sum(-1).min())  # columns of zero singular values have no direction to follow
+    low, high = _band(k)
+    if high >= min(rank, round(_WHOLE * values.shape[-1])):
+        return max(k, rank)
+    before = values[..., low - 1 : high]
+    drop = ((before - values[..., low : high + 1]) / before).amin(0).tolist()
+    widths = [w for w in range(low, high + 1) if w % ALIGNED == 0]
+    if len(widths) < _CHOICE:
+        widths = list(range(low, high + 1))
+    return max(widths, key=lambda w: drop[w - low])
 
 
 def widest(k: int, r: int) -> int:

@@ -16,6 +16,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from rlspec.backend import device_problem
 from rlspec.errors import OptionError, TensorError, check_type
 from rlspec.io.projections import check_finite
 from rlspec.linalg.factor import reference_factors
@@ -99,7 +100,7 @@ def restore_matrix(
     Raises:
         OptionError: an unknown mode or rounding, a strength or band out of range, an argument of another type.
         TensorError: shapes differ or are not two-dimensional, dtypes that are not floating, NaN or infinity; a basis
-            of another matrix.
+            of another matrix; a device that is neither CPU nor CUDA nor ROCm.
     """
     for name, given in (("W_base", W_base), ("W_tuned", W_tuned)):
         check_type(name, given, Tensor, "a tensor")
@@ -200,6 +201,9 @@ def _check(
     for tensor in (base, tuned):
         if not tensor.is_floating_point():
             raise TensorError(f"restoring needs matrices of a floating dtype, found {tensor.dtype}")
+        problem = device_problem(tensor.device)
+        if problem is not None:
+            raise TensorError(f"restoring {problem}")
     if mode == "band" and band is None:
         raise OptionError('mode="band" needs band=(i, j)')
     if band is not None and mode in ("tail", "copy", "interpolate"):

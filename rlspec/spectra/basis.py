@@ -76,7 +76,8 @@ class SpectralBasis:
             per_head: each attention head of q, k, v and o is a matrix of its own; the model's configuration must say
                 how many there are.
             cache_dir: where decompositions are kept between runs; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
-            device: where to measure. ``"auto"``: where each weight is; for a checkpoint on disk, the GPU if there is one.
+            device: where to measure. ``"auto"``: where each weight is, or on the CPU where that is no CUDA or ROCm
+                device; for a checkpoint on disk, the GPU if there is one.
             progress: called with (done, total) after every matrix.
 
         Raises:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,8 @@ from rlspec.perturb.delta import Delta, LowRankDelta, delta_between
 from rlspec.perturb.matrix import MatrixBasis
 from rlspec.perturb.reference import Reference, stack
 from rlspec.spectra.measurement import Measurement, combine
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,14 @@ class Current:
                 check_finite(projection.name, weight)
             stored[i] = weight
         return cls(tuple(names), stored, updates)
+
+    def part(self, start: int, stop: int) -> Current:
+        """The matrices from ``start`` up to ``stop``; nothing is copied."""
+
+        def cut(held: dict[int, T]) -> dict[int, T]:
+            return {i - start: one for i, one in held.items() if start <= i < stop}
+
+        return Current(self.names[start:stop], cut(self.stored), cut(self.updates))
 
     def measured(
         self, engine: Callable[[Reference, Delta], Measurement], reference: Reference

@@ -2,7 +2,8 @@
 
 The weights may be copies (DistributedDataParallel) or spread over the processes as DTensors (FSDP2, tensor parallelism).
 Then all join the gather of each matrix, one after the other, and its owner alone keeps it: no process ever holds more
-than a stack of small matrices, or one large matrix, and its share of the reference.
+than a stack of small matrices, or one large matrix, and its share of the reference. Copies are nobody's to hold: on a
+device they make larger stacks, as one process has them, but for a share for every process.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from rlspec.errors import RlspecError
 from rlspec.io.heads import split_heads
+from rlspec.io.module import module_device
 from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.io.updates import Update
 from rlspec.io.weights import Weights, WeightSource, find_tensor, open_weights
@@ -25,8 +27,9 @@ from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.spectra.basis import SpectralBasis, reference_matrices
 from rlspec.spectra.processes import GatherError, Processes, dealt, raise_failures, told
+from rlspec.spectra.room import stack_entries
 from rlspec.spectra.table import Row
-from rlspec.spectra.tracker import STACK_ENTRIES, SpectralRecord, SpectralTracker
+from rlspec.spectra.tracker import SpectralRecord, SpectralTracker
 
 if TYPE_CHECKING:
     from rlspec.spectra.saved_basis import SavedBasis
@@ -109,7 +112,7 @@ class DealtTracker:
         raise_failures(
             [None if other == first else "holds other matrices than process 0" for _, other in found]
         )
-        self._deal(shapes)
+        self._deal(shapes, _stacked_on(model, device))
         with pinned_arithmetic():
             self.processes.agree(self._decompose(reference) if basis is None else self._take(basis))
 
@@ -129,14 +132,20 @@ class DealtTracker:
         found = [find_tensor(p.tensor, shapes.keys(), held.where) for p in self.projections]
         return max((math.prod(shapes[name]) for name in found), default=0)
 
-    def _deal(self, shapes: Mapping[str, tuple[int, int]]) -> None:
-        """Stacks as one process would measure them, the costliest first to whoever has the least to do."""
+    def _deal(self, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:
+        """Stacks, the costliest first to whoever has the least to do; on CPUs those that one process would measure.
+
+        Args:
+            device: for which they are sized; of one kind in all processes.
+        """
         by_shape: dict[tuple[int, int], list[Projection]] = {}
         for projection in self.projections:
             by_shape.setdefault(shapes[projection.name], []).append(projection)
         costs: list[tuple[int, list[Projection]]] = []
         for (m, n), members in by_shape.items():
-            size = max(1, STACK_ENTRIES // max(1, m * n))
+            size = max(1, stack_entries(device) // max(1, m * n))
+            if device.type != "cpu":
+                size = min(size, math.ceil(len(members) / self.processes.count))
             parts = [members[start : start + size] for start in range(0, len(members), size)]
             costs += [(m * n * min(m, n) * len(part), part) for part in parts]
         owners = dealt([cost for cost, _ in costs], self.processes.count)
@@ -284,6 +293,14 @@ def make_room(model: nn.Module, entries: int, processes: Processes) -> None:
         del held
 
     processes.together(take)
+
+
+def _stacked_on(model: nn.Module, device: torch.device | None) -> torch.device:
+    """The device that stacks are sized for. What is gathered is held until its stack is whole: there a device, too, takes
+    the small ones of a CPU."""
+    if is_spread(model):
+        return torch.device("cpu")
+    return device or module_device(model)
 
 
 class _Handed(Weights):

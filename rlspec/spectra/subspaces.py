@@ -64,6 +64,16 @@ class Subspaces:
 
         return Subspaces(picked(self.left), picked(self.right), self.error[places])
 
+    def part(self, start: int, stop: int) -> Subspaces:
+        """Those of the matrices from ``start`` up to ``stop``: views; all of them as they are."""
+        if (start, stop) == (0, len(self.error)):
+            return self
+
+        def cut(side: Side | None) -> Side | None:
+            return None if side is None else _each(side, lambda tensor: tensor[start:stop])
+
+        return Subspaces(cut(self.left), cut(self.right), self.error[start:stop])
+
     def to(self, device: torch.device) -> Subspaces:
         """The same on another device."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,7 +14,6 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import OptionError, check_type
-from rlspec.io.projections import Projection
 from rlspec.io.tabular import Tabular
 from rlspec.io.weights import READ_AHEAD_BYTES, WeightSource, open_weights
 from rlspec.linalg.dense import lapack_values
@@ -25,8 +25,10 @@ from rlspec.spectra.basis import SpectralBasis
 from rlspec.spectra.current import Current
 from rlspec.spectra.delta import measure_delta
 from rlspec.spectra.exact import measure_exact
+from rlspec.spectra.groups import Group, apart, groups_of, placed
 from rlspec.spectra.measurement import Measurement
 from rlspec.spectra.nulls import null_rotations
+from rlspec.spectra.room import free_bytes
 from rlspec.spectra.subspaces import Subspaces, locking
 from rlspec.spectra.table import COLUMNS, Row, empty_row, measured_rows, put_locking, put_nulls, put_spectrum
 
@@ -37,10 +39,6 @@ T = TypeVar("T")
 Ends = tuple[Subspaces | None, ...]
 _Measured = tuple[dict[str, Row], dict[str, Tensor]]  # rows and arrays, by name
 _ENGINES = {"delta": measure_delta, "exact": measure_exact}
-
-# Matrices of one shape are stacked up to this many entries; a larger matrix goes alone. On a CPU that keeps the stacks of
-# small matrices, one a thread, inside the caches; on a device it bounds working memory (a few dozen bytes per entry).
-STACK_ENTRIES, _DEVICE_STACK_ENTRIES = 1 << 20, 1 << 28
 
 
 @dataclass
@@ -69,27 +67,6 @@ class SpectralRecords(Tabular, list[SpectralRecord]):
 
     def _table(self) -> tuple[Sequence[str], Sequence[Row]]:
         return list(COLUMNS), [row for record in self for row in record.rows]
-
-
-@dataclass(frozen=True)
-class _Group:
-    """Matrices measured together."""
-
-    projections: tuple[Projection, ...]
-    matrices: tuple[MatrixBasis, ...]
-    device: torch.device
-    dtype: torch.dtype | None  # of the factors; None: as they are
-    kept: Reference | None = None  # None: made anew for each measurement from what the host holds
-
-    @property
-    def rank(self) -> int:
-        return self.matrices[0].k
-
-    def reference(self) -> Reference:
-        return self.kept if self.kept is not None else self.placed()
-
-    def placed(self) -> Reference:
-        return Reference.of(self.matrices, device=self.device, dtype=self.dtype)
 
 
 class SpectralTracker:
@@ -124,7 +101,9 @@ class SpectralTracker:
         self.factors = factor_place(basis) if factors == "auto" else factors
         # By layer: what a fused tensor holds for other groups does not wait for long.
         place = {projection.name: at for at, projection in enumerate(basis.projections)}
-        groups = _groups(basis, engine, self.factors)
+        # The delta engine's errors are relative to the update, so float32 factors do for weights that hold no more, and
+        # their products take half the time.
+        groups = groups_of(basis, narrow=engine == "delta", on_host=self.factors == "host")
         self._groups = sorted(groups, key=lambda group: place[group.projections[0].name])
 
     def measure(
@@ -164,7 +143,11 @@ class SpectralTracker:
         Costs what a measurement does. Arguments and errors are those of :meth:`measure`.
         """
         with pinned_arithmetic():
-            return tuple(in_order(self._jobs(source, self._found), self._most_at_once()))
+            parts: dict[str, list[Subspaces]] = {group.stack: [] for group in self._groups}
+            for found in in_order(self._jobs(source, self._found), self._most_at_once()):
+                for name, one in found:
+                    parts[name] += [] if one is None else [one]
+            return tuple(_joined(of_stack) for of_stack in parts.values())
 
     def _measure(
         self,
@@ -178,17 +161,20 @@ class SpectralTracker:
         started = time.perf_counter()
         record = SpectralRecord(stage=stage, step=step, rows=[])
         rows: dict[str, Row] = {}
-        firsts = (group.projections[0].name for group in self._groups)
-        ends = {} if end is None else dict(zip(firsts, end, strict=True))
+        stacks = (group.stack for group in self._groups)
+        ends = {} if end is None else dict(zip(stacks, end, strict=True))
 
-        def work(group: _Group, reference: Reference | None, current: Current) -> _Measured:
-            last = ends.get(group.projections[0].name)
+        def work(group: Group, reference: Reference | None, current: Current) -> _Measured:
+            last = ends.get(group.stack)
+            if last is not None:
+                last = last.part(group.start, group.start + len(group.matrices))
             return self._measured(group, reference, current, step, stage, null_draws, full_spectrum, last)
 
-        jobs = self._jobs(source, work)
-        for measured, arrays in in_order(jobs, self._most_at_once()):
-            rows.update(measured)
-            record.arrays.update(arrays)
+        jobs = self._jobs(source, work, nulls=null_draws > 0)
+        for found in in_order(jobs, self._most_at_once()):
+            for measured, arrays in found:
+                rows.update(measured)
+                record.arrays.update(arrays)
         record.rows = [rows[projection.name] for projection in self.basis.projections]
         record.seconds = time.perf_counter() - started
         return record
@@ -205,30 +191,40 @@ class SpectralTracker:
         return max(1, min(len(sizes), room // small - 2)) if small else 1
 
     def _jobs(
-        self, source: WeightSource, work: Callable[[_Group, Reference | None, Current], T]
-    ) -> Iterator[tuple[int, Callable[[], T]]]:
-        """What is to be done of each stack with its current weights."""
+        self,
+        source: WeightSource,
+        work: Callable[[Group, Reference | None, Current], T],
+        *,
+        nulls: bool = False,
+    ) -> Iterator[tuple[int, Callable[[], list[T]]]]:
+        """What is to be done of each stack with its current weights: ``work``, of the whole of it or by parts."""
         stream = open_weights(source).stream_apart([p for group in self._groups for p in group.projections])
-        for group in self._groups:
-            reference = group.reference() if group.rank > 0 else None
-            current = Current.of(stream, group.matrices, group.device, reference)
-            on_host = group.device.type == "cpu"
-            yield (
-                group.matrices[0].W.numel() if on_host else sys.maxsize,
-                partial(work, group, reference, current),
-            )
-            del reference, current  # before the next ones take their room
+        for whole in self._groups:
+            waiting = deque(whole.parts(nulls=nulls))
+            while waiting:
+                group, reference = placed(waiting)
+                current = Current.of(stream, group.matrices, group.device, reference)
+                on_host = group.device.type == "cpu"
+                yield (
+                    group.matrices[0].W.numel() if on_host else sys.maxsize,
+                    partial(apart, work, group, reference, current),
+                )
+                del reference, current  # before the next ones take their room
 
     @pinned_arithmetic()
-    def _found(self, group: _Group, reference: Reference | None, current: Current) -> Subspaces | None:
+    def _found(
+        self, group: Group, reference: Reference | None, current: Current
+    ) -> tuple[str, Subspaces | None]:
+        """With the name of the stack."""
         if reference is None:
-            return None
-        return current.measured(partial(_ENGINES[self.engine], subspaces=True), reference).subspaces
+            return group.stack, None
+        engine = partial(_ENGINES[self.engine], subspaces=True)
+        return group.stack, current.measured(engine, reference).subspaces
 
     @pinned_arithmetic()
     def _measured(
         self,
-        group: _Group,
+        group: Group,
         reference: Reference | None,
         current: Current,
         step: int,
@@ -265,35 +261,6 @@ class SpectralTracker:
         return {p.name: row for p, row in zip(group.projections, rows, strict=True)}, arrays
 
 
-def _groups(basis: SpectralBasis, engine: Engine, factors: Factors) -> Iterator[_Group]:
-    """Stacks of one shape, dtype, rank and device, each bounded in size.
-
-    The delta engine's errors are relative to the update, so float32 factors do for weights that hold no more, and
-    their products take half the time.
-    """
-    by_kind: dict[tuple[object, ...], list[Projection]] = {}
-    for projection in basis.projections:
-        matrix, device = basis.matrix(projection.name), basis.device(projection.name)
-        kind = (matrix.shape, matrix.W.dtype, matrix.U.dtype, matrix.k, str(device))
-        by_kind.setdefault(kind, []).append(projection)
-    for members in by_kind.values():
-        first, device = basis.matrix(members[0].name), basis.device(members[0].name)
-        size = max(1, stack_entries(device) // first.W.numel())
-        dtype = torch.float32 if engine == "delta" and first.W.dtype != torch.float64 else None
-        for start in range(0, len(members), size):
-            part = tuple(members[start : start + size])
-            group = _Group(part, tuple(basis.matrix(p.name) for p in part), device, dtype)
-            if first.k == 0 or (factors == "host" and device.type != "cpu"):
-                yield group
-            else:
-                yield replace(group, kept=group.placed())
-
-
-def stack_entries(device: torch.device) -> int:
-    """The most entries of a stack of several matrices."""
-    return STACK_ENTRIES if device.type == "cpu" else _DEVICE_STACK_ENTRIES
-
-
 def factor_place(basis: SpectralBasis) -> Literal["device", "host"]:
     """Where a tracker keeps the factors by default: on the device where they fill at most half of its free memory."""
     needed: dict[torch.device, int] = {}
@@ -302,10 +269,9 @@ def factor_place(basis: SpectralBasis) -> Literal["device", "host"]:
         values = matrix.U.numel() + matrix.Vh.numel()
         needed[device] = needed.get(device, 0) + 4 * values + matrix.W.numel() * matrix.W.element_size()
     for device, total in needed.items():
-        if device.type == "cuda" and torch.cuda.is_available():
-            free, _ = torch.cuda.mem_get_info(device)
-            if total > free // 2:
-                return "host"
+        free = free_bytes(device)
+        if free is not None and total > free // 2:
+            return "host"
     return "device"
 
 
@@ -323,3 +289,10 @@ def _arrays(measurement: Measurement, index: int, matrix: MatrixBasis) -> dict[s
     return {
         f"{matrix.name}/{name}": values.detach().double().cpu().clone() for name, values in arrays.items()
     }
+
+
+def _joined(parts: list[Subspaces]) -> Subspaces | None:
+    """Of a stack from those of its parts."""
+    if len(parts) > 1:
+        return Subspaces.joined(parts)
+    return parts[0] if parts else None

@@ -12,7 +12,7 @@ from rlspec.io.projections import Projection
 from rlspec.linalg.rank import Rank
 from rlspec.linalg.workers import is_small
 from rlspec.perturb.reference import widest
-from rlspec.spectra.tracker import stack_entries
+from rlspec.spectra.room import stack_entries
 
 # What is held at once where a stack (L, m, n) is decomposed and measured, in bytes for each of its L m n entries and for
 # each of L c² more: weights, factors and updates here, what is computed of them there. Above the peaks counted, by the
