@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,39 @@ def test_the_folder_is_that_of_one_process_to_the_byte_and_resumes(
             assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
 
 
+def passes(model: Any) -> None:
+    """As an evaluation, after which nothing says that the weights are no longer needed whole."""
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert not any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def evaluates(number: int, out: Path) -> None:
+    """Before the training, as ``trainer.evaluate(); trainer.train()``, and before each measurement."""
+
+    class Evaluates(SpectralCallback):
+        def on_step_end(self, *given: Any, **kwargs: Any) -> None:
+            passes(kwargs["model"])
+            super().on_step_end(*given, **kwargs)
+
+    os.environ["RLSPEC_CACHE"] = str(out / "cache")
+    model = held(toy_with_uneven_layers(), "fsdp2, whole after a pass", 2)
+    passes(model)
+    callback = Evaluates(every=1, out=out / "run")
+    loop(model, callback, last=1)
+    assert callback.disabled is None, callback.disabled
+
+
+def test_weights_that_fsdp2_kept_whole_after_an_evaluation_are_measured_as_those_of_one_process(
+    tmp_path: Path,
+) -> None:
+    assert together(2, evaluates, tmp_path) == [0, 0]
+    alone = SpectralCallback(every=1, out=tmp_path / "alone")
+    loop(toy_with_uneven_layers(), alone, last=1)
+    rows = [(tmp_path / name / "spectra.jsonl").read_bytes() for name in ("run", "alone")]
+    assert rows[0] == rows[1] and alone.records[1].rows[0]["delta_relative"] > 1e-3
+
+
 def fails(number: int, out: Path, kind: str, where: str) -> None:
     os.environ["RLSPEC_CACHE"] = str(out / "cache")
     told: list[str] = []
@@ -89,6 +123,32 @@ def test_one_process_that_fails_ends_the_tracking_in_all_with_one_warning(
     assert first[0] == second[0] and first[0].startswith(f"process {at_fault} of 2: {reason}")
     assert first[1] == [f"tracking of the spectra ends here, the training goes on: {first[0]}"]
     assert second[1] == []
+
+
+def begins_late(number: int, out: Path, where: str) -> None:
+    """One is at it for longer than the training's group waits: the first at the reference, the second at its factors."""
+    patched, name = (store._Reference, "finish") if where == "writing" else (SpectralTracker, "__init__")
+    right = getattr(patched, name)
+    slept: list[int] = []
+
+    def slow(*given: Any, **options: Any) -> Any:
+        if (number == 0) == (where == "writing") and not slept:
+            slept.append(number)
+            time.sleep(6)
+        return right(*given, **options)
+
+    setattr(patched, name, slow)
+    os.environ["RLSPEC_CACHE"] = str(out / "cache")
+    callback = SpectralCallback(every=1, out=out / "run")
+    loop(held(toy_with_uneven_layers(), "ddp", 2), callback, last=1)
+    assert callback.disabled is None and len(callback.records) == 2, callback.disabled
+
+
+@pytest.mark.parametrize("where", ["writing", "decomposing"])
+def test_a_start_that_takes_longer_in_one_process_than_the_trainings_collectives_may_does_not_end_it(
+    where: str, tmp_path: Path
+) -> None:
+    assert together(2, begins_late, tmp_path, where, patience=3.0) == [0, 0]
 
 
 def without_memory(number: int, out: Path, event: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 import torch
 from integration_toys import Clock, assert_same_training, plain_trainer
 from torch import nn
-from train_toys import toy_tokenizer
+from train_toys import toy_model, toy_tokenizer
 from transformers import TrainerCallback
 
 from rlspec.errors import OptionError
@@ -121,6 +121,34 @@ def test_a_loss_that_is_no_number_ends_the_scores_alone(
     assert callback.unscored is not None and "is nan, wanted a finite number" in callback.unscored
 
 
+@pytest.mark.parametrize("way", ["evaluate", "texts"])
+def test_scores_of_a_model_that_is_compiled_in_place_leave_its_graphs_as_they_are(
+    way: str, tmp_path: Path
+) -> None:
+    """Lengths that the training has not would make it one of shapes that vary, whose sums round otherwise."""
+    graphs: list[list[Any]] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        graphs[-1].append([tuple(getattr(one, "shape", ())) for one in inputs])
+        return graph.forward
+
+    def evaluate(model: Any) -> dict[str, float]:
+        return {str(n): model(torch.ones(1, n, dtype=torch.long)).logits.sum().item() for n in (3, 5, 7)}
+
+    given: dict[str, Any] = {"evaluate": evaluate} if way == "evaluate" else {"texts": texts_file(tmp_path)}
+    callback = SpectralCallback(every=1, **given)
+    for called in ([], [callback]):
+        torch.compiler.reset()
+        graphs.append([])
+        model = toy_model(attention_dropout=0.2)
+        model.compile(backend=backend)
+        trainer = plain_trainer(tmp_path, called, model, max_steps=2)
+        trainer.processing_class = trainer.callback_handler.processing_class = toy_tokenizer()
+        trainer.train()
+    assert callback.unscored is None and all(record.scores for record in callback.records)
+    assert graphs[0] == graphs[1] != []
+
+
 def falling() -> Any:
     """Of 40 problems all are solved at first and at the next event, then none."""
     calls = iter([0.9, 1.0, 0.0, 0.0, 0.0])
@@ -168,6 +196,34 @@ def test_a_resumed_training_keeps_its_scores_and_what_the_alarm_has_seen(tmp_pat
     assert [row["step"] for row in score_rows(tmp_path / "out")] == [0, 1, 2, 3]
     assert [record.scores["ood"] for record in second.records] == [0.9, 1.0, 1.0, 0.0]
     assert second.fall is not None and (second.fall.peak_step, second.fall.step) == (1, 3)
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_training_that_is_resumed_after_a_fall_ends_again_where_asked(
+    stop: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    options: dict[str, Any] = {"every": 2, "out": tmp_path / "out", "alarm": "ood"}
+    first = SpectralCallback(evaluate=falling(), **options)
+    plain_trainer(tmp_path / "trainer", [first], **{**settings, "max_steps": 4}).train()
+    assert first.fall is not None and first.fall.step == 4
+    caplog.clear()
+    second = SpectralCallback(evaluate=lambda model: {"ood": [False] * 40}, stop=stop, **options)
+    again = plain_trainer(tmp_path / "trainer", [second], **{**settings, "max_steps": 9})
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-4"))
+    assert second.disabled is None and second.fall == first.fall
+    assert again.state.global_step == (5 if stop else 9)
+    assert [record.step for record in second.records] == ([0, 2, 4, 5] if stop else [0, 2, 4, 6, 8, 9])
+    told = [r.getMessage() for r in caplog.records if "at step 4" in r.getMessage()]
+    assert [line.partition(": go back to ")[2] for line in told] == (
+        [
+            f"{tmp_path / 'trainer' / 'checkpoint-2'}; the training ends after its next step, as stop=True asks; "
+            "stop=False trains on"
+        ]
+        if stop
+        else []
+    )
 
 
 def test_scores_of_other_problems_end_the_scores_of_a_resumed_training_alone(tmp_path: Path) -> None:

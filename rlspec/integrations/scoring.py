@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from rlspec.errors import OptionError
-from rlspec.integrations.borrowed import in_pieces_again, passes_in_step
+from rlspec.integrations.borrowed import in_pieces_again
 from rlspec.io.jsonl import Row
 from rlspec.spectra.processes import Processes, dealt
+from rlspec.spectra.spread import is_spread
 from rlspec.tasks.alarm import Alarm, Fall
 from rlspec.tasks.scores import Score, read_scores
 from rlspec.train.texts import read_texts, scaled_losses, text_tokens, token_loss_sums
@@ -77,9 +78,10 @@ class Scoring:
             GatherError: a process is gone.
         """
         processes = processes or Processes()
-        in_step = passes_in_step(model)
+        in_step = is_spread(model)  # all must join each forward pass then, in the same order
         scores: dict[str, Score] = {}
-        with in_pieces_again(model):
+        # Other shapes than the training's would be compiled too, and its next graph be one of shapes that vary.
+        with in_pieces_again(model), torch.compiler.set_stance("force_eager"):
             if self._evaluate is not None:
                 scores = processes.first(processes.together(lambda: self._evaluated(model, processes.number)))
             if self._texts is not None:

@@ -31,8 +31,9 @@ from rlspec.io.index import INDEX_FILE
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
 from rlspec.io.projections import Projection, find_projections
 from rlspec.io.weights import open_weights
-from rlspec.spectra.dealt import gathered, is_spread, make_room
+from rlspec.spectra.dealt import gathered, make_room
 from rlspec.spectra.processes import GatherError, Processes, told
+from rlspec.spectra.spread import in_pieces, is_spread
 
 
 class TrackingFolder:
@@ -146,12 +147,22 @@ class TrackingFolder:
         Errors are those of ``SpectralBasis.from_model``; ProcessError, GatherError see ``DealtTracker``.
         """
         processes = processes or Processes()
-        if not (is_spread(model) or processes.number == 0):
-            processes.agree(None)
-            return
-        failure = None
+        with processes.patient() as waiting:  # the first one's disk may be slow
+            failure = self._write_reference(model, modules, processes)
+            if processes.count == 1 and failure is not None:
+                raise failure
+            waiting.agree(None if failure is None else told(failure))
+
+    def _write_reference(
+        self, model: nn.Module, modules: Sequence[str], processes: Processes
+    ) -> Exception | None:
+        """What went wrong in this process."""
+        spread = is_spread(model)
+        if not (spread or processes.number == 0):
+            return None
+        failure: Exception | None = None
         try:
-            weights = open_weights(model)
+            weights = open_weights(in_pieces(model))
             writer = _Reference(self.reference, weights.config(), weights.shapes())
             found = find_projections(writer.shapes, modules, writer.config)
             if any(projection.tensor.endswith("qkv_proj.weight") for projection in found):
@@ -159,10 +170,10 @@ class TrackingFolder:
                     writer.shapes, (*modules, "o"), writer.config
                 )  # how that tensor is split
             writer.expect(found)
-            if is_spread(model):
+            if spread:
                 largest = max(math.prod(writer.shapes[projection.tensor]) for projection in found)
                 make_room(model, largest, processes)
-            for projection, matrix, _ in gathered(model, found):
+            for projection, matrix, _ in gathered(weights, found, spread=spread):
                 if processes.number == 0 and failure is None:
                     try:
                         writer.put(projection, matrix)
@@ -175,9 +186,7 @@ class TrackingFolder:
             raise
         except Exception as error:
             failure = failure or error
-        if processes.count == 1 and failure is not None:
-            raise failure
-        processes.agree(None if failure is None else told(failure))
+        return failure
 
     def append(self, rows: Sequence[Row]) -> None:
         if self._hold is not None:

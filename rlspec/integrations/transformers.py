@@ -7,6 +7,7 @@ and gradients stay as they are, what goes wrong in here is told once and ends th
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -56,10 +57,10 @@ class SpectralCallback(TrainerCallback):
     ``base``, and ``out`` of a resumed training, must be readable for all of them.
 
     From there on an error of any kind, in any process, is told in one warning and ends the tracking alone, see
-    :attr:`disabled`. Among them are weights spread by FSDP1 or ZeRO-3: measure their saved checkpoints. What raises is
-    wrong arguments, and a process that is gone (GatherError), without which the training could not go on either. So does
-    any failure while spread weights are gathered: it looks the same from inside one process. Whether there is memory for
-    that is found out before, by all.
+    :attr:`disabled`. Among them are weights spread by FSDP1, ZeRO-3, DeepSpeed's AutoTP or Megatron, and quantised ones
+    (QLoRA): measure their saved checkpoints. What raises is wrong arguments, and a process that is gone (GatherError),
+    without which the training could not go on either. So does any failure while spread weights are gathered: it looks the
+    same from inside one process. Whether there is memory for that is found out before, by all.
 
     A copy, or what comes of pickling it, has the arguments and what was found so far, and is in no training.
 
@@ -81,17 +82,19 @@ class SpectralCallback(TrainerCallback):
             short training; everything between waits until there is time for it. None: no limit.
         evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
             numbers, or better lists of one number per problem (True and False for solved or not), always of the same
-            problems. It may use random numbers and ``trainer.evaluate()``, of which the trainer's callbacks and loggers
-            are not told, and must change no weight. Scores go to ``out/scores.jsonl``, the
-            records and the loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone. Several
-            processes all call it, at the same step, and what the first one's call returns counts. Forward passes of
-            FSDP2, and whatever else the processes do together, must be the same in all: one that fails in the middle of
-            them alone leaves the others waiting for it.
+            problems. Nothing is compiled in it, and what is compiled runs eagerly, as the texts do: the training's graphs
+            stay as they are. It may use random numbers and ``trainer.evaluate()``, of which the trainer's callbacks and
+            loggers are not told, and must change no weight. Scores go to ``out/scores.jsonl``, the records and the
+            loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone. Several processes all call
+            it, at the same step, and what the first one's call returns counts. Forward passes of FSDP2, and whatever else
+            the processes do together, must be the same in all: one that fails in the middle of them alone leaves the
+            others waiting for it.
         texts: a JSONL file with a ``text`` on each line; the score ``text_loss`` is the model's mean token loss on them,
             by the trainer's tokenizer. Several processes share the texts out where each holds the whole model.
         alarm: the score to be kept; see ``rlspec.tasks.alarm`` for when it rings and how often for nothing. The first
             fall is warned of and kept in :attr:`fall`.
-        stop: end the training when the alarm rings, in all processes at the same step.
+        stop: end the training when the alarm rings, in all processes at the same step; one that is resumed after the
+            fall ends after the next step.
 
     Raises:
         OptionError: an argument out of range, an unknown module, no texts, an alarm without its score, or a basis of
@@ -190,7 +193,7 @@ class SpectralCallback(TrainerCallback):
                 and self._together(model, lambda: self._open(model, args, state))
                 and self._together(model, lambda: self._find_reference(model, step))
                 and self._together(model, lambda: self._begin(model))
-                and self._together(model, self._begin_scores)
+                and self._together(model, lambda: self._begin_scores(args))
             )
         if ready and step == 0:
             self._measure(args, state, control, **kwargs)
@@ -198,6 +201,7 @@ class SpectralCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._tracker is None:
             return
+        self._stop_where_fallen(control)  # a resumed training may know of a fall
         if state.global_step == state.max_steps or getattr(control, "should_training_stop", False):
             self._measure_last(args, state, control, **kwargs)
             return
@@ -329,7 +333,7 @@ class SpectralCallback(TrainerCallback):
         base = self._reference if self.base is None else self.base
         self._tracker = make_tracker(model, base, self._processes, **options)
 
-    def _begin_scores(self) -> None:
+    def _begin_scores(self, args: Any) -> None:
         """Show the alarm the scores of a resumed training's earlier parts."""
         if not self._scoring:
             return
@@ -339,6 +343,11 @@ class SpectralCallback(TrainerCallback):
             for record in self.records:
                 record.scores = {row["score"]: row["value"] for row in rows if row["step"] == record.step}
             self.fall = self._scorers.first(self._scorers.together(lambda: self._scoring.begin(rows)))
+            if self.stop and self.fall is not None:
+                self._warn(
+                    "%s; the training ends after its next step, as stop=True asks; stop=False trains on",
+                    self._told_fall(args),
+                )
         except ProcessError as error:
             self._end_scores(error)
 
@@ -364,6 +373,12 @@ class SpectralCallback(TrainerCallback):
                 and self._together(model, lambda: self._score(found[0], args, control, **kwargs))
                 and self._together(model, lambda: self._log(found[0], control))
             )
+        self._stop_where_fallen(control)
+
+    def _stop_where_fallen(self, control: Any) -> None:
+        """Called outside of what may fail in one process: else it alone would train on, and wait for the others."""
+        if self.stop and self.fall is not None:
+            control.should_training_stop = True
 
     def _keep(self, record: SpectralRecord) -> None:
         if self._folder is not None and self._processes.number == 0:
@@ -382,15 +397,16 @@ class SpectralCallback(TrainerCallback):
             self._end_scores(error)
             return
         record.scores = {row["score"]: row["value"] for row in rows}
+        if fall is not None and self.fall is None:  # before what may fail in the first process alone
+            self.fall = fall
+            self._warn("%s", self._told_fall(args))
         if self._folder is not None and self._processes.number == 0:
             self._folder.append_scores(rows)
-        if fall is not None and self.fall is None:
-            self.fall = fall
-            checkpoint = Path(args.output_dir) / f"checkpoint-{fall.peak_step}"
-            place = str(checkpoint) if checkpoint.is_dir() else None
-            self._warn("%s", describe_fall(fall, checkpoint=place))
-            if self.stop:
-                control.should_training_stop = True
+
+    def _told_fall(self, args: Any) -> str:
+        assert self.fall is not None
+        checkpoint = os.path.join(args.output_dir, f"checkpoint-{self.fall.peak_step}")
+        return describe_fall(self.fall, checkpoint=checkpoint if os.path.isdir(checkpoint) else None)
 
     def _end_scores(self, error: Exception) -> None:
         self.unscored = told(error)
