@@ -3,8 +3,8 @@
 The weights may be copies (DistributedDataParallel) or spread over the processes as DTensors (FSDP2, tensor parallelism).
 Then all join the gather of each matrix, one after the other, and its owner alone keeps it; once each process has a stack
 of small matrices, or one large matrix, all work on theirs at once. No process ever holds more than that, the matrix that
-is gathered, and its share of the reference. Copies are nobody's to hold: on a device they make larger
-stacks, as one process has them, but for a share for every process.
+is gathered, and its share of the reference. Copies are nobody's to hold: on a device they make larger stacks, as one
+process has them, but for a share for every process.
 """
 
 from __future__ import annotations
