@@ -72,10 +72,11 @@ def held(model: nn.Module, kind: str, count: int) -> nn.Module:
     """A model as a trainer hands it out: what each process holds of it depends on ``kind``."""
     if kind == "ddp":
         return DistributedDataParallel(model)
-    if kind == "fsdp2":
+    if kind.startswith("fsdp2"):
+        whole = {"reshard_after_forward": False} if kind == "fsdp2, whole after a pass" else {}
         for layer in model.model.layers:  # type: ignore[union-attr]
-            fully_shard(layer)
-        return fully_shard(model)
+            fully_shard(layer, **whole)
+        return fully_shard(model, **whole)
     assert kind in ("tp", "tp and fsdp2")
     if kind == "tp":
         mesh = init_device_mesh("cpu", (count,))

@@ -54,6 +54,39 @@ def test_the_folder_is_that_of_one_process_to_the_byte_and_resumes(
             assert (tmp_path / "run" / file).read_bytes() == (tmp_path / "alone" / file).read_bytes(), file
 
 
+def passes(model: Any) -> None:
+    """As an evaluation, after which nothing says that the weights are no longer needed whole."""
+    with torch.no_grad():
+        model(input_ids=torch.tensor([[1, 2, 3]]))
+    assert not any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
+
+
+def evaluates(number: int, out: Path) -> None:
+    """Before the training, as ``trainer.evaluate(); trainer.train()``, and before each measurement."""
+
+    class Evaluates(SpectralCallback):
+        def on_step_end(self, *given: Any, **kwargs: Any) -> None:
+            passes(kwargs["model"])
+            super().on_step_end(*given, **kwargs)
+
+    os.environ["RLSPEC_CACHE"] = str(out / "cache")
+    model = held(toy_with_uneven_layers(), "fsdp2, whole after a pass", 2)
+    passes(model)
+    callback = Evaluates(every=1, out=out / "run")
+    loop(model, callback, last=1)
+    assert callback.disabled is None, callback.disabled
+
+
+def test_weights_that_fsdp2_kept_whole_after_an_evaluation_are_measured_as_those_of_one_process(
+    tmp_path: Path,
+) -> None:
+    assert together(2, evaluates, tmp_path) == [0, 0]
+    alone = SpectralCallback(every=1, out=tmp_path / "alone")
+    loop(toy_with_uneven_layers(), alone, last=1)
+    rows = [(tmp_path / name / "spectra.jsonl").read_bytes() for name in ("run", "alone")]
+    assert rows[0] == rows[1] and alone.records[1].rows[0]["delta_relative"] > 1e-3
+
+
 def fails(number: int, out: Path, kind: str, where: str) -> None:
     os.environ["RLSPEC_CACHE"] = str(out / "cache")
     told: list[str] = []

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import fcntl
 import logging
+import os
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ from train_toys import toy_model
 from rlspec.errors import RunFolderError
 from rlspec.integrations.hold import Hold
 from rlspec.integrations.transformers import SpectralCallback
-from rlspec.io.lock import take_lock
+from rlspec.io.lock import let_go, take_lock
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 SAVING: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
@@ -88,6 +91,49 @@ def test_whoever_comes_last_in_one_process_has_the_folder(tmp_path: Path) -> Non
         take_lock(tmp_path)
 
 
+@contextmanager
+def forked(work: Callable[[], object] = bool) -> Iterator[None]:
+    """Context with a child that has all open that this process has, as a worker of a DataLoader; it does ``work``."""
+    (ready, tell), (wait, leave) = os.pipe(), os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os.write(tell, b"1")
+            os.close(leave)
+            os.read(wait, 1)
+        finally:
+            os._exit(0)
+    os.close(tell)
+    os.read(ready, 1)
+    try:
+        yield
+    finally:
+        for end in (leave, wait, ready):
+            os.close(end)
+        os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_folder_is_free_after_a_training_whose_workers_live_on(told: bool, tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    with forked():
+        if told:
+            hold.release()
+            let_go(take_lock(tmp_path))
+        else:  # what closing the file alone comes to
+            assert hold._lock is not None
+            hold._lock.close()
+            with pytest.raises(RunFolderError, match="in use"):
+                take_lock(tmp_path)
+
+
+def test_a_fork_does_not_let_go_of_what_its_parent_holds(tmp_path: Path) -> None:
+    hold = Hold(tmp_path)
+    with forked(hold.release), pytest.raises(RunFolderError, match="in use"):
+        take_lock(tmp_path)
+
+
 def test_a_file_system_without_locks_is_written_to_all_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,4 +141,5 @@ def test_a_file_system_without_locks_is_written_to_all_the_same(
         raise OSError(errno.ENOSYS, "Function not implemented")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    take_lock(tmp_path).close()
+    let_go(take_lock(tmp_path))
+    Hold(tmp_path).release()

@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.integrations.transformers import SpectralCallback
 from rlspec.io.module import gathered, strip_wrappers
-from rlspec.spectra.dealt import is_spread
+from rlspec.spectra.spread import is_spread
 
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"ddp_backend": "gloo"},

@@ -170,6 +170,34 @@ def test_a_resumed_training_keeps_its_scores_and_what_the_alarm_has_seen(tmp_pat
     assert second.fall is not None and (second.fall.peak_step, second.fall.step) == (1, 3)
 
 
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_training_that_is_resumed_after_a_fall_ends_again_where_asked(
+    stop: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"save_strategy": "steps", "save_steps": 1}
+    options: dict[str, Any] = {"every": 2, "out": tmp_path / "out", "alarm": "ood"}
+    first = SpectralCallback(evaluate=falling(), **options)
+    plain_trainer(tmp_path / "trainer", [first], **{**settings, "max_steps": 4}).train()
+    assert first.fall is not None and first.fall.step == 4
+    caplog.clear()
+    second = SpectralCallback(evaluate=lambda model: {"ood": [False] * 40}, stop=stop, **options)
+    again = plain_trainer(tmp_path / "trainer", [second], **{**settings, "max_steps": 9})
+    with caplog.at_level(logging.WARNING):
+        again.train(resume_from_checkpoint=str(tmp_path / "trainer" / "checkpoint-4"))
+    assert second.disabled is None and second.fall == first.fall
+    assert again.state.global_step == (5 if stop else 9)
+    assert [record.step for record in second.records] == ([0, 2, 4, 5] if stop else [0, 2, 4, 6, 8, 9])
+    told = [r.getMessage() for r in caplog.records if "at step 4" in r.getMessage()]
+    assert [line.partition(": go back to ")[2] for line in told] == (
+        [
+            f"{tmp_path / 'trainer' / 'checkpoint-2'}; the training ends after its next step, as stop=True asks; "
+            "stop=False trains on"
+        ]
+        if stop
+        else []
+    )
+
+
 def test_scores_of_other_problems_end_the_scores_of_a_resumed_training_alone(tmp_path: Path) -> None:
     settings = {"save_strategy": "steps", "save_steps": 1, "max_steps": 1}
     options: dict[str, Any] = {"every": 1, "out": tmp_path / "out", "alarm": "ood"}

@@ -206,6 +206,36 @@ def test_the_alarm_of_the_first_process_stops_all_at_the_same_step(tmp_path: Pat
     assert second[1] == []
 
 
+def cannot_keep_the_fall(number: int, out: Path) -> None:
+    os.environ["RLSPEC_CACHE"] = str(out / "cache")
+    said = listening()
+    append = TrackingFolder.append_scores
+
+    def fault(folder: Any, rows: Any) -> None:
+        if rows[0]["step"] == 1:
+            raise OSError("a full disk")
+        append(folder, rows)
+
+    TrackingFolder.append_scores = fault  # type: ignore[method-assign]
+    callback = SpectralCallback(every=1, out=out / "run", evaluate=solved([40, 0]), alarm="ood", stop=True)
+    state = SimpleNamespace(global_step=0, max_steps=9, is_world_process_zero=number == 0)
+    control = SimpleNamespace(should_training_stop=False)
+    given: Any = (SimpleNamespace(world_size=2, output_dir="out"), state, control)
+    model = toy_model(0)
+    callback.on_train_begin(*given, model=model)
+    assert not control.should_training_stop
+    state.global_step = 1
+    callback.on_step_end(*given, model=model)
+    assert callback.fall is not None and callback.disabled == "process 0 of 2: OSError: a full disk"
+    assert control.should_training_stop
+    assert [" at step 1 " in line for line in said] == ([True, False] if number == 0 else []), said
+
+
+def test_all_stop_at_a_fall_that_the_first_process_cannot_write(tmp_path: Path) -> None:
+    """Else it alone would train on, and wait for the others."""
+    assert together(2, cannot_keep_the_fall, tmp_path) == [0, 0]
+
+
 def goes_on(number: int, out: Path) -> None:
     os.environ["RLSPEC_CACHE"] = str(out / "cache")
     options: dict[str, Any] = {"every": 1, "out": out / "run", "alarm": "ood"}

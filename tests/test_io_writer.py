@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import resource
@@ -348,6 +350,18 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
         with pytest.raises(CheckpointError, match="another process is writing it"):
             CheckpointWriter(tmp_path / "out", like, changed={}, fingerprint="")
         writer.commit()
+
+
+def test_a_file_system_without_locks_is_written_to_all_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    like = make(tmp_path / "in")
+    monkeypatch.setattr(fcntl, "flock", none)
+    write(tmp_path / "out", like, {})
+    assert content(tmp_path / "out") == content(tmp_path / "in")
 
 
 def test_what_is_put_is_checked(tmp_path: Path) -> None:

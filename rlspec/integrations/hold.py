@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import uuid
 import weakref
 from pathlib import Path
 from typing import IO, Any
 
 from rlspec.errors import RunFolderError
-from rlspec.io.lock import take_lock
+from rlspec.io.lock import let_go, take_lock
 
 #: by folder: who holds it in this process
 _HOLDS: weakref.WeakValueDictionary[Path, Hold] = weakref.WeakValueDictionary()
@@ -37,6 +38,7 @@ class Hold:
             raise RunFolderError(
                 f"{folder} is in use by another training, whose rows would mix with this one's; choose another out="
             ) from None
+        self._process = os.getpid()
         _HOLDS[self.folder] = self
 
     def check(self) -> None:
@@ -46,7 +48,10 @@ class Hold:
 
     def release(self) -> None:
         if self._lock is not None:
-            self._lock.close()
+            if self._process == os.getpid():
+                let_go(self._lock)
+            else:  # a fork: the lock is that of the process that it comes from
+                self._lock.close()
         self._lock = None
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from rlspec.errors import OptionError
-from rlspec.integrations.borrowed import in_pieces_again, passes_in_step
+from rlspec.integrations.borrowed import in_pieces_again
 from rlspec.io.jsonl import Row
 from rlspec.spectra.processes import Processes, dealt
+from rlspec.spectra.spread import is_spread
 from rlspec.tasks.alarm import Alarm, Fall
 from rlspec.tasks.scores import Score, read_scores
 from rlspec.train.texts import read_texts, scaled_losses, text_tokens, token_loss_sums
@@ -77,7 +78,7 @@ class Scoring:
             GatherError: a process is gone.
         """
         processes = processes or Processes()
-        in_step = passes_in_step(model)
+        in_step = is_spread(model)  # all must join each forward pass then, in the same order
         scores: dict[str, Score] = {}
         with in_pieces_again(model):
             if self._evaluate is not None:

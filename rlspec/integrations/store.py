@@ -31,8 +31,9 @@ from rlspec.io.index import INDEX_FILE
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
 from rlspec.io.projections import Projection, find_projections
 from rlspec.io.weights import open_weights
-from rlspec.spectra.dealt import gathered, is_spread, make_room
+from rlspec.spectra.dealt import gathered, make_room
 from rlspec.spectra.processes import GatherError, Processes, told
+from rlspec.spectra.spread import in_pieces, is_spread
 
 
 class TrackingFolder:
@@ -161,7 +162,7 @@ class TrackingFolder:
             writer.expect(found)
             if is_spread(model):
                 largest = max(math.prod(writer.shapes[projection.tensor]) for projection in found)
-                make_room(model, largest, processes)
+                make_room(in_pieces(model), largest, processes)
             for projection, matrix, _ in gathered(model, found):
                 if processes.number == 0 and failure is None:
                     try:

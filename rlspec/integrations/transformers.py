@@ -7,6 +7,7 @@ and gradients stay as they are, what goes wrong in here is told once and ends th
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,8 @@ class SpectralCallback(TrainerCallback):
             by the trainer's tokenizer. Several processes share the texts out where each holds the whole model.
         alarm: the score to be kept; see ``rlspec.tasks.alarm`` for when it rings and how often for nothing. The first
             fall is warned of and kept in :attr:`fall`.
-        stop: end the training when the alarm rings, in all processes at the same step.
+        stop: end the training when the alarm rings, in all processes at the same step; one that is resumed after the
+            fall ends after the next step.
 
     Raises:
         OptionError: an argument out of range, an unknown module, no texts, an alarm without its score, or a basis of
@@ -190,7 +192,7 @@ class SpectralCallback(TrainerCallback):
                 and self._together(model, lambda: self._open(model, args, state))
                 and self._together(model, lambda: self._find_reference(model, step))
                 and self._together(model, lambda: self._begin(model))
-                and self._together(model, self._begin_scores)
+                and self._together(model, lambda: self._begin_scores(args))
             )
         if ready and step == 0:
             self._measure(args, state, control, **kwargs)
@@ -198,6 +200,7 @@ class SpectralCallback(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self._tracker is None:
             return
+        self._stop_where_fallen(control)  # a resumed training may know of a fall
         if state.global_step == state.max_steps or getattr(control, "should_training_stop", False):
             self._measure_last(args, state, control, **kwargs)
             return
@@ -329,7 +332,7 @@ class SpectralCallback(TrainerCallback):
         base = self._reference if self.base is None else self.base
         self._tracker = make_tracker(model, base, self._processes, **options)
 
-    def _begin_scores(self) -> None:
+    def _begin_scores(self, args: Any) -> None:
         """Show the alarm the scores of a resumed training's earlier parts."""
         if not self._scoring:
             return
@@ -339,6 +342,11 @@ class SpectralCallback(TrainerCallback):
             for record in self.records:
                 record.scores = {row["score"]: row["value"] for row in rows if row["step"] == record.step}
             self.fall = self._scorers.first(self._scorers.together(lambda: self._scoring.begin(rows)))
+            if self.stop and self.fall is not None:
+                self._warn(
+                    "%s; the training ends after its next step, as stop=True asks; stop=False trains on",
+                    self._told_fall(args),
+                )
         except ProcessError as error:
             self._end_scores(error)
 
@@ -364,6 +372,12 @@ class SpectralCallback(TrainerCallback):
                 and self._together(model, lambda: self._score(found[0], args, control, **kwargs))
                 and self._together(model, lambda: self._log(found[0], control))
             )
+        self._stop_where_fallen(control)
+
+    def _stop_where_fallen(self, control: Any) -> None:
+        """Called outside of what may fail in one process: else it alone would train on, and wait for the others."""
+        if self.stop and self.fall is not None:
+            control.should_training_stop = True
 
     def _keep(self, record: SpectralRecord) -> None:
         if self._folder is not None and self._processes.number == 0:
@@ -382,15 +396,16 @@ class SpectralCallback(TrainerCallback):
             self._end_scores(error)
             return
         record.scores = {row["score"]: row["value"] for row in rows}
+        if fall is not None and self.fall is None:  # before what may fail in the first process alone
+            self.fall = fall
+            self._warn("%s", self._told_fall(args))
         if self._folder is not None and self._processes.number == 0:
             self._folder.append_scores(rows)
-        if fall is not None and self.fall is None:
-            self.fall = fall
-            checkpoint = Path(args.output_dir) / f"checkpoint-{fall.peak_step}"
-            place = str(checkpoint) if checkpoint.is_dir() else None
-            self._warn("%s", describe_fall(fall, checkpoint=place))
-            if self.stop:
-                control.should_training_stop = True
+
+    def _told_fall(self, args: Any) -> str:
+        assert self.fall is not None
+        checkpoint = os.path.join(args.output_dir, f"checkpoint-{self.fall.peak_step}")
+        return describe_fall(self.fall, checkpoint=checkpoint if os.path.isdir(checkpoint) else None)
 
     def _end_scores(self, error: Exception) -> None:
         self.unscored = told(error)

@@ -21,7 +21,7 @@ from uuid import uuid4
 from rlspec.errors import CheckpointError, RlspecError, RunFolderError, TensorError
 from rlspec.io.files import write_error
 from rlspec.io.jsonl import append_rows, read_rows
-from rlspec.io.lock import is_held, locked
+from rlspec.io.lock import is_held, let_go, locked
 from rlspec.io.share import APART, LOOK, Share
 
 _NAME = "launch"
@@ -161,7 +161,7 @@ class Launch:
         with suppress(OSError):
             (self._folder / _NAME).unlink(missing_ok=True)
         if self._lock is not None:
-            self._lock.close()
+            let_go(self._lock)
             self._lock = None
         began = time.monotonic()
         while wait and are_there(self._folder) and time.monotonic() - began < APART:
@@ -254,7 +254,7 @@ class JoinedStaging:
     def close(self, *, keep: bool = True) -> None:
         """Stop. What is finished is the first process's to keep or to remove."""
         if self._lock is not None:
-            self._lock.close()
+            let_go(self._lock)
             self._lock = None
 
 

@@ -1,6 +1,7 @@
-"""Locks of files, each held until its file is closed, or the process that has it open ends.
+"""Locks of files, each held until :func:`let_go`, or until the process that has it open ends.
 
-They need nothing but a file system in common. Some have no locks, as Lustre without its option for them.
+A lock belongs to what was opened, not to who opened it: a child that was forked meanwhile, such as a worker of a
+DataLoader, has it open too, and closing the file here would leave the lock with the child. They need nothing but a file system in common. Some have no locks, as Lustre without its option for them.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ import errno
 import fcntl
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
 from rlspec.errors import RunFolderError
 
 
-def take(file: IO[bytes], *, shared: bool = False) -> bool | None:
-    """Lock an open file until it is closed.
+def take(file: IO[bytes] | int, *, shared: bool = False) -> bool | None:
+    """Lock an open file, or what a descriptor has open.
 
     Returns:
         False where another process holds it, None where the file system has no locks.
@@ -26,6 +28,16 @@ def take(file: IO[bytes], *, shared: bool = False) -> bool | None:
     except OSError as error:
         return None if error.errno in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK) else False
     return True
+
+
+def let_go(file: IO[bytes] | int) -> None:
+    """Close an open file, or a descriptor, and have nobody hold its lock."""
+    with suppress(OSError):  # where there are no locks
+        fcntl.flock(file, fcntl.LOCK_UN)
+    if isinstance(file, int):
+        os.close(file)
+    else:
+        file.close()
 
 
 def is_held(lock: Path) -> bool:
@@ -42,7 +54,7 @@ def is_held(lock: Path) -> bool:
 
 
 def locked(path: Path, content: bytes) -> IO[bytes]:
-    """Give a new file its name once it has its content and is locked, until what is returned is closed.
+    """Give a new file its name once it has its content and is locked, until :func:`let_go` of what is returned.
 
     Raises:
         OSError: it cannot be written.
@@ -63,7 +75,7 @@ def locked(path: Path, content: bytes) -> IO[bytes]:
 
 
 def take_lock(folder: Path, *, on_wait: Callable[[], None] | None = None) -> IO[bytes]:
-    """Hold the lock of a folder, where one process at a time writes, until the file that is returned is closed.
+    """Hold the lock of a folder, where one process at a time writes, until :func:`let_go` of what is returned.
 
     Where the file system has no locks, nothing is held.
 

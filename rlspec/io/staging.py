@@ -10,7 +10,6 @@ Several processes may write its shards, see `rlspec.io.launch`.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -22,6 +21,7 @@ from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.files import sync_folder, write_atomically, write_error
 from rlspec.io.launch import Launch, are_there, finished_by_others, forget_launch, staging_folder
+from rlspec.io.lock import let_go, take
 
 _VERSION = 1
 
@@ -158,16 +158,14 @@ class Staging:
 
     def unlock(self) -> None:
         if self._lock >= 0:
-            os.close(self._lock)
+            let_go(self._lock)
         self._lock = -1
 
     def _locked(self) -> int:
         descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if take(descriptor) is False:
             os.close(descriptor)
-            raise self._busy() from None
+            raise self._busy()
         return descriptor
 
     def _busy(self) -> CheckpointError:

@@ -30,7 +30,7 @@ import yaml
 from rlspec.errors import RunFolderError
 from rlspec.io.files import write_atomically
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair
-from rlspec.io.lock import take_lock
+from rlspec.io.lock import let_go, take_lock
 from rlspec.run.manifest import Manifest
 from rlspec.run.segments import Event, event_of
 
@@ -96,7 +96,7 @@ class RunFolder:
     def close(self) -> None:
         """Release the lock."""
         if self._lock is not None:
-            self._lock.close()
+            let_go(self._lock)
             self._lock = None
 
     # Paths.

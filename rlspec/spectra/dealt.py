@@ -25,6 +25,7 @@ from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import Rank, RankLike
 from rlspec.spectra.basis import SpectralBasis, reference_matrices
 from rlspec.spectra.processes import GatherError, Processes, dealt, raise_failures, told
+from rlspec.spectra.spread import in_pieces, is_spread
 from rlspec.spectra.table import Row
 from rlspec.spectra.tracker import STACK_ENTRIES, SpectralRecord, SpectralTracker
 
@@ -211,7 +212,7 @@ class DealtTracker:
         """
         gathers = isinstance(source, nn.Module) and is_spread(source)
         if isinstance(source, nn.Module) and gathers:
-            make_room(source, self._largest, self.processes)
+            make_room(in_pieces(source), self._largest, self.processes)
         mine = self.processes.number
         stacks = [stack for stack in self._stacks if gathers or stack.owner == mine]
         failure: str | None = None
@@ -296,9 +297,3 @@ class _Handed(Weights):
         self, projections: Sequence[Projection]
     ) -> Iterator[tuple[Projection, Tensor, Update | None]]:
         return ((projection, *self._given.pop(projection.name)) for projection in projections)
-
-
-def is_spread(model: nn.Module) -> bool:
-    """Whether some of a model's parameters are DTensors, which only all processes together can put in one piece."""
-    tensors: Any = model.parameters()
-    return any(hasattr(tensor, "full_tensor") for tensor in tensors)

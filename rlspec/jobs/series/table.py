@@ -21,7 +21,7 @@ from rlspec.errors import CheckpointError, RunFolderError
 from rlspec.io.files import read_json_object, write_atomically, write_error
 from rlspec.io.jsonl import Row, append_rows, keep_rows, read_rows, repair, write_rows
 from rlspec.io.launch import FirstMissingError
-from rlspec.io.lock import is_held, locked, take_lock
+from rlspec.io.lock import is_held, let_go, locked, take_lock
 from rlspec.io.share import ALONE, APART, LOOK, Share
 from rlspec.jobs.series.checkpoints import Checkpoint, Files, difference, in_order, labels
 from rlspec.jobs.series.parts import ended, launch_file, parts, take_part
@@ -169,7 +169,7 @@ class SpectraTable:
             self._launch.close()
             self._launch = None
         if self._lock is not None:
-            self._lock.close()
+            let_go(self._lock)
             self._lock = None
 
     def is_one_of(self, checkpoints: Sequence[Checkpoint]) -> bool:
