@@ -21,7 +21,7 @@ from rlspec import restore_checkpoint
 from rlspec.cli.main import main
 from rlspec.errors import CheckpointError, TensorError
 from rlspec.io import launch
-from rlspec.io.launch import FirstMissingError, JoinedStaging, ToldByFirstError
+from rlspec.io.launch import ChangedInputsError, FirstMissingError, JoinedStaging, ToldByFirstError
 from rlspec.io.share import Share
 from rlspec.io.staging import Staging
 from rlspec.restore import RestoreOptions
@@ -248,6 +248,19 @@ def test_what_a_process_fails_with_reaches_the_first(tmp_path: Path) -> None:
     for staging in (second, third, first):
         staging.close()
     assert left(tmp_path) == set()
+
+
+def test_that_inputs_have_changed_reaches_the_first_as_such(tmp_path: Path) -> None:
+    """It removes what is finished then."""
+    first = Staging(tmp_path / "out", "f", resume=False, overwrite=False)
+    first.invite(2, {"a": 0, "b": 1})
+    second = JoinedStaging(tmp_path / "out", "f", Share(1, 2))
+    with pytest.raises(ToldByFirstError):
+        second.fail(ChangedInputsError("base was written to"))
+    with pytest.raises(ChangedInputsError, match="^base was written to$"):
+        first.look()
+    for staging in (second, first):
+        staging.close()
 
 
 def test_torchrun_starts_them(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:

@@ -85,7 +85,7 @@ def _run(
     plan: Plan, target: Target, memory_gib: float, report_file: Path | None, share: Share, told: Told
 ) -> None:
     from rlspec.cli.restore_text import Bar, idle_lines, passed_over_lines, report_lines, unmatched_lines
-    from rlspec.io.launch import ToldByFirstError
+    from rlspec.io.launch import ChangedInputsError, ToldByFirstError
     from rlspec.restore.checkpoint import run_plan
 
     first = share.number == 0
@@ -118,7 +118,7 @@ def _run(
             )
         raise SystemExit(stopped(stop)) from None
     except CheckpointError as error:
-        if not told.joined or isinstance(error, ToldByFirstError):
+        if not told.joined or isinstance(error, (ToldByFirstError, ChangedInputsError)):
             raise
         raise CheckpointError(
             f"{error}; what is finished is kept, the same command with --resume goes on"

@@ -35,6 +35,14 @@ class FirstMissingError(CheckpointError, RunFolderError):
     """The first process has not come."""
 
 
+class ChangedInputsError(CheckpointError):
+    """An input is not what it was when the work began: nothing that was made of it can be used."""
+
+
+# What a process can fail with that means something to the first one, beyond the message.
+_KINDS: dict[str, type[RlspecError]] = {kind.__name__: kind for kind in (TensorError, ChangedInputsError)}
+
+
 def staging_folder(out: Path) -> tuple[Path, Path]:
     """The output's path, links followed, and the folder that it grows in."""
     out = out.resolve() if out.is_symlink() else Path(os.path.abspath(out))
@@ -104,14 +112,15 @@ class Launch:
 
         Raises:
             TensorError: one has found NaN or infinity.
+            ChangedInputsError: one has found other inputs than there were.
             CheckpointError: one has failed otherwise.
         """
         for number, path in _parts(self._folder).items():
             for row in read_rows(path, CheckpointError):
                 if "failure" not in row:
                     continue
-                if row["kind"] == TensorError.__name__:
-                    raise TensorError(row["failure"])
+                if row["kind"] in _KINDS:
+                    raise _KINDS[row["kind"]](row["failure"])
                 raise CheckpointError(f"process {number} of {self._count}: {row['failure']}")
 
     def wait(self, finished: dict[str, int]) -> dict[str, int]:
