@@ -12,7 +12,7 @@ import pytest
 import torch
 from integration_toys import Clock, assert_same_training, plain_trainer
 from torch import nn
-from train_toys import toy_tokenizer
+from train_toys import toy_model, toy_tokenizer
 from transformers import TrainerCallback
 
 from rlspec.errors import OptionError
@@ -119,6 +119,34 @@ def test_a_loss_that_is_no_number_ends_the_scores_alone(
     trainer.train()
     assert callback.disabled is None and [record.step for record in callback.records] == [0, 2, 4]
     assert callback.unscored is not None and "is nan, wanted a finite number" in callback.unscored
+
+
+@pytest.mark.parametrize("way", ["evaluate", "texts"])
+def test_scores_of_a_model_that_is_compiled_in_place_leave_its_graphs_as_they_are(
+    way: str, tmp_path: Path
+) -> None:
+    """Lengths that the training has not would make it one of shapes that vary, whose sums round otherwise."""
+    graphs: list[list[Any]] = []
+
+    def backend(graph: Any, inputs: list[Any]) -> Any:
+        graphs[-1].append([tuple(getattr(one, "shape", ())) for one in inputs])
+        return graph.forward
+
+    def evaluate(model: Any) -> dict[str, float]:
+        return {str(n): model(torch.ones(1, n, dtype=torch.long)).logits.sum().item() for n in (3, 5, 7)}
+
+    given: dict[str, Any] = {"evaluate": evaluate} if way == "evaluate" else {"texts": texts_file(tmp_path)}
+    callback = SpectralCallback(every=1, **given)
+    for called in ([], [callback]):
+        torch.compiler.reset()
+        graphs.append([])
+        model = toy_model(attention_dropout=0.2)
+        model.compile(backend=backend)
+        trainer = plain_trainer(tmp_path, called, model, max_steps=2)
+        trainer.processing_class = trainer.callback_handler.processing_class = toy_tokenizer()
+        trainer.train()
+    assert callback.unscored is None and all(record.scores for record in callback.records)
+    assert graphs[0] == graphs[1] != []
 
 
 def falling() -> Any:

@@ -80,7 +80,8 @@ class Scoring:
         processes = processes or Processes()
         in_step = is_spread(model)  # all must join each forward pass then, in the same order
         scores: dict[str, Score] = {}
-        with in_pieces_again(model):
+        # Other shapes than the training's would be compiled too, and its next graph be one of shapes that vary.
+        with in_pieces_again(model), torch.compiler.set_stance("force_eager"):
             if self._evaluate is not None:
                 scores = processes.first(processes.together(lambda: self._evaluated(model, processes.number)))
             if self._texts is not None:

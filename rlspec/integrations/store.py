@@ -147,12 +147,13 @@ class TrackingFolder:
         Errors are those of ``SpectralBasis.from_model``; ProcessError, GatherError see ``DealtTracker``.
         """
         processes = processes or Processes()
-        if not (is_spread(model) or processes.number == 0):
+        spread = is_spread(model)
+        if not (spread or processes.number == 0):
             processes.agree(None)
             return
         failure = None
         try:
-            weights = open_weights(model)
+            weights = open_weights(in_pieces(model))
             writer = _Reference(self.reference, weights.config(), weights.shapes())
             found = find_projections(writer.shapes, modules, writer.config)
             if any(projection.tensor.endswith("qkv_proj.weight") for projection in found):
@@ -160,10 +161,10 @@ class TrackingFolder:
                     writer.shapes, (*modules, "o"), writer.config
                 )  # how that tensor is split
             writer.expect(found)
-            if is_spread(model):
+            if spread:
                 largest = max(math.prod(writer.shapes[projection.tensor]) for projection in found)
-                make_room(in_pieces(model), largest, processes)
-            for projection, matrix, _ in gathered(model, found):
+                make_room(model, largest, processes)
+            for projection, matrix, _ in gathered(weights, found, spread=spread):
                 if processes.number == 0 and failure is None:
                     try:
                         writer.put(projection, matrix)

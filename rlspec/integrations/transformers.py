@@ -82,7 +82,8 @@ class SpectralCallback(TrainerCallback):
             short training; everything between waits until there is time for it. None: no limit.
         evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
             numbers, or better lists of one number per problem (True and False for solved or not), always of the same
-            problems. It may use random numbers and ``trainer.evaluate()``, of which the trainer's callbacks and loggers
+            problems. Nothing is compiled in it, and what is compiled runs eagerly, as the texts do: the training's graphs
+            stay as they are. It may use random numbers and ``trainer.evaluate()``, of which the trainer's callbacks and loggers
             are not told, and must change no weight. Scores go to ``out/scores.jsonl``, the
             records and the loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone. Several
             processes all call it, at the same step, and what the first one's call returns counts. Forward passes of

@@ -1,7 +1,8 @@
 """Locks of files, each held until :func:`let_go`, or until the process that has it open ends.
 
 A lock belongs to what was opened, not to who opened it: a child that was forked meanwhile, such as a worker of a
-DataLoader, has it open too, and closing the file here would leave the lock with the child. They need nothing but a file system in common. Some have no locks, as Lustre without its option for them.
+DataLoader, has it open too, and closing the file here would leave the lock with the child. Locks need nothing but a file
+system in common. Some have none, as Lustre without its option for them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
 """Track a model that several processes train together: each measures its share of the matrices.
 
 The weights may be copies (DistributedDataParallel) or spread over the processes as DTensors (FSDP2, tensor parallelism).
-Then all join the gather of each matrix, one after the other, and its owner alone keeps it: no process ever holds more
-than a stack of small matrices, or one large matrix, and its share of the reference.
+Then all join the gather of each matrix, one after the other, and its owner alone keeps it; once each process has a stack
+of small matrices, or one large matrix, all work on theirs at once. No process ever holds more than that, the matrix that
+is gathered, and its share of the reference.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +44,7 @@ class _Stack:
 
     owner: int
     projections: tuple[Projection, ...]
+    cost: int
     tracker: SpectralTracker | None = field(default=None, repr=False)  # of the owner, once decomposed
 
     def follow(self, basis: SpectralBasis) -> None:
@@ -141,7 +144,7 @@ class DealtTracker:
             parts = [members[start : start + size] for start in range(0, len(members), size)]
             costs += [(m * n * min(m, n) * len(part), part) for part in parts]
         owners = dealt([cost for cost, _ in costs], self.processes.count)
-        self._stacks += [_Stack(owner, tuple(part)) for owner, (_, part) in zip(owners, costs)]
+        self._stacks += [_Stack(owner, tuple(part), cost) for owner, (cost, part) in zip(owners, costs)]
         # By layer: what a fused tensor holds for other stacks does not wait for long.
         place = {projection.name: at for at, projection in enumerate(self.projections)}
         self._stacks.sort(key=lambda stack: place[stack.projections[0].name])
@@ -210,26 +213,18 @@ class DealtTracker:
         Raises:
             ProcessError, GatherError: see :func:`make_room`.
         """
-        gathers = isinstance(source, nn.Module) and is_spread(source)
-        if isinstance(source, nn.Module) and gathers:
-            make_room(in_pieces(source), self._largest, self.processes)
-        mine = self.processes.number
-        stacks = [stack for stack in self._stacks if gathers or stack.owner == mine]
         failure: str | None = None
-        stream = gathered(source, [p for stack in stacks for p in stack.projections], apart=apart)
+        spread = isinstance(source, nn.Module) and is_spread(source)
+        if isinstance(source, nn.Module) and spread:
+            make_room(in_pieces(source), self._largest, self.processes)
         try:
-            for stack in stacks:
-                matrices: _Matrices = {}
-                for _ in stack.projections:
-                    projection, matrix, update = next(stream)
-                    if stack.owner == mine and failure is None:
-                        matrices[projection.name] = matrix, update
-                    del matrix
-                if stack.owner == mine and failure is None:
+            for stack, matrices in self._own(source, apart=apart, spread=spread):
+                if failure is None:
                     try:
                         work(stack, matrices)
                     except Exception as error:
                         failure = told(error)
+                matrices.clear()  # before the next ones are gathered
         except GatherError:
             raise
         except (
@@ -238,18 +233,51 @@ class DealtTracker:
             failure = failure or told(error)
         return failure
 
+    def _own(self, source: WeightSource, *, apart: bool, spread: bool) -> Iterator[tuple[_Stack, _Matrices]]:
+        """The stacks of this process with their matrices, each once the gathers of its round are done."""
+        mine = self.processes.number
+        weights = open_weights(source)
+        if not spread:
+            stacks = [stack for stack in self._stacks if stack.owner == mine]
+            stream = gathered(weights, [p for stack in stacks for p in stack.projections], apart=apart)
+            for stack in stacks:
+                taken = (next(stream) for _ in stack.projections)
+                yield stack, {projection.name: (matrix, update) for projection, matrix, update in taken}
+            return
+        # Each round is read by itself: what a fused tensor holds for a later one would wait for long.
+        for stacks in self._rounds():
+            own = next((stack for stack in stacks if stack.owner == mine), None)
+            names = {p.name for p in own.projections} if own else set()
+            matrices: _Matrices = {}
+            passing = [p for stack in stacks for p in stack.projections]
+            for projection, matrix, update in gathered(weights, passing, apart=apart, spread=True):
+                if projection.name in names:
+                    matrices[projection.name] = matrix, update
+                del matrix, update  # before the next one is asked for
+            if own is not None:
+                yield own, matrices
+
+    def _rounds(self) -> Iterator[list[_Stack]]:
+        """The stacks in groups with at most one of each process: all have as much to do in each as can be."""
+        by_owner: list[list[_Stack]] = [[] for _ in range(self.processes.count)]
+        for stack in sorted(self._stacks, key=lambda stack: -stack.cost):
+            by_owner[stack.owner].append(stack)
+        for group in itertools.zip_longest(*by_owner):
+            yield [stack for stack in group if stack is not None]
+
 
 def gathered(
-    source: WeightSource, projections: Sequence[Projection], *, apart: bool = False
+    weights: Weights, projections: Sequence[Projection], *, apart: bool = False, spread: bool = False
 ) -> Iterator[tuple[Projection, Tensor, Update | None]]:
     """``Weights.stream_apart``, or ``Weights.stream`` with no update beside the matrices; where it gathers, an error that
     leaves the processes in different places is told as such.
 
+    Args:
+        spread: they are those of a model that is, see :func:`is_spread`.
+
     Raises:
         GatherError: the weights are spread and could not be gathered; other errors are those of ``Weights.stream``.
     """
-    gathers = isinstance(source, nn.Module) and is_spread(source)
-    weights = open_weights(source)
     try:
         if apart:
             yield from weights.stream_apart(projections)
@@ -260,7 +288,7 @@ def gathered(
     except RlspecError:
         raise
     except Exception as error:
-        if gathers:
+        if spread:
             raise GatherError(f"gathering the weights failed: {error}") from error
         raise
 
@@ -280,8 +308,8 @@ def make_room(model: nn.Module, entries: int, processes: Processes) -> None:
         spread: list[Any] = [tensor for tensor in model.parameters() if hasattr(tensor, "full_tensor")]
         widest = max(spread, key=lambda tensor: tensor.element_size())
         kind = widest.device_mesh.device_type
-        # What comes from the others, and the whole that it is put together to.
-        held = [torch.empty(entries, dtype=widest.dtype, device=kind) for _ in range(2)]
+        # What comes from the others, the whole that it is put together to, and one that waits for the end of its round.
+        held = [torch.empty(entries, dtype=widest.dtype, device=kind) for _ in range(3)]
         del held
 
     processes.together(take)
