@@ -26,6 +26,7 @@ from rlspec.errors import CheckpointError
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.stream import read_tensor
 from rlspec.io.writer import CheckpointWriter
+from rlspec.restore.target import Target
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -162,6 +163,20 @@ def test_companions(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_parts_of_a_training_stay_behind(tmp_path: Path) -> None:
+    """What FSDP leaves beside weights that were merged out of it: states, and the same weights unchanged."""
+    like = make(tmp_path / "in")
+    for folder in ("pytorch_model_fsdp_0", "optimizer_0", "."):
+        (like.path / folder).mkdir(exist_ok=True)
+        for name in (".metadata", "__0_0.distcp"):
+            (like.path / folder / name).write_bytes(b"x")
+    (like.path / "half").mkdir()
+    (like.path / "half" / ".metadata").write_bytes(b"x")  # before its parts came
+    out = write(tmp_path / "out", like, {})
+    assert not [path.name for path in out.rglob("*") if path.is_dir() or path.name[:2] in ("__", ".m")]
+    assert (out / "config.json").exists()
+
+
 def test_companions_that_are_links_to_elsewhere_are_named(tmp_path: Path) -> None:
     """They would be copied unseen, other than weights, which are read as such. A folder of links to another one."""
     like = make(tmp_path / "store")
@@ -205,7 +220,8 @@ def test_what_cannot_be_resumed_leaves_nothing(tmp_path: Path) -> None:
     CheckpointWriter(out, like, changed=everything, fingerprint="f").close()
     assert not partial(out).exists()
     for keep in (True, False):
-        writer = CheckpointWriter(out, like, changed={"scalar": torch.bfloat16}, fingerprint="f")
+        scalar = {"scalar": torch.bfloat16}
+        writer = CheckpointWriter(out, like, changed=scalar, fingerprint="f", resume=not keep)
         for future in list(writer._copied):
             future.result()
         (partial(out) / "mine.txt").write_text("notes")
@@ -344,6 +360,47 @@ def test_without_resuming_it_starts_anew(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}
 
 
+def test_what_is_finished_is_not_thrown_away_unasked(tmp_path: Path) -> None:
+    """The same command once more, without resuming; another one begins anew, as does this one where nothing is done."""
+    like, out = make(tmp_path / "in"), tmp_path / "out"
+    changed = {"scalar": torch.bfloat16}
+    whole = content(write(tmp_path / "whole", like, changed))
+    writer = CheckpointWriter(out, like, changed=changed, fingerprint="f")
+    for future in list(writer._copied):
+        future.result()
+    writer.close()
+    before = content(partial(out))
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"partial: 2 shards of the same .*resume=True .*remove that"
+        ):
+            write(out, like, changed)
+        assert content(partial(out)) == before
+    with CheckpointWriter(out, like, changed=changed, fingerprint="f", resume=True) as writer:
+        assert len(writer._shards) == 1
+    shutil.rmtree(partial(out))
+    assert content(write(out, like, changed)) == whole
+    shutil.rmtree(out)
+    CheckpointWriter(out, like, changed=changed, fingerprint="g").close()
+    assert content(write(out, like, changed)) == whole
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rename could give it to the output; resuming would not help."""
+    like = make(tmp_path / "in")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    for name in ("disk", "link"):
+        with pytest.raises(CheckpointError, match="disk is a mount point, .*give a folder in it"):
+            CheckpointWriter(tmp_path / name, like, changed={}, fingerprint="", overwrite=True)
+        for overwrite in (False, True):
+            with pytest.raises(CheckpointError, match="disk is a mount point, .*give a folder in it"):
+                Target(tmp_path / name, tmp_path / "in", tmp_path / "in", overwrite=overwrite)
+    write(tmp_path / "disk" / "out", like, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "disk", "link"}
+
+
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
     like = make(tmp_path / "in")
     with CheckpointWriter(tmp_path / "out", like, changed={}, fingerprint="") as writer:
@@ -422,6 +479,10 @@ def test_a_disk_without_room_is_found_at_once(tmp_path: Path, monkeypatch: pytes
         CheckpointError, match=r"out: cannot be written: \d+ bytes are needed, the disk has 0 free"
     ):
         CheckpointWriter(tmp_path / "out", like, changed=QUERIES, fingerprint="")
+    (like.path / "pictures").mkdir()
+    (like.path / "pictures" / "large.png").write_bytes(bytes(100_000))
+    with pytest.raises(CheckpointError, match=r"written: 10\d{4} bytes are needed"):
+        CheckpointWriter(tmp_path / "out", like, changed={}, fingerprint="")
 
 
 @pytest.mark.parametrize("changed", [{}, QUERIES])

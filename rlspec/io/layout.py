@@ -18,10 +18,18 @@ from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.dtypes import TORCH_DTYPES, stored_name
 from rlspec.io.files import refuse_lfs_pointers
-from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, TensorEntry, check_links
+from rlspec.io.index import (
+    INDEX_FILE,
+    METADATA_FILE,
+    SINGLE_FILE,
+    CheckpointIndex,
+    TensorEntry,
+    check_links,
+)
 from rlspec.io.stream import by_shard
 
-# Weights in other formats, or beside the ones that the index lists: they would be the unchanged ones.
+# Weights in other formats, or beside the ones that the index lists: they would be the unchanged ones. Parts of
+# torch.distributed.checkpoint are the states of optimizers too.
 _WEIGHTS = (
     ".safetensors",
     ".bin",
@@ -33,6 +41,7 @@ _WEIGHTS = (
     ".onnx",
     ".ot",
     ".ckpt",
+    ".distcp",
     ".index.json",
 )
 # How the names of a tokenizer's files and of chat templates begin.
@@ -246,4 +255,4 @@ def _is_tokenizer(place: Path) -> bool:
 
 
 def _is_weights(path: Path) -> bool:
-    return path.name.endswith(_WEIGHTS)
+    return path.name == METADATA_FILE or path.name.endswith(_WEIGHTS)
