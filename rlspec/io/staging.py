@@ -22,6 +22,7 @@ from rlspec.errors import CheckpointError
 from rlspec.io.files import sync_folder, write_atomically, write_error
 from rlspec.io.launch import Launch, are_there, finished_by_others, forget_launch, staging_folder
 from rlspec.io.lock import let_go, take
+from rlspec.io.replaced import refuse_mount_point
 
 _VERSION = 1
 
@@ -32,12 +33,13 @@ class Staging:
     Args:
         out: the folder that is to appear.
         fingerprint: of inputs and settings.
-        resume: take over what an interrupted run with the same fingerprint left.
+        resume: take over what an interrupted run with the same fingerprint left. Without, what one with another has
+            left is removed.
         overwrite: ``out`` may exist and is replaced.
 
     Raises:
-        CheckpointError: ``out`` exists, cannot be made, is being written by another process; or there is something
-            to resume and it belongs to other inputs or settings.
+        CheckpointError: ``out`` exists, is a mount point, cannot be made, is being written by another process; or there
+            is something to resume and it belongs to other inputs or settings, or resuming was not asked for.
     """
 
     def __init__(self, out: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
@@ -51,6 +53,7 @@ class Staging:
         self._launch: Launch | None = None
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
+            refuse_mount_point(self.out)
             self._recover()
             if os.path.lexists(self.out) and not overwrite:
                 raise CheckpointError(
@@ -60,7 +63,7 @@ class Staging:
             self._lock = self._locked()
             if are_there(self.folder):
                 raise self._busy()
-            self.finished = self._take_over() if resume else {}
+            self.finished = self._take_over(resume)
             if self.finished:
                 self._drop_unfinished()
                 self._save()
@@ -176,11 +179,11 @@ class Staging:
         if self._replaced.exists() and not os.path.lexists(self.out):
             os.rename(self._replaced, self.out)
 
-    def _take_over(self) -> dict[str, int]:
+    def _take_over(self, resume: bool) -> dict[str, int]:
         """Finished shards and their sizes; none where there is nothing to go on with.
 
         Raises:
-            CheckpointError: it belongs to other inputs or settings.
+            CheckpointError: it belongs to other inputs or settings; or is of these and would be lost.
         """
         try:
             state: dict[str, Any] = json.loads(self._state.read_bytes())
@@ -188,6 +191,8 @@ class Staging:
         except (OSError, ValueError):
             return {}
         if state.get("version") != _VERSION or state.get("fingerprint") != self._fingerprint:
+            if not resume:
+                return {}
             raise CheckpointError(
                 f"{self.folder}: belongs to other inputs or settings; repeat those to resume, or start anew without "
                 "resuming"
@@ -196,7 +201,13 @@ class Staging:
         if state.get("inode") != inode:
             return {}
         finished: dict[str, int] = state["finished"] | finished_by_others(self.folder)
-        return {name: size for name, size in finished.items() if _size(self.checkpoint / name) == size}
+        left = {name: size for name, size in finished.items() if _size(self.checkpoint / name) == size}
+        if left and not resume:
+            raise CheckpointError(
+                f"{self.folder}: {len(left)} shards of the same inputs and settings are finished there already; give "
+                "resume=True to go on with them, or remove that folder to begin anew"
+            )
+        return left
 
     def _drop_unfinished(self) -> None:
         """Shards that were begun: they are written anew, and hold room that the disk may not have twice."""

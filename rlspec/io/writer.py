@@ -43,7 +43,8 @@ class CheckpointWriter:
             ``model.safetensors``.
         changed: tensors that will be put, and the dtype each is written in.
         fingerprint: identifies inputs and settings; what an interrupted run left is taken over only if it is equal.
-        resume: take it over. Without, it is thrown away.
+        resume: take it over. Without, it is refused where shards of this fingerprint are finished; what belongs to
+            another is thrown away.
         overwrite: replace ``out`` where it exists, at the last moment.
         tokenizer: a folder whose tokenizer and chat templates go before those of ``like``.
         contents: of companion files that are not copied but written anew, by their place in the folder.
@@ -52,9 +53,9 @@ class CheckpointWriter:
         owners: the process that writes each of ``like``'s shards; the first one those that are not named.
 
     Raises:
-        CheckpointError: ``out`` exists, or cannot be written, or its disk has no room; or, resuming, another
-            fingerprint; or the first process does not come. The same for errors while writing: the file, and what is
-            wrong.
+        CheckpointError: ``out`` exists, is a mount point or cannot be written, or its disk has no room; or, resuming,
+            another fingerprint; not resuming, finished shards of this one; or the first process does not come. The same
+            for errors while writing: the file, and what is wrong.
     """
 
     def __init__(
@@ -127,6 +128,7 @@ class CheckpointWriter:
     def _check_space(self, todo: list[ShardLayout]) -> None:
         # Shards without changes may be shared with the original's and take no space.
         needed = sum(layout.size for layout in todo if layout.changed)
+        needed += sum(path.stat().st_size for path in self._companions.values())
         disk = os.statvfs(self._staging.folder)
         free = disk.f_bavail * disk.f_frsize
         if needed > free:

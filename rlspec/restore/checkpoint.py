@@ -82,7 +82,8 @@ def restore_checkpoint(
             :class:`rlspec.restore.RestoreOptions`.
         memory_gib: bound on the memory used for tensors and decompositions, beyond the interpreter's own; of each
             process.
-        resume: go on with an interrupted call of the same inputs and settings.
+        resume: go on with an interrupted call of the same inputs and settings. Without, what such a call has finished
+            is not thrown away: an error says where it lies.
         overwrite: replace ``out`` where it exists.
         cache_dir: of the base's decompositions; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
         share: which process this is of several that call this with the same arguments, each for its shards of the
