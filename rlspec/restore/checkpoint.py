@@ -32,6 +32,7 @@ from rlspec.restore.target import Target
 from rlspec.restore.tensors import (
     Block,
     Changes,
+    merged,
     restore_rows,
     unchanged,
 )
@@ -311,7 +312,8 @@ def _by_rows(
         assert plan.model is not None
         written = plan.model.rows(step.name, memory_bytes=pool)
     elif step.action == "merge":
-        same = ((first, tuned, tuned) for first, _, tuned in _blocks(plan, step.name, pool))
+        assert plan.adapter is not None
+        same = merged(step.name, _blocks(plan, step.name, pool), added=plan.adapter.adds(step.name))
         written = restore_rows(step.name, same, step.dtype, unchanged(plan.options), Changes(0))
     else:
         ((projection, shape),) = step.matrices()
