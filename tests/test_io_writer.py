@@ -23,6 +23,7 @@ from writer_toys import INDEX, QUERIES, TENSORS, content, load, make, new, parti
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
+from rlspec.io.companions import companions, left_behind
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.stream import read_tensor
 from rlspec.io.writer import CheckpointWriter
@@ -161,6 +162,61 @@ def test_companions(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="symbolic link that leaves"):
         write(tmp_path / "other", CheckpointIndex.open(snapshot), {})
     assert not (tmp_path / "other").exists()
+
+
+def test_what_looks_like_weights_is_named_or_belongs_to_the_model(tmp_path: Path) -> None:
+    like = make(tmp_path / "in")
+    known = (
+        "pytorch_model.bin",
+        "model-q4.gguf",
+        "optimizer.pt",
+        "rng_state_0.pth",
+        "checkpoint-5/model.safetensors",
+    )
+    unknown = ("spk_dict.pt", "3_Dense/model.safetensors", "3_Dense/config.json")
+    named = ("2_Dense/model.safetensors", "2_Dense/config.json", "1_Pooling/config.json")
+    for name in (*known, *unknown, *named):
+        (like.path / name).parent.mkdir(exist_ok=True)
+        (like.path / name).write_bytes(b"{}")
+    assert left_behind(like) == (
+        f"not copied from {like.path}: spk_dict.pt, 2_Dense/, 3_Dense/, which look like other weights; copy them if the "
+        "model needs them"
+    )
+    paths = ["", "1_Pooling", "2_Dense", "../3_Dense"]
+    listed = [{"idx": number, "path": path} for number, path in enumerate(paths)]
+    (like.path / "modules.json").write_text(json.dumps(listed))
+    assert "spk_dict.pt, 3_Dense/, which" in left_behind(like)
+    out = write(tmp_path / "out", like, {})
+    assert set(named) < content(out).keys() and not {*known, *unknown} & content(out).keys()
+    (like.path / "modules.json").write_text('{"path": "2_Dense"}')  # not what sentence-transformers writes
+    assert "2_Dense/" in left_behind(like)
+    for name in ("spk_dict.pt", "2_Dense", "3_Dense"):
+        path = like.path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert left_behind(like) == ""
+
+
+def test_links_that_are_not_followed_stop_nothing(tmp_path: Path) -> None:
+    """Files of a tokenizer that gives way to another, and what lies beside that other one."""
+    like = make(tmp_path / "in")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_text("{}")
+    (tmp_path / "secret").write_text("key")
+    (adapter / "README.md").symlink_to(tmp_path / "secret")
+    (like.path / "vocab.json").symlink_to(tmp_path / "secret")
+    (like.path / "tokenizer.json").unlink()
+    (like.path / "tokenizer.json").symlink_to("gone.json")
+    found = companions(like, adapter)
+    assert {str(p) for p in found} == {"config.json", "LICENSE", "tokenizer.json", "tokenizer_config.json"}
+    (adapter / "tokenizer.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"adapter/tokenizer\.model: a symbolic link that leaves"):
+        companions(like, adapter)
+    (adapter / "tokenizer.model").unlink()
+    (like.path / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"in/notes\.txt: a symbolic link that leaves"):
+        companions(like, adapter)
 
 
 def test_parts_of_a_training_stay_behind(tmp_path: Path) -> None:

@@ -147,6 +147,14 @@ def test_what_appears_in_the_old_output_meanwhile_is_kept(
     assert report.resumed == 2
 
 
+def test_weights_that_are_not_copied_are_told(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    (tuned / "spk_dict.pt").write_bytes(b"voices")
+    report = rlspec.restore_checkpoint(base, tuned, tmp_path / "out")
+    assert [note for note in report.notes if "spk_dict.pt, which look like other weights" in note]
+    assert not (tmp_path / "out" / "spk_dict.pt").exists()
+
+
 def swap(one: Path, other: Path) -> None:
     """Two files trade places, as where a training writes its next checkpoint over the one that is read."""
     spare = one.with_name("spare")

@@ -16,10 +16,11 @@ from torch import Tensor
 
 from rlspec import _C
 from rlspec.errors import CheckpointError, RlspecError
+from rlspec.io.companions import companions
 from rlspec.io.files import read_error, sync_folder, write_error
 from rlspec.io.index import INDEX_FILE, CheckpointIndex
 from rlspec.io.launch import JoinedStaging
-from rlspec.io.layout import Place, ShardLayout, companions, index_content, lay_out
+from rlspec.io.layout import Place, ShardLayout, index_content, lay_out
 from rlspec.io.outputs import OutputFiles
 from rlspec.io.share import ALONE, Share
 from rlspec.io.staging import Staging, write_file

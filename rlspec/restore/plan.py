@@ -16,6 +16,7 @@ import torch
 
 from rlspec.errors import CheckpointError, OptionError, TensorError
 from rlspec.io.adapter import Adapter, is_adapter
+from rlspec.io.companions import left_behind
 from rlspec.io.distributed_model import DistributedModel, is_distributed_model
 from rlspec.io.dtypes import torch_dtype
 from rlspec.io.index import CheckpointIndex, TensorEntry
@@ -177,6 +178,8 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
     if model is not None:
         notes += model.notes
         steps = {name: _copied(step) if step.action == "keep" else step for name, step in steps.items()}
+    if left := left_behind(like):
+        notes.append(left)
     passed_over = {
         name: steps[name].reason
         for name in selection.chosen
