@@ -409,6 +409,30 @@ def test_a_damaged_shard_is_not_resumed(tmp_path: Path) -> None:
     assert load(out).keys() == TENSORS.keys()
 
 
+def test_what_the_input_has_no_more_is_not_taken_over(tmp_path: Path) -> None:
+    """An attempt that failed at the last moment has its companions beside the shards, in folders too."""
+    like, out = make(tmp_path / "in"), tmp_path / "out"
+    for name in ("extra.txt", "templates/tool.jinja"):
+        (like.path / name).parent.mkdir(exist_ok=True)
+        (like.path / name).write_text("x")
+    changed = {"scalar": torch.bfloat16}
+    with CheckpointWriter(out, like, changed=changed, fingerprint="f") as writer:
+        writer.put("scalar", new("scalar"))
+        out.mkdir()
+        with pytest.raises(CheckpointError, match="appeared while its content was written"):
+            writer.commit()
+    out.rmdir()
+    assert (partial(out) / "checkpoint" / "templates" / "tool.jinja").exists()
+    shards = {path.name: path.stat().st_ino for path in (partial(out) / "checkpoint").glob("model-*")}
+    (like.path / "extra.txt").unlink()
+    shutil.rmtree(like.path / "templates")
+    with CheckpointWriter(out, like, changed=changed, fingerprint="f", resume=True) as writer:
+        assert not writer.pending
+        writer.commit()
+    assert content(out).keys() == content(like.path).keys() and not (out / "templates").exists()
+    assert shards == {path.name: path.stat().st_ino for path in out.glob("model-*")} and len(shards) == 3
+
+
 def test_without_resuming_it_starts_anew(tmp_path: Path) -> None:
     like = make(tmp_path / "in")
     CheckpointWriter(tmp_path / "out", like, changed=QUERIES, fingerprint="other").close()

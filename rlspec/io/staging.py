@@ -210,9 +210,18 @@ class Staging:
         return left
 
     def _drop_unfinished(self) -> None:
-        """Shards that were begun: they are written anew, and hold room that the disk may not have twice."""
-        for path in self.checkpoint.glob(".*.tmp"):
-            path.unlink()
+        """All but finished shards.
+
+        Those that were begun are written anew, and hold room that the disk may not have twice; so are other files, which
+        the input may not have any more.
+        """
+        for root, folders, names in os.walk(self.checkpoint, topdown=False):
+            for path in (Path(root, name) for name in names):
+                if str(path.relative_to(self.checkpoint)) not in self.finished:
+                    path.unlink()
+            for folder in (Path(root, name) for name in folders):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
     def _empty(self) -> None:
         self._state.unlink(missing_ok=True)
