@@ -130,7 +130,13 @@ class Staging:
             raise CheckpointError(f"{self.out}: {error}") from None
         except OSError as error:
             raise write_error(self.out, error) from None
-        shutil.rmtree(self.folder, ignore_errors=True)  # the output is complete whether or not this succeeds
+        try:
+            shutil.rmtree(
+                self.folder, ignore_errors=True
+            )  # the output is complete whether or not this succeeds
+        except KeyboardInterrupt:
+            shutil.rmtree(self.folder, ignore_errors=True)  # no resumed run would come for what is left
+            raise
         self._end_launch(wait=False)
         self.unlock()
         return self.out
