@@ -26,14 +26,20 @@ from train_toys import toy_model
 Work = Callable[..., None]
 
 
-def together(count: int, work: Work, *values: Any, timeout: float = 60.0) -> list[int | None]:
-    """Run ``work(number, *values)`` in processes with a group between them; their exit codes, None of one that hung."""
+def together(
+    count: int, work: Work, *values: Any, timeout: float = 60.0, patience: float = 20.0
+) -> list[int | None]:
+    """Run ``work(number, *values)`` in processes with a group between them; their exit codes, None of one that hung.
+
+    In the group one waits ``patience`` seconds for the others.
+    """
     # Each starts as a copy of one process that has imported torch and transformers once.
     context = mp.get_context("forkserver")
     context.set_forkserver_preload([__name__, "rlspec.integrations.transformers"])
     port = free_port()
     started = [
-        context.Process(target=_run, args=(number, count, port, work, values)) for number in range(count)
+        context.Process(target=_run, args=(number, count, port, patience, work, values))
+        for number in range(count)
     ]
     for process in started:
         process.start()
@@ -46,9 +52,9 @@ def together(count: int, work: Work, *values: Any, timeout: float = 60.0) -> lis
     return codes
 
 
-def _run(number: int, count: int, port: int, work: Work, values: Sequence[Any]) -> None:
+def _run(number: int, count: int, port: int, patience: float, work: Work, values: Sequence[Any]) -> None:
     torch.set_num_threads(1)
-    limit = datetime.timedelta(seconds=20)
+    limit = datetime.timedelta(seconds=patience)
     dist.init_process_group(
         "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=number, world_size=count, timeout=limit
     )

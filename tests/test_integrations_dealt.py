@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +123,32 @@ def test_one_process_that_fails_ends_the_tracking_in_all_with_one_warning(
     assert first[0] == second[0] and first[0].startswith(f"process {at_fault} of 2: {reason}")
     assert first[1] == [f"tracking of the spectra ends here, the training goes on: {first[0]}"]
     assert second[1] == []
+
+
+def begins_late(number: int, out: Path, where: str) -> None:
+    """One is at it for longer than the training's group waits: the first at the reference, the second at its factors."""
+    patched, name = (store._Reference, "finish") if where == "writing" else (SpectralTracker, "__init__")
+    right = getattr(patched, name)
+    slept: list[int] = []
+
+    def slow(*given: Any, **options: Any) -> Any:
+        if (number == 0) == (where == "writing") and not slept:
+            slept.append(number)
+            time.sleep(6)
+        return right(*given, **options)
+
+    setattr(patched, name, slow)
+    os.environ["RLSPEC_CACHE"] = str(out / "cache")
+    callback = SpectralCallback(every=1, out=out / "run")
+    loop(held(toy_with_uneven_layers(), "ddp", 2), callback, last=1)
+    assert callback.disabled is None and len(callback.records) == 2, callback.disabled
+
+
+@pytest.mark.parametrize("where", ["writing", "decomposing"])
+def test_a_start_that_takes_longer_in_one_process_than_the_trainings_collectives_may_does_not_end_it(
+    where: str, tmp_path: Path
+) -> None:
+    assert together(2, begins_late, tmp_path, where, patience=3.0) == [0, 0]
 
 
 def without_memory(number: int, out: Path, event: int) -> None:

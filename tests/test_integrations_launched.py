@@ -19,7 +19,7 @@ from transformers import LlamaForCausalLM, Trainer, TrainerCallback
 from rlspec import SpectralBasis, SpectralTracker
 from rlspec.integrations.transformers import SpectralCallback
 from rlspec.io.module import gathered, strip_wrappers
-from rlspec.spectra.spread import is_spread
+from rlspec.spectra.spread import is_spread, sharded_modules
 
 WAYS: dict[str, dict[str, Any]] = {
     "ddp": {"ddp_backend": "gloo"},
@@ -70,6 +70,7 @@ def trains(number: int, count: int, out: Path, way: str, watched: bool, part: st
     trainer = plain_trainer(folder, called, model, **WAYS[way], **saving)
     trainer.train(resume_from_checkpoint=str(folder / "checkpoint-2") if part == "resumed" else None)
     assert is_spread(trainer.model) == (way == "fsdp2") and callback.disabled is None, callback.disabled
+    assert ("model.layers.1" in sharded_modules(trainer.model)) == (way == "fsdp2")
     keep(trainer, number, out / f"{watched}.pt")
 
 

@@ -365,13 +365,36 @@ def test_only_the_first_process_measures_and_writes(tmp_path: Path) -> None:
     assert callback.records == [] and not (tmp_path / "out").exists()
 
 
-def test_weights_that_are_spread_and_no_dtensors_are_refused_in_one_line(tmp_path: Path) -> None:
-    class Sharded(nn.Parameter):
-        ds_shape = (32, 32)
+class Sharded(nn.Parameter):
+    ds_shape = (32, 32)
 
+
+class Slice(nn.Parameter):
+    tensor_model_parallel = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [
+        (
+            Sharded,
+            "spread over 2 processes by FSDP1 or DeepSpeed's ZeRO-3, which is not gathered inside a training; "
+            "use FSDP2 (fsdp_version: 2 for accelerate), or measure the checkpoints that it saves",
+        ),
+        (
+            Slice,
+            "a slice of a weight, of DeepSpeed's AutoTP or of Megatron, which are not gathered inside a training; "
+            'use tensor parallelism of transformers (tp_plan="auto") or FSDP2, or measure the whole checkpoints '
+            "that it saves",
+        ),
+    ],
+)
+def test_weights_that_are_spread_and_no_dtensors_are_refused_in_one_line(
+    kind: type[nn.Parameter], told: str, tmp_path: Path
+) -> None:
     model = toy_model()
     layer: Any = model.model.layers[0].self_attn.q_proj
-    layer.weight = Sharded(layer.weight.detach())
+    layer.weight = kind(layer.weight.detach())
     callback = SpectralCallback(every=1)
     trainer = plain_trainer(tmp_path, [callback], model)
 
@@ -379,10 +402,7 @@ def test_weights_that_are_spread_and_no_dtensors_are_refused_in_one_line(tmp_pat
         world_size = 2
 
     callback.on_train_begin(Args(), trainer.state, trainer.control, model=model)
-    assert callback.disabled == (
-        f"{NAMES[0]}: spread over 2 processes by FSDP1 or DeepSpeed's ZeRO-3, which is not gathered inside a training; "
-        "use FSDP2 (fsdp_version: 2 for accelerate), or measure the checkpoints that it saves"
-    )
+    assert callback.disabled == f"{NAMES[0]}: {told}"
 
 
 def test_importing_the_package_imports_no_trainer() -> None:

@@ -32,6 +32,13 @@ def refuse_sharded(model: nn.Module, world_size: int) -> None:
                 f"{name}: spread over {world_size} processes by FSDP1 or DeepSpeed's ZeRO-3, which is not gathered "
                 "inside a training; use FSDP2 (fsdp_version: 2 for accelerate), or measure the checkpoints that it saves"
             )
+        # The mark that DeepSpeed's AutoTP and Megatron's layers give to their slices, which are plain tensors.
+        if getattr(parameter, "tensor_model_parallel", False) and not hasattr(parameter, "full_tensor"):
+            raise TensorError(
+                f"{name}: a slice of a weight, of DeepSpeed's AutoTP or of Megatron, which are not gathered inside a "
+                'training; use tensor parallelism of transformers (tp_plan="auto") or FSDP2, or measure the whole '
+                "checkpoints that it saves"
+            )
 
 
 def kept_start(folder: TrackingFolder | None, step: int) -> Path:

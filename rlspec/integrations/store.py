@@ -147,11 +147,20 @@ class TrackingFolder:
         Errors are those of ``SpectralBasis.from_model``; ProcessError, GatherError see ``DealtTracker``.
         """
         processes = processes or Processes()
+        with processes.patient() as waiting:  # the first one's disk may be slow
+            failure = self._write_reference(model, modules, processes)
+            if processes.count == 1 and failure is not None:
+                raise failure
+            waiting.agree(None if failure is None else told(failure))
+
+    def _write_reference(
+        self, model: nn.Module, modules: Sequence[str], processes: Processes
+    ) -> Exception | None:
+        """What went wrong in this process."""
         spread = is_spread(model)
         if not (spread or processes.number == 0):
-            processes.agree(None)
-            return
-        failure = None
+            return None
+        failure: Exception | None = None
         try:
             weights = open_weights(in_pieces(model))
             writer = _Reference(self.reference, weights.config(), weights.shapes())
@@ -177,9 +186,7 @@ class TrackingFolder:
             raise
         except Exception as error:
             failure = failure or error
-        if processes.count == 1 and failure is not None:
-            raise failure
-        processes.agree(None if failure is None else told(failure))
+        return failure
 
     def append(self, rows: Sequence[Row]) -> None:
         if self._hold is not None:

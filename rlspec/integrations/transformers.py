@@ -57,10 +57,10 @@ class SpectralCallback(TrainerCallback):
     ``base``, and ``out`` of a resumed training, must be readable for all of them.
 
     From there on an error of any kind, in any process, is told in one warning and ends the tracking alone, see
-    :attr:`disabled`. Among them are weights spread by FSDP1 or ZeRO-3: measure their saved checkpoints. What raises is
-    wrong arguments, and a process that is gone (GatherError), without which the training could not go on either. So does
-    any failure while spread weights are gathered: it looks the same from inside one process. Whether there is memory for
-    that is found out before, by all.
+    :attr:`disabled`. Among them are weights spread by FSDP1, ZeRO-3, DeepSpeed's AutoTP or Megatron, and quantised ones
+    (QLoRA): measure their saved checkpoints. What raises is wrong arguments, and a process that is gone (GatherError),
+    without which the training could not go on either. So does any failure while spread weights are gathered: it looks the
+    same from inside one process. Whether there is memory for that is found out before, by all.
 
     A copy, or what comes of pickling it, has the arguments and what was found so far, and is in no training.
 
@@ -83,12 +83,12 @@ class SpectralCallback(TrainerCallback):
         evaluate: called with the model, in eval mode and without gradients, at each measurement; returns named scores:
             numbers, or better lists of one number per problem (True and False for solved or not), always of the same
             problems. Nothing is compiled in it, and what is compiled runs eagerly, as the texts do: the training's graphs
-            stay as they are. It may use random numbers and ``trainer.evaluate()``, of which the trainer's callbacks and loggers
-            are not told, and must change no weight. Scores go to ``out/scores.jsonl``, the
-            records and the loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone. Several
-            processes all call it, at the same step, and what the first one's call returns counts. Forward passes of
-            FSDP2, and whatever else the processes do together, must be the same in all: one that fails in the middle of
-            them alone leaves the others waiting for it.
+            stay as they are. It may use random numbers and ``trainer.evaluate()``, of which the trainer's callbacks and
+            loggers are not told, and must change no weight. Scores go to ``out/scores.jsonl``, the records and the
+            loggers, there as ``spectra/score/<name>``. An error in it ends the scores alone. Several processes all call
+            it, at the same step, and what the first one's call returns counts. Forward passes of FSDP2, and whatever else
+            the processes do together, must be the same in all: one that fails in the middle of them alone leaves the
+            others waiting for it.
         texts: a JSONL file with a ``text`` on each line; the score ``text_loss`` is the model's mean token loss on them,
             by the trainer's tokenizer. Several processes share the texts out where each holds the whole model.
         alarm: the score to be kept; see ``rlspec.tasks.alarm`` for when it rings and how often for nothing. The first

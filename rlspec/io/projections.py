@@ -172,7 +172,8 @@ def find_projections(
         if model.holds(weight) and set(modules_in(weight, (1, 1))) & set(wanted):
             raise ProjectionError(
                 f"{told} belongs to quantised weights of a scheme that is not known (GPTQ, AWQ, bitsandbytes, packed "
-                "integers); start from weights of 16 or 32 bits, or dequantise them first"
+                "integers); start from weights of 16 or 32 bits, or dequantise them first; adapters trained on them "
+                "(QLoRA) are measured as saved, against the base in 16 bits"
             )
     found = [
         projection

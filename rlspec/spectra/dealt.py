@@ -115,8 +115,9 @@ class DealtTracker:
             [None if other == first else "holds other matrices than process 0" for _, other in found]
         )
         self._deal(shapes)
-        with pinned_arithmetic():
-            self.processes.agree(self._decompose(reference) if basis is None else self._take(basis))
+        # Uneven where some find more of it in their caches than others.
+        with self.processes.patient() as waiting, pinned_arithmetic():
+            waiting.agree(self._decompose(reference) if basis is None else self._take(basis))
 
     def _find(
         self, source: Weights, modules: str | Sequence[str], per_head: bool

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from rlspec.errors import RlspecError
 
 T = TypeVar("T")
+_PATIENCE = timedelta(days=2)
 
 
 class ProcessError(RlspecError):
@@ -43,15 +45,39 @@ class Processes:
             return cls()
         return cls(dist.get_rank(), dist.get_world_size())
 
-    def apart(self) -> Processes:
+    def apart(self, timeout: timedelta | None = None) -> Processes:
         """The same processes with a group of their own, on the host; :meth:`close` it.
+
+        Args:
+            timeout: how long one waits there for the others; None: as long as torch does.
 
         What is said there never meets a collective of a forward pass that another process is still in: where one fails
         in it alone the others wait, and nobody takes its words for weights.
         """
         if self.count == 1:
             return self
-        return replace(self, group=dist.new_group(backend="gloo" if dist.is_gloo_available() else None))
+        backend = "gloo" if dist.is_gloo_available() else None
+        return replace(self, group=dist.new_group(backend=backend, timeout=timeout))
+
+    @contextmanager
+    def patient(self) -> Iterator[Processes]:
+        """Context with the same processes, where those that are done wait for one that works for hours.
+
+        The training's group would lose its patience, after ten minutes with NCCL. One that dies is noticed at once.
+
+        Raises:
+            ProcessError, GatherError: as :meth:`together`.
+        """
+        waiting = self.together(lambda: self.apart(_PATIENCE))
+        failure: ProcessError | None = None
+        try:
+            yield waiting
+        except ProcessError as error:  # in all alike; after any other nobody knows where the others are
+            failure = error
+        self.gathered(None)  # none closes it while another still reads there
+        waiting.close()
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Let go of a group of their own."""
