@@ -21,7 +21,7 @@ from uuid import uuid4
 from rlspec.errors import CheckpointError, RlspecError, RunFolderError, TensorError
 from rlspec.io.files import write_error
 from rlspec.io.jsonl import append_rows, read_rows
-from rlspec.io.lock import is_held, let_go, locked
+from rlspec.io.lock import is_held, is_told, let_go, locked
 from rlspec.io.share import APART, LOOK, Share
 
 _NAME = "launch"
@@ -71,6 +71,13 @@ def wait_for_launch(launch: Path, began: float) -> bool:
 def are_there(folder: Path) -> bool:
     """Whether processes of a launch still write into a staging folder."""
     return any(is_held(path) for path in (folder / _NAME, *_parts(folder).values()))
+
+
+def not_told(folder: Path) -> list[Path]:
+    """The files for whose sake :func:`are_there` says so though it cannot know: their file system has no locks."""
+    return [
+        path for path in (folder / _NAME, *_parts(folder).values()) if path.exists() and not is_told(path)
+    ]
 
 
 def finished_by_others(folder: Path) -> dict[str, int]:

@@ -20,7 +20,7 @@ from typing import Any
 from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.files import sync_folder, write_atomically, write_error
-from rlspec.io.launch import Launch, are_there, finished_by_others, forget_launch, staging_folder
+from rlspec.io.launch import Launch, are_there, finished_by_others, forget_launch, not_told, staging_folder
 from rlspec.io.lock import let_go, take
 from rlspec.io.replaced import refuse_mount_point
 
@@ -178,6 +178,11 @@ class Staging:
         return descriptor
 
     def _busy(self) -> CheckpointError:
+        if unknown := not_told(self.folder):
+            return CheckpointError(
+                f"{self.out}: another process may be writing it, and the file system has no locks that would tell; if "
+                f"none is, remove {', '.join(path.name for path in unknown)} in {self.folder}"
+            )
         return CheckpointError(f"{self.out}: another process is writing it ({self.folder})")
 
     def _recover(self) -> None:
