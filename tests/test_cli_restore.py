@@ -7,6 +7,7 @@ import io
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -283,6 +284,66 @@ def test_ctrl_c_says_how_to_go_on(
     assert len(report["matrices"]) == 6 and 0 < report["resumed"] < 6
     assert f"{report['resumed']} of them were done before the interruption" in result.stdout
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "report.json", "whole"]
+
+
+def test_ctrl_c_tells_of_the_output_that_was_there(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert invoke(*arguments(checkpoints, out), "--modules", "v").exit_code == 0
+    before = bytes_of(out)
+    stop_after(1, monkeypatch)
+    result = invoke(*arguments(checkpoints, out), "--overwrite")
+    assert result.exit_code == 130 and bytes_of(out) == before
+    assert f"Stopped; {out} is as it was. To finish it: the same command with --resume" in result.stderr
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_ctrl_c_that_comes_too_late_says_so(
+    overwrite: bool, checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, whole = tmp_path / "out", tmp_path / "whole"
+    assert invoke(*arguments(checkpoints, whole)).exit_code == 0
+    if overwrite:
+        assert invoke(*arguments(checkpoints, out), "--modules", "v").exit_code == 0
+    remove, calls = shutil.rmtree, []
+
+    def interrupted(path: Path, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        remove(path, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    result = invoke(*arguments(checkpoints, out), *(["--overwrite"] if overwrite else []))
+    assert result.exit_code == 130 and bytes_of(out) == bytes_of(whole)
+    assert result.stderr.endswith(f"Stopped; {out} was complete before\n")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+def test_an_output_that_appears_meanwhile_is_to_be_moved_away(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    at_begin(out.mkdir, monkeypatch)
+    result = invoke(*arguments(checkpoints, out))
+    told = f"what is finished is kept, once {out} is moved away, the same command with --resume goes on"
+    assert result.exit_code == 2 and told in result.stderr
+    assert "--resume" in result.stderr and invoke(*arguments(checkpoints, out), "--resume").exit_code == 2
+    monkeypatch.undo()
+    out.rename(tmp_path / "away")
+    assert "of them were done before" in invoke(*arguments(checkpoints, out), "--resume").stdout
+
+
+def test_where_nothing_is_kept_no_way_to_go_on_is_told(
+    checkpoints: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, tuned = pair(tmp_path / "own")
+    shard = base / "model.safetensors"
+    at_begin(lambda: os.utime(shard, (2e9, 2e9)), monkeypatch)
+    result = invoke(*arguments((base, tuned), tmp_path / "out"))
+    check_refused(tmp_path / "out", result, "was written to while it was read")
+    assert "--resume" not in result.stderr
 
 
 SLOW = """

@@ -23,9 +23,11 @@ from writer_toys import INDEX, QUERIES, TENSORS, content, load, make, new, parti
 
 from rlspec import _C
 from rlspec.errors import CheckpointError
+from rlspec.io.companions import companions, left_behind
 from rlspec.io.index import CheckpointIndex
 from rlspec.io.stream import read_tensor
 from rlspec.io.writer import CheckpointWriter
+from rlspec.restore.target import Target
 
 
 @pytest.mark.parametrize("shards", [1, 3])
@@ -162,6 +164,75 @@ def test_companions(tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_what_looks_like_weights_is_named_or_belongs_to_the_model(tmp_path: Path) -> None:
+    like = make(tmp_path / "in")
+    known = (
+        "pytorch_model.bin",
+        "model-q4.gguf",
+        "optimizer.pt",
+        "rng_state_0.pth",
+        "checkpoint-5/model.safetensors",
+    )
+    unknown = ("spk_dict.pt", "3_Dense/model.safetensors", "3_Dense/config.json")
+    named = ("2_Dense/model.safetensors", "2_Dense/config.json", "1_Pooling/config.json")
+    for name in (*known, *unknown, *named):
+        (like.path / name).parent.mkdir(exist_ok=True)
+        (like.path / name).write_bytes(b"{}")
+    assert left_behind(like) == (
+        f"not copied from {like.path}: spk_dict.pt, 2_Dense/, 3_Dense/, which look like other weights; copy them if the "
+        "model needs them"
+    )
+    paths = ["", "1_Pooling", "2_Dense", "../3_Dense"]
+    listed = [{"idx": number, "path": path} for number, path in enumerate(paths)]
+    (like.path / "modules.json").write_text(json.dumps(listed))
+    assert "spk_dict.pt, 3_Dense/, which" in left_behind(like)
+    out = write(tmp_path / "out", like, {})
+    assert set(named) < content(out).keys() and not {*known, *unknown} & content(out).keys()
+    (like.path / "modules.json").write_text('{"path": "2_Dense"}')  # not what sentence-transformers writes
+    assert "2_Dense/" in left_behind(like)
+    for name in ("spk_dict.pt", "2_Dense", "3_Dense"):
+        path = like.path / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert left_behind(like) == ""
+
+
+def test_links_that_are_not_followed_stop_nothing(tmp_path: Path) -> None:
+    """Files of a tokenizer that gives way to another, and what lies beside that other one."""
+    like = make(tmp_path / "in")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (adapter / name).write_text("{}")
+    (tmp_path / "secret").write_text("key")
+    (adapter / "README.md").symlink_to(tmp_path / "secret")
+    (like.path / "vocab.json").symlink_to(tmp_path / "secret")
+    (like.path / "tokenizer.json").unlink()
+    (like.path / "tokenizer.json").symlink_to("gone.json")
+    found = companions(like, adapter)
+    assert {str(p) for p in found} == {"config.json", "LICENSE", "tokenizer.json", "tokenizer_config.json"}
+    (adapter / "tokenizer.model").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"adapter/tokenizer\.model: a symbolic link that leaves"):
+        companions(like, adapter)
+    (adapter / "tokenizer.model").unlink()
+    (like.path / "notes.txt").symlink_to(tmp_path / "secret")
+    with pytest.raises(CheckpointError, match=r"in/notes\.txt: a symbolic link that leaves"):
+        companions(like, adapter)
+
+
+def test_parts_of_a_training_stay_behind(tmp_path: Path) -> None:
+    """What FSDP leaves beside weights that were merged out of it: states, and the same weights unchanged."""
+    like = make(tmp_path / "in")
+    for folder in ("pytorch_model_fsdp_0", "optimizer_0", "."):
+        (like.path / folder).mkdir(exist_ok=True)
+        for name in (".metadata", "__0_0.distcp"):
+            (like.path / folder / name).write_bytes(b"x")
+    (like.path / "half").mkdir()
+    (like.path / "half" / ".metadata").write_bytes(b"x")  # before its parts came
+    out = write(tmp_path / "out", like, {})
+    assert not [path.name for path in out.rglob("*") if path.is_dir() or path.name[:2] in ("__", ".m")]
+    assert (out / "config.json").exists()
+
+
 def test_companions_that_are_links_to_elsewhere_are_named(tmp_path: Path) -> None:
     """They would be copied unseen, other than weights, which are read as such. A folder of links to another one."""
     like = make(tmp_path / "store")
@@ -205,7 +276,8 @@ def test_what_cannot_be_resumed_leaves_nothing(tmp_path: Path) -> None:
     CheckpointWriter(out, like, changed=everything, fingerprint="f").close()
     assert not partial(out).exists()
     for keep in (True, False):
-        writer = CheckpointWriter(out, like, changed={"scalar": torch.bfloat16}, fingerprint="f")
+        scalar = {"scalar": torch.bfloat16}
+        writer = CheckpointWriter(out, like, changed=scalar, fingerprint="f", resume=not keep)
         for future in list(writer._copied):
             future.result()
         (partial(out) / "mine.txt").write_text("notes")
@@ -337,11 +409,76 @@ def test_a_damaged_shard_is_not_resumed(tmp_path: Path) -> None:
     assert load(out).keys() == TENSORS.keys()
 
 
+def test_what_the_input_has_no_more_is_not_taken_over(tmp_path: Path) -> None:
+    """An attempt that failed at the last moment has its companions beside the shards, in folders too."""
+    like, out = make(tmp_path / "in"), tmp_path / "out"
+    for name in ("extra.txt", "templates/tool.jinja"):
+        (like.path / name).parent.mkdir(exist_ok=True)
+        (like.path / name).write_text("x")
+    changed = {"scalar": torch.bfloat16}
+    with CheckpointWriter(out, like, changed=changed, fingerprint="f") as writer:
+        writer.put("scalar", new("scalar"))
+        out.mkdir()
+        with pytest.raises(CheckpointError, match="appeared while its content was written"):
+            writer.commit()
+    out.rmdir()
+    assert (partial(out) / "checkpoint" / "templates" / "tool.jinja").exists()
+    shards = {path.name: path.stat().st_ino for path in (partial(out) / "checkpoint").glob("model-*")}
+    (like.path / "extra.txt").unlink()
+    shutil.rmtree(like.path / "templates")
+    with CheckpointWriter(out, like, changed=changed, fingerprint="f", resume=True) as writer:
+        assert not writer.pending
+        writer.commit()
+    assert content(out).keys() == content(like.path).keys() and not (out / "templates").exists()
+    assert shards == {path.name: path.stat().st_ino for path in out.glob("model-*")} and len(shards) == 3
+
+
 def test_without_resuming_it_starts_anew(tmp_path: Path) -> None:
     like = make(tmp_path / "in")
     CheckpointWriter(tmp_path / "out", like, changed=QUERIES, fingerprint="other").close()
     write(tmp_path / "out", like, QUERIES)
     assert {p.name for p in tmp_path.iterdir()} == {"in", "out"}
+
+
+def test_what_is_finished_is_not_thrown_away_unasked(tmp_path: Path) -> None:
+    """The same command once more, without resuming; another one begins anew, as does this one where nothing is done."""
+    like, out = make(tmp_path / "in"), tmp_path / "out"
+    changed = {"scalar": torch.bfloat16}
+    whole = content(write(tmp_path / "whole", like, changed))
+    writer = CheckpointWriter(out, like, changed=changed, fingerprint="f")
+    for future in list(writer._copied):
+        future.result()
+    writer.close()
+    before = content(partial(out))
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=r"partial: 2 shards of the same .*resume=True .*remove that"
+        ):
+            write(out, like, changed)
+        assert content(partial(out)) == before
+    with CheckpointWriter(out, like, changed=changed, fingerprint="f", resume=True) as writer:
+        assert len(writer._shards) == 1
+    shutil.rmtree(partial(out))
+    assert content(write(out, like, changed)) == whole
+    shutil.rmtree(out)
+    CheckpointWriter(out, like, changed=changed, fingerprint="g").close()
+    assert content(write(out, like, changed)) == whole
+
+
+def test_a_mount_point_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No rename could give it to the output; resuming would not help."""
+    like = make(tmp_path / "in")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "link").symlink_to("disk")
+    monkeypatch.setattr(os.path, "ismount", lambda path: Path(path) == tmp_path / "disk")
+    for name in ("disk", "link"):
+        with pytest.raises(CheckpointError, match="disk is a mount point, .*give a folder in it"):
+            CheckpointWriter(tmp_path / name, like, changed={}, fingerprint="", overwrite=True)
+        for overwrite in (False, True):
+            with pytest.raises(CheckpointError, match="disk is a mount point, .*give a folder in it"):
+                Target(tmp_path / name, tmp_path / "in", tmp_path / "in", overwrite=overwrite)
+    write(tmp_path / "disk" / "out", like, {})
+    assert {path.name for path in tmp_path.iterdir()} == {"in", "disk", "link"}
 
 
 def test_one_writer_at_a_time(tmp_path: Path) -> None:
@@ -422,6 +559,10 @@ def test_a_disk_without_room_is_found_at_once(tmp_path: Path, monkeypatch: pytes
         CheckpointError, match=r"out: cannot be written: \d+ bytes are needed, the disk has 0 free"
     ):
         CheckpointWriter(tmp_path / "out", like, changed=QUERIES, fingerprint="")
+    (like.path / "pictures").mkdir()
+    (like.path / "pictures" / "large.png").write_bytes(bytes(100_000))
+    with pytest.raises(CheckpointError, match=r"written: 10\d{4} bytes are needed"):
+        CheckpointWriter(tmp_path / "out", like, changed={}, fingerprint="")
 
 
 @pytest.mark.parametrize("changed", [{}, QUERIES])

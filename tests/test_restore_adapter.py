@@ -14,7 +14,7 @@ from restore_toys import bytes_of, expected, rewrite, save_model, svd_formula, t
 from safetensors.torch import load_file, save_file
 
 import rlspec
-from rlspec.errors import CheckpointError
+from rlspec.errors import CheckpointError, TensorError
 
 Q0 = "model.layers.0.self_attn.q_proj"
 MLP = "model.layers.0.mlp.down_proj"
@@ -162,6 +162,43 @@ def test_narrow_bases_are_rounded_once(tmp_path: Path) -> None:
         assert found.dtype == torch.bfloat16
         wrong = (found != exact.bfloat16()).float().mean()
         assert wrong < 0.01 if rounding == "nearest" else 0.1 < wrong < 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("where", ["saved", "added", "base"])
+def test_nan_is_told_of_the_file_that_holds_it(where: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    save_model(tmp_path / "base", "llama", dtype=dtype)
+    tensors = {**factors(Q0, 64, 64), **factors(MLP, 64, 96), "model.norm.weight": torch.ones(64)}
+    file, name = tmp_path / "adapter" / "adapter_model.safetensors", "model.norm.weight"
+    if where == "saved":
+        tensors[name][3] = torch.nan
+    elif where == "added":
+        name = f"{MLP}.weight"
+        tensors[f"{MLP}.lora_B.weight"][3, 1] = torch.inf
+    else:
+        file, name = tmp_path / "base" / "model.safetensors", f"{MLP}.weight"
+        rewrite(tmp_path / "base", lambda t: t[name].fill_(torch.nan))
+        # A tensor that the adapter holds whole is not the base's any more.
+        rewrite(tmp_path / "base", lambda t: t["model.norm.weight"].fill_(torch.nan))
+    adapter = write_adapter(tmp_path / "adapter", tensors)
+    with pytest.raises(TensorError, match=f"^{file}: {name}: .* values are NaN or infinite"):
+        rlspec.restore_checkpoint(tmp_path / "base", adapter, tmp_path / "out", modules="q")
+
+
+def test_scalars_that_an_adapter_holds_are_taken_over(tmp_path: Path) -> None:
+    save_model(tmp_path / "base", "llama", dtype=torch.bfloat16)
+    scalars = {f"model.layers.{i}.scale": torch.tensor(1.0 + i) for i in range(2)}
+    narrow = {name: value.bfloat16() for name, value in scalars.items()}
+    rewrite(tmp_path / "base", lambda t: t.update({name: torch.zeros_like(v) for name, v in narrow.items()}))
+    trained = scalars | {"model.layers.1.scale": torch.tensor(2.0, dtype=torch.bfloat16)}
+    adapter = write_adapter(tmp_path / "adapter", {**factors(Q0, 64, 64), **trained})
+    for dtype in ("keep", "float32"):
+        report = rlspec.restore_checkpoint(
+            tmp_path / "base", adapter, tmp_path / dtype, modules="q", dtype=dtype, rounding="stochastic"
+        )
+        found = tensors_of(tmp_path / dtype)
+        assert all(torch.equal(found[name], value) for name, value in narrow.items())
+        assert set(scalars) <= set(report.merged)
 
 
 def test_prefixes_may_differ(tmp_path: Path) -> None:

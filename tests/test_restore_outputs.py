@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from pathlib import Path
 
@@ -144,3 +145,52 @@ def test_what_appears_in_the_old_output_meanwhile_is_kept(
     (out / "thesis.txt").rename(tmp_path / "thesis.txt")
     report = run_plan(plan, Target(out, base, tuned, overwrite=True, resume=True))
     assert report.resumed == 2
+
+
+def test_weights_that_are_not_copied_are_told(tmp_path: Path) -> None:
+    base, tuned = pair(tmp_path)
+    (tuned / "spk_dict.pt").write_bytes(b"voices")
+    report = rlspec.restore_checkpoint(base, tuned, tmp_path / "out")
+    assert [note for note in report.notes if "spk_dict.pt, which look like other weights" in note]
+    assert not (tmp_path / "out" / "spk_dict.pt").exists()
+
+
+def swap(one: Path, other: Path) -> None:
+    """Two files trade places, as where a training writes its next checkpoint over the one that is read."""
+    spare = one.with_name("spare")
+    one.rename(spare)
+    other.rename(one)
+    spare.rename(other)
+
+
+def watched(tmp_path: Path, which: str) -> tuple[Path, Path, Path, Path]:
+    """A base, a tuned checkpoint, one of its files or of the base's, and another version of that file."""
+    base, tuned = pair(tmp_path, shard="60KB")
+    file = max(({"base": base, "tuned": tuned}[which]).glob("*.safetensors"))
+    found = {name: tensor + 0.25 for name, tensor in load_file(file).items()}
+    save_file(found, tmp_path / "newer", metadata={"format": "pt"})
+    os.utime(tmp_path / "newer", (2e9, 2e9))
+    return base, tuned, file, tmp_path / "newer"
+
+
+@pytest.mark.parametrize("which", ["base", "tuned"])
+def test_inputs_that_change_while_they_are_read_give_no_mixture(which: str, tmp_path: Path) -> None:
+    base, tuned, file, newer = watched(tmp_path, which)
+    out = tmp_path / "out"
+    plan, target = plan_restore(base, tuned, RestoreOptions()), Target(out, base, tuned)
+    with pytest.raises(CheckpointError, match=rf"{tuned} was written to while it was read: .*begin anew"):
+        run_plan(plan, target, on_begin=lambda steps: swap(file, newer))
+    assert {path.name for path in tmp_path.iterdir()} == {"base", "tuned", "newer"}
+    run_plan(plan_restore(base, tuned, RestoreOptions()), target)
+
+
+def test_an_input_that_is_away_for_a_while_costs_no_work(tmp_path: Path) -> None:
+    """As on a disk that is not there for a moment; what is finished is taken over when it is back."""
+    base, tuned, file, _ = watched(tmp_path, "tuned")
+    out = tmp_path / "out"
+    plan = plan_restore(base, tuned, RestoreOptions())
+    with pytest.raises(CheckpointError, match=f"{file}: cannot be read"):
+        run_plan(plan, Target(out, base, tuned), on_commit=lambda: file.rename(tmp_path / "away"))
+    (tmp_path / "away").rename(file)
+    report = run_plan(plan, Target(out, base, tuned, resume=True))
+    assert report.resumed > 0

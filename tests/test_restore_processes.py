@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -21,7 +23,7 @@ from rlspec import restore_checkpoint
 from rlspec.cli.main import main
 from rlspec.errors import CheckpointError, TensorError
 from rlspec.io import launch
-from rlspec.io.launch import FirstMissingError, JoinedStaging, ToldByFirstError
+from rlspec.io.launch import ChangedInputsError, FirstMissingError, JoinedStaging, ToldByFirstError
 from rlspec.io.share import Share
 from rlspec.io.staging import Staging
 from rlspec.restore import RestoreOptions
@@ -134,7 +136,7 @@ def test_what_one_process_refuses_alone_it_tells(checkpoints: tuple[Path, Path],
     first, second = together(2, checkpoints, tmp_path / "out", apart=5.0, changed=changed)
     assert second.code == 2 and second.err.startswith("Error: process 1 of 2: ") and "nowhere" in second.err
     assert first.code == 2 and "process 1 (" in first.err
-    first, second = together(2, checkpoints, tmp_path / "out", apart=5.0, changed={1: ["--seed", "3"]})
+    first, second = together(2, checkpoints, tmp_path / "other", apart=5.0, changed={1: ["--seed", "3"]})
     assert second.code == 2 and "process 0 has other inputs or settings than process 1 of 2" in second.err
 
 
@@ -232,6 +234,33 @@ def test_a_folder_that_a_process_of_a_launch_still_writes_to_is_left_to_it(tmp_p
     again.close()
 
 
+def test_without_locks_a_dead_launch_is_told_with_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody can know that it is dead but the user."""
+
+    def none(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(fcntl, "flock", none)
+        first = Staging(out, "f", resume=False, overwrite=False)
+        first.invite(2, {"a": 0, "b": 1})
+        JoinedStaging(out, "f", Share(1, 2)).finish("b", 2)
+        (first.checkpoint / "a").write_bytes(b"1")
+        first.finish("a", 1)  # and a kill here
+        with pytest.raises(CheckpointError, match="no locks that would tell") as caught:
+            Staging(out, "f", resume=True, overwrite=False)
+        assert f"if none is, remove launch, process-1.jsonl in {first.folder}" in str(caught.value)
+        for name in ("launch", "process-1.jsonl"):
+            (first.folder / name).unlink()
+        again = Staging(out, "f", resume=True, overwrite=False)
+        assert again.finished == {"a": 1}
+        again.close(keep=False)
+    assert left(tmp_path) == set()
+
+
 def test_what_a_process_fails_with_reaches_the_first(tmp_path: Path) -> None:
     first = Staging(tmp_path / "out", "f", resume=False, overwrite=False)
     first.invite(3, {"a": 0, "b": 1, "c": 2})
@@ -248,6 +277,19 @@ def test_what_a_process_fails_with_reaches_the_first(tmp_path: Path) -> None:
     for staging in (second, third, first):
         staging.close()
     assert left(tmp_path) == set()
+
+
+def test_that_inputs_have_changed_reaches_the_first_as_such(tmp_path: Path) -> None:
+    """It removes what is finished then."""
+    first = Staging(tmp_path / "out", "f", resume=False, overwrite=False)
+    first.invite(2, {"a": 0, "b": 1})
+    second = JoinedStaging(tmp_path / "out", "f", Share(1, 2))
+    with pytest.raises(ToldByFirstError):
+        second.fail(ChangedInputsError("base was written to"))
+    with pytest.raises(ChangedInputsError, match="^base was written to$"):
+        first.look()
+    for staging in (second, first):
+        staging.close()
 
 
 def test_torchrun_starts_them(checkpoints: tuple[Path, Path], tmp_path: Path) -> None:

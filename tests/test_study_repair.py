@@ -8,6 +8,7 @@ import random
 import shlex
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,16 @@ from rlspec.cli.main import main
 from rlspec.cli.study_rank_text import restore_flags
 from rlspec.errors import OptionError
 from rlspec.io.jsonl import read_rows, write_rows
+from rlspec.io.launch import staging_folder
 from rlspec.io.lock import take_lock
+from rlspec.restore import RestoreOptions
+from rlspec.restore.checkpoint import run_plan
+from rlspec.restore.plan import plan_restore
+from rlspec.restore.target import Target
 from rlspec.study.repair import LossScores, search
 from rlspec.study.repair.candidates import coarse, directions, straight_line
 from rlspec.study.repair.choice import Trial, difference_interval, front, recommend
+from rlspec.study.repair.command import CommandScores
 from rlspec.study.repair.losses import mean
 from rlspec.study.repair.scores import Costs
 from rlspec.study.repair.search import _middle
@@ -218,6 +225,26 @@ def scorer(tmp_path: Path, text: str = SCORER) -> str:
     (tmp_path / "scorer.py").write_text(text)
     (tmp_path / "log").mkdir(exist_ok=True)
     return shlex.join([sys.executable, str(tmp_path / "scorer.py"), "{model}", str(tmp_path / "log" / "log")])
+
+
+def test_what_a_killed_search_had_written_of_a_candidate_stops_no_other(given: Path, tmp_path: Path) -> None:
+    names = {"win_back": ["win_back"], "keep": ["keep"], "beside": tmp_path / "log" / "out"}
+    scores = CommandScores(given / "base", given / "tuned", scorer(tmp_path), **names)
+    options = RestoreOptions()
+    place, state = staging_folder(scores._place)[0], staging_folder(scores._place)[1] / "state.json"
+
+    def kill() -> None:
+        for _ in range(6000):
+            if json.loads(state.read_text())["finished"]:
+                raise KeyboardInterrupt
+            time.sleep(0.01)
+
+    plan = plan_restore(given / "base", given / "tuned", options)
+    with pytest.raises(KeyboardInterrupt):
+        run_plan(plan, Target(place, given / "base", given / "tuned"), on_commit=kill)
+    assert state.exists()
+    assert scores.restored(options).general != 0
+    assert not [path.name for path in (tmp_path / "log").iterdir() if "partial" in path.name]
 
 
 def test_a_command_sees_one_checkpoint_at_a_time_and_none_is_left(given: Path, tmp_path: Path) -> None:

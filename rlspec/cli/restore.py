@@ -85,10 +85,11 @@ def _run(
     plan: Plan, target: Target, memory_gib: float, report_file: Path | None, share: Share, told: Told
 ) -> None:
     from rlspec.cli.restore_text import Bar, idle_lines, passed_over_lines, report_lines, unmatched_lines
-    from rlspec.io.launch import ToldByFirstError
+    from rlspec.io.launch import ToldByFirstError, staging_folder
     from rlspec.restore.checkpoint import run_plan
 
     first = share.number == 0
+    before = _identity(target.out)
     notes = (*plan.notes, *unmatched_lines(plan), *passed_over_lines(plan), *idle_lines(plan, share.count))
     for line in notes if first else ():
         click.echo(line, err=True)
@@ -112,16 +113,19 @@ def _run(
     except KeyboardInterrupt as stop:
         bar.close()
         if first:
-            click.echo(
-                f"Stopped; nothing is at {target.out} yet. To finish it: the same command with --resume",
-                err=True,
-            )
+            click.echo(f"Stopped; {_state(target, before)}", err=True)
         raise SystemExit(stopped(stop)) from None
     except CheckpointError as error:
-        if not told.joined or isinstance(error, ToldByFirstError):
+        if (
+            not told.joined
+            or isinstance(error, ToldByFirstError)
+            or not staging_folder(target.out)[1].exists()
+        ):
             raise
+        taken = os.path.lexists(target.out) and not target.overwrite
+        when = f"once {target.out} is moved away, " if taken else ""
         raise CheckpointError(
-            f"{error}; what is finished is kept, the same command with --resume goes on"
+            f"{error}; what is finished is kept, {when}the same command with --resume goes on"
         ) from None
     finally:
         bar.close()
@@ -131,6 +135,24 @@ def _run(
         report.write(report_file)
     for line in report_lines(report):
         click.echo(line)
+
+
+def _identity(path: Path) -> tuple[int, int] | None:
+    """What tells a folder from another one of its name; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _state(target: Target, before: tuple[int, int] | None) -> str:
+    """How things stand where an interrupt has come, which may be a moment too late."""
+    now = _identity(target.out)
+    if now is not None and now != before:
+        return f"{target.out} was complete before"
+    untouched = f"nothing is at {target.out} yet" if now is None else f"{target.out} is as it was"
+    return f"{untouched}. To finish it: the same command with --resume"
 
 
 def _check_report_file(path: Path | None, base: Path, tuned: Path, out: Path) -> None:

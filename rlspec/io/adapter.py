@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import CheckpointError
+from rlspec.io.counterparts import Names
 from rlspec.io.files import read_json_object
 from rlspec.io.index import CheckpointIndex
-from rlspec.io.projections import conv1d_layer, counterpart, modules_in
+from rlspec.io.projections import conv1d_layer, modules_in
 from rlspec.io.stream import read_tensor
 from rlspec.io.updates import Update
 
@@ -72,6 +73,7 @@ class Adapter:
         index = CheckpointIndex.open(folder / WEIGHTS_FILE)
         factors: dict[tuple[str, bool], dict[str, str]] = {}
         replacements = {}
+        there = Names(base.tensors)
         for stored in index.tensors:
             path = stored.removeprefix(_PREFIX)
             if match := _FACTOR.fullmatch(path):
@@ -82,14 +84,14 @@ class Adapter:
                 raise CheckpointError(f"{index.path}: {stored} is of a kind of adapter that is not supported")
             else:
                 match = _SAVED.fullmatch(path)
-                name = _place(f"{match[1]}.{match[2]}" if match else path, stored, base, index)
+                name = _place(f"{match[1]}.{match[2]}" if match else path, stored, there, base, index)
                 _same_shape(name, base, index.tensors[stored].shape, stored, index)
                 replacements[name] = stored
         updates = {}
         for (module, embedding), pair in factors.items():
             if set(pair) != {"A", "B"}:
                 raise CheckpointError(f"{index.path}: {module} has lora_{next(iter(pair))} alone")
-            name = _place(f"{module}.weight", pair["A"], base, index)
+            name = _place(f"{module}.weight", pair["A"], there, base, index)
             updates[name] = _low_rank(name, module, pair, embedding, config, base, index)
         return cls(index, updates, replacements, bool(config.get("ensure_weight_tying")))
 
@@ -256,9 +258,9 @@ def _same_shape(
         )
 
 
-def _place(path: str, stored: str, base: CheckpointIndex, index: CheckpointIndex) -> str:
+def _place(path: str, stored: str, there: Names, base: CheckpointIndex, index: CheckpointIndex) -> str:
     """The base's name of a tensor that the adapter calls ``path``."""
-    found = counterpart(path, base.tensors)
+    found = there.counterpart(path)
     if found is not None:
         return found
     if "lm_head" in modules_in(path, ()):

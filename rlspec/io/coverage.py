@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from rlspec.io.projections import Projection, in_tower, layer_of
+from rlspec.io.projections import Projection, layer_of
+from rlspec.io.stacks import in_tower
 
 
 def partly_found(projections: Iterable[Projection], names: Iterable[str]) -> str | None:

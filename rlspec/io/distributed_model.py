@@ -16,11 +16,12 @@ import torch
 from torch import Tensor
 
 from rlspec.errors import CheckpointError
+from rlspec.io.counterparts import Names
 from rlspec.io.distributed import DistributedTensor
 from rlspec.io.distributed_weights import DistributedWeights
 from rlspec.io.dtypes import stored_name
 from rlspec.io.index import CheckpointIndex, TensorEntry, distributed_places, merged_first
-from rlspec.io.projections import counterpart, modules_in
+from rlspec.io.projections import modules_in
 from rlspec.io.quantised import companions, is_quantised
 from rlspec.io.stream import aligned
 from rlspec.io.tied import Tie, find_tie
@@ -76,15 +77,16 @@ class DistributedModel:
     def _take(self, base: CheckpointIndex, tie: Tie | None) -> None:
         """Find each of the base's tensors."""
         codes = companions(base.tensors)
+        here = Names(self._weights.tensors)
         for name, entry in base.tensors.items():
             if is_quantised(name) or name in codes:
                 raise CheckpointError(
                     f"{entry.shard}: {name} is stored as codes, and {self.path} holds numbers: no output is laid out "
                     "like both; dequantise the base first"
                 )
-            own = counterpart(name, self._weights.tensors) or self._head(entry)
+            own = here.counterpart(name) or self._head(entry)
             if own is None and tie is not None and tie.said and name == tie.head:
-                own = counterpart(tie.embed, self._weights.tensors)
+                own = here.counterpart(tie.embed)
             if own is None:
                 self._refuse(f"lacks {name}, which", "has", base)
             tensor = self._weights.tensors[own]

@@ -21,7 +21,7 @@ from uuid import uuid4
 from rlspec.errors import CheckpointError, RlspecError, RunFolderError, TensorError
 from rlspec.io.files import write_error
 from rlspec.io.jsonl import append_rows, read_rows
-from rlspec.io.lock import is_held, let_go, locked
+from rlspec.io.lock import is_held, is_told, let_go, locked
 from rlspec.io.share import APART, LOOK, Share
 
 _NAME = "launch"
@@ -33,6 +33,14 @@ class ToldByFirstError(CheckpointError):
 
 class FirstMissingError(CheckpointError, RunFolderError):
     """The first process has not come."""
+
+
+class ChangedInputsError(CheckpointError):
+    """An input is not what it was when the work began: nothing that was made of it can be used."""
+
+
+# What a process can fail with that means something to the first one, beyond the message.
+_KINDS: dict[str, type[RlspecError]] = {kind.__name__: kind for kind in (TensorError, ChangedInputsError)}
 
 
 def staging_folder(out: Path) -> tuple[Path, Path]:
@@ -63,6 +71,13 @@ def wait_for_launch(launch: Path, began: float) -> bool:
 def are_there(folder: Path) -> bool:
     """Whether processes of a launch still write into a staging folder."""
     return any(is_held(path) for path in (folder / _NAME, *_parts(folder).values()))
+
+
+def not_told(folder: Path) -> list[Path]:
+    """The files for whose sake :func:`are_there` says so though it cannot know: their file system has no locks."""
+    return [
+        path for path in (folder / _NAME, *_parts(folder).values()) if path.exists() and not is_told(path)
+    ]
 
 
 def finished_by_others(folder: Path) -> dict[str, int]:
@@ -104,14 +119,15 @@ class Launch:
 
         Raises:
             TensorError: one has found NaN or infinity.
+            ChangedInputsError: one has found other inputs than there were.
             CheckpointError: one has failed otherwise.
         """
         for number, path in _parts(self._folder).items():
             for row in read_rows(path, CheckpointError):
                 if "failure" not in row:
                     continue
-                if row["kind"] == TensorError.__name__:
-                    raise TensorError(row["failure"])
+                if row["kind"] in _KINDS:
+                    raise _KINDS[row["kind"]](row["failure"])
                 raise CheckpointError(f"process {number} of {self._count}: {row['failure']}")
 
     def wait(self, finished: dict[str, int]) -> dict[str, int]:

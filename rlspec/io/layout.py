@@ -17,36 +17,8 @@ import torch
 from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.dtypes import TORCH_DTYPES, stored_name
-from rlspec.io.files import refuse_lfs_pointers
-from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, TensorEntry, check_links
+from rlspec.io.index import INDEX_FILE, SINGLE_FILE, CheckpointIndex, TensorEntry
 from rlspec.io.stream import by_shard
-
-# Weights in other formats, or beside the ones that the index lists: they would be the unchanged ones.
-_WEIGHTS = (
-    ".safetensors",
-    ".bin",
-    ".pt",
-    ".pth",
-    ".gguf",
-    ".h5",
-    ".msgpack",
-    ".onnx",
-    ".ot",
-    ".ckpt",
-    ".index.json",
-)
-# How the names of a tokenizer's files and of chat templates begin.
-_TOKENIZER = (
-    "tokenizer",
-    "special_tokens_map",
-    "added_tokens",
-    "chat_template",
-    "additional_chat_templates",
-    "vocab",
-    "merges",
-    "spiece",
-    "sentencepiece",
-)
 
 
 @dataclass(frozen=True)
@@ -193,57 +165,3 @@ def index_content(like: CheckpointIndex, shards: list[ShardLayout]) -> bytes | N
 def _tensor_bytes(like: CheckpointIndex, shards: list[ShardLayout]) -> dict[str, int]:
     sizes = {name: entry.end - entry.start for name, entry in like.tensors.items()}
     return sizes | {name: place.bytes for shard in shards for name, place in shard.changed.items()}
-
-
-def companions(like: CheckpointIndex, tokenizer: Path | None = None) -> dict[Path, Path]:
-    """The other files of the folder, to be copied: configuration, tokenizer, templates, licence; no other weights.
-
-    Of the folders in it those come along that hold no weights, such as ``additional_chat_templates``; not the training
-    states or other formats that some keep beside the model, and nothing hidden.
-
-    Args:
-        tokenizer: a folder whose tokenizer and chat templates take the place of the ones here. A whole tokenizer there
-            leaves none of the files of this one.
-
-    Returns:
-        Each file's place in the new folder, and the file.
-
-    Raises:
-        CheckpointError: one is a symbolic link that leaves its folder or leads nowhere, or a pointer of Git LFS.
-    """
-    if like.path.is_file():
-        return {}
-    shards = {entry.shard for entry in like.tensors.values()}
-    files = _files(like.path, shards)
-    if tokenizer is not None:
-        own = {place: path for place, path in _files(tokenizer, set()).items() if _is_tokenizer(place)}
-        if Path("tokenizer_config.json") in own:
-            files = {place: path for place, path in files.items() if not _is_tokenizer(place)}
-        files |= own
-    refuse_lfs_pointers(files.values())
-    return files
-
-
-def _files(folder: Path, shards: set[Path]) -> dict[Path, Path]:
-    entries = [path for path in sorted(folder.iterdir()) if path not in shards]
-    files = [p for p in entries if _is_file(p) and not _is_weights(p)]
-    for below in entries:
-        if below.is_dir() and not below.is_symlink() and not below.name.startswith("."):
-            inside = [Path(root, name) for root, _, names in os.walk(below) for name in sorted(names)]
-            if not any(path in shards or _is_weights(path) for path in inside):
-                files += [p for p in inside if _is_file(p)]
-    check_links(folder, files)
-    return {path.relative_to(folder): path for path in files}
-
-
-def _is_file(path: Path) -> bool:
-    """Whether it is a file; also a link to one that is missing, by its name: a folder's rarely has an ending."""
-    return path.is_file() or (path.is_symlink() and not path.exists() and path.suffix != "")
-
-
-def _is_tokenizer(place: Path) -> bool:
-    return place.parts[0].startswith(_TOKENIZER)
-
-
-def _is_weights(path: Path) -> bool:
-    return path.name.endswith(_WEIGHTS)

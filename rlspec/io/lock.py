@@ -54,6 +54,12 @@ def is_held(lock: Path) -> bool:
         return False
 
 
+def is_told(lock: Path) -> bool:
+    """Whether :func:`is_held` tells of an existing file; false where its file system has no locks."""
+    with lock.open("r+b") as file:
+        return take(file, shared=True) is not None
+
+
 def locked(path: Path, content: bytes) -> IO[bytes]:
     """Give a new file its name once it has its content and is locked, until :func:`let_go` of what is returned.
 

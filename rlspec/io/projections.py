@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,7 +33,7 @@ from rlspec.io.fused import (
     query_key_value,
 )
 from rlspec.io.quantised import unknown_scheme
-from rlspec.io.stacks import LanguageModel, Stack, in_tower, tell_apart, text_config
+from rlspec.io.stacks import LanguageModel, Stack, tell_apart, text_config
 
 if TYPE_CHECKING:  # it needs the compiled extension, which tensors in memory do not
     from rlspec.io.index import CheckpointIndex
@@ -307,31 +307,6 @@ def read_config(checkpoint: Path) -> Config | None:
 def config_file(checkpoint: Path) -> Path:
     """Where the config.json of a checkpoint's folder, or of the folder of its only file, would be."""
     return (checkpoint if checkpoint.is_dir() else checkpoint.parent) / "config.json"
-
-
-def counterpart(name: str, names: Collection[str]) -> str | None:
-    """``name`` itself, or the only one of ``names`` that differs from it in nothing but its prefix; None where none does.
-
-    Checkpoints on disk, modules in memory and models without their head disagree about prefixes ("transformer.h.0…"
-    and "h.0…", "model.language_model…" and "language_model.model…").
-    """
-    found = counterparts(name, names)
-    return found[0] if len(found) == 1 else None
-
-
-def counterparts(name: str, names: Collection[str]) -> list[str]:
-    """What `counterpart` chooses from: several where a module holds more than one model."""
-    if name in names:
-        return [name]
-    parts = name.split(".")
-    for start in range(len(parts) - 1):
-        rest = ".".join(parts[start:])
-        found = [n for n in names if (n == rest or n.endswith(f".{rest}")) and in_tower(n) == in_tower(name)]
-        if found:
-            return found
-        if parts[start].isdigit():
-            break
-    return []
 
 
 def check_finite(name: str, tensor: Tensor) -> None:

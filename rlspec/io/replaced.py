@@ -61,6 +61,18 @@ def refuse_losses(folder: Path, *, kept: Sequence[Path] = ()) -> None:
             )
 
 
+def refuse_mount_point(out: Path) -> None:
+    """Refuse an output that no rename can give its name, before it is written.
+
+    Raises:
+        CheckpointError: something is mounted there.
+    """
+    if os.path.ismount(out):
+        raise CheckpointError(
+            f"{out} is a mount point, whose name no new folder can take; give a folder in it"
+        )
+
+
 def _shards(folder: Path) -> set[Path]:
     from rlspec.io.index import SINGLE_FILE, CheckpointIndex
 

@@ -20,8 +20,9 @@ from typing import Any
 from rlspec import _C
 from rlspec.errors import CheckpointError
 from rlspec.io.files import sync_folder, write_atomically, write_error
-from rlspec.io.launch import Launch, are_there, finished_by_others, forget_launch, staging_folder
+from rlspec.io.launch import Launch, are_there, finished_by_others, forget_launch, not_told, staging_folder
 from rlspec.io.lock import let_go, take
+from rlspec.io.replaced import refuse_mount_point
 
 _VERSION = 1
 
@@ -32,12 +33,13 @@ class Staging:
     Args:
         out: the folder that is to appear.
         fingerprint: of inputs and settings.
-        resume: take over what an interrupted run with the same fingerprint left.
+        resume: take over what an interrupted run with the same fingerprint left. Without, what one with another has
+            left is removed.
         overwrite: ``out`` may exist and is replaced.
 
     Raises:
-        CheckpointError: ``out`` exists, cannot be made, is being written by another process; or there is something
-            to resume and it belongs to other inputs or settings.
+        CheckpointError: ``out`` exists, is a mount point, cannot be made, is being written by another process; or there
+            is something to resume and it belongs to other inputs or settings, or resuming was not asked for.
     """
 
     def __init__(self, out: Path, fingerprint: str, *, resume: bool, overwrite: bool) -> None:
@@ -51,6 +53,7 @@ class Staging:
         self._launch: Launch | None = None
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
+            refuse_mount_point(self.out)
             self._recover()
             if os.path.lexists(self.out) and not overwrite:
                 raise CheckpointError(
@@ -60,7 +63,7 @@ class Staging:
             self._lock = self._locked()
             if are_there(self.folder):
                 raise self._busy()
-            self.finished = self._take_over() if resume else {}
+            self.finished = self._take_over(resume)
             if self.finished:
                 self._drop_unfinished()
                 self._save()
@@ -127,7 +130,13 @@ class Staging:
             raise CheckpointError(f"{self.out}: {error}") from None
         except OSError as error:
             raise write_error(self.out, error) from None
-        shutil.rmtree(self.folder, ignore_errors=True)  # the output is complete whether or not this succeeds
+        try:
+            shutil.rmtree(
+                self.folder, ignore_errors=True
+            )  # the output is complete whether or not this succeeds
+        except KeyboardInterrupt:
+            shutil.rmtree(self.folder, ignore_errors=True)  # no resumed run would come for what is left
+            raise
         self._end_launch(wait=False)
         self.unlock()
         return self.out
@@ -169,6 +178,11 @@ class Staging:
         return descriptor
 
     def _busy(self) -> CheckpointError:
+        if unknown := not_told(self.folder):
+            return CheckpointError(
+                f"{self.out}: another process may be writing it, and the file system has no locks that would tell; if "
+                f"none is, remove {', '.join(path.name for path in unknown)} in {self.folder}"
+            )
         return CheckpointError(f"{self.out}: another process is writing it ({self.folder})")
 
     def _recover(self) -> None:
@@ -176,11 +190,11 @@ class Staging:
         if self._replaced.exists() and not os.path.lexists(self.out):
             os.rename(self._replaced, self.out)
 
-    def _take_over(self) -> dict[str, int]:
+    def _take_over(self, resume: bool) -> dict[str, int]:
         """Finished shards and their sizes; none where there is nothing to go on with.
 
         Raises:
-            CheckpointError: it belongs to other inputs or settings.
+            CheckpointError: it belongs to other inputs or settings; or is of these and would be lost.
         """
         try:
             state: dict[str, Any] = json.loads(self._state.read_bytes())
@@ -188,6 +202,8 @@ class Staging:
         except (OSError, ValueError):
             return {}
         if state.get("version") != _VERSION or state.get("fingerprint") != self._fingerprint:
+            if not resume:
+                return {}
             raise CheckpointError(
                 f"{self.folder}: belongs to other inputs or settings; repeat those to resume, or start anew without "
                 "resuming"
@@ -196,12 +212,27 @@ class Staging:
         if state.get("inode") != inode:
             return {}
         finished: dict[str, int] = state["finished"] | finished_by_others(self.folder)
-        return {name: size for name, size in finished.items() if _size(self.checkpoint / name) == size}
+        left = {name: size for name, size in finished.items() if _size(self.checkpoint / name) == size}
+        if left and not resume:
+            raise CheckpointError(
+                f"{self.folder}: {len(left)} shards of the same inputs and settings are finished there already; give "
+                "resume=True to go on with them, or remove that folder to begin anew"
+            )
+        return left
 
     def _drop_unfinished(self) -> None:
-        """Shards that were begun: they are written anew, and hold room that the disk may not have twice."""
-        for path in self.checkpoint.glob(".*.tmp"):
-            path.unlink()
+        """All but finished shards.
+
+        Those that were begun are written anew, and hold room that the disk may not have twice; so are other files, which
+        the input may not have any more.
+        """
+        for root, folders, names in os.walk(self.checkpoint, topdown=False):
+            for path in (Path(root, name) for name in names):
+                if str(path.relative_to(self.checkpoint)) not in self.finished:
+                    path.unlink()
+            for folder in (Path(root, name) for name in folders):
+                if not any(folder.iterdir()):
+                    folder.rmdir()
 
     def _empty(self) -> None:
         self._state.unlink(missing_ok=True)

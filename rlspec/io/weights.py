@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rlspec.backend import where_computed
 from rlspec.errors import CheckpointError, TensorError, check_type
+from rlspec.io.counterparts import Names
 from rlspec.io.fused import Config
 from rlspec.io.module import (
     ModuleTensors,
@@ -24,7 +25,7 @@ from rlspec.io.module import (
     strip_wrappers,
     with_adapters,
 )
-from rlspec.io.projections import Projection, counterparts, read_config
+from rlspec.io.projections import Projection, read_config
 from rlspec.io.quantised import block_size, companions, dequantised, scales_of
 from rlspec.io.requantised import ScaledCodes
 from rlspec.io.updates import Update
@@ -68,16 +69,17 @@ def _open_checkpoint(path: Path) -> Weights:
     return DistributedWeights(places[0]) if places else CheckpointWeights(path)
 
 
-def find_tensor(name: str, names: Collection[str], where: str, kind: str = "tensor") -> str:
+def find_tensor(name: str, names: Names | Collection[str], where: str, kind: str = "tensor") -> str:
     """The tensor that ``name`` stands for among ``names``, which may differ in the prefix.
 
     Args:
+        names: :class:`Names` where several are looked for.
         where, kind: what messages call the place and what is looked for.
 
     Raises:
         TensorError: there is none, or several, as where two models lie in one module.
     """
-    found = counterparts(name, names)
+    found = Names.of(names).counterparts(name)
     if len(found) == 1:
         return found[0]
     if found:
@@ -152,7 +154,8 @@ class Weights:
             del matrix  # before the next one is asked for
 
     def _tensor_names(self, projections: Sequence[Projection]) -> list[str]:
-        return [find_tensor(projection.tensor, self._names(), self.where) for projection in projections]
+        names = Names(self._names())
+        return [find_tensor(projection.tensor, names, self.where) for projection in projections]
 
     def _matrices(
         self, projections: Sequence[Projection], names: Sequence[str], *, add: bool

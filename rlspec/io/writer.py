@@ -16,10 +16,11 @@ from torch import Tensor
 
 from rlspec import _C
 from rlspec.errors import CheckpointError, RlspecError
+from rlspec.io.companions import companions
 from rlspec.io.files import read_error, sync_folder, write_error
 from rlspec.io.index import INDEX_FILE, CheckpointIndex
 from rlspec.io.launch import JoinedStaging
-from rlspec.io.layout import Place, ShardLayout, companions, index_content, lay_out
+from rlspec.io.layout import Place, ShardLayout, index_content, lay_out
 from rlspec.io.outputs import OutputFiles
 from rlspec.io.share import ALONE, Share
 from rlspec.io.staging import Staging, write_file
@@ -43,7 +44,8 @@ class CheckpointWriter:
             ``model.safetensors``.
         changed: tensors that will be put, and the dtype each is written in.
         fingerprint: identifies inputs and settings; what an interrupted run left is taken over only if it is equal.
-        resume: take it over. Without, it is thrown away.
+        resume: take it over. Without, it is refused where shards of this fingerprint are finished; what belongs to
+            another is thrown away.
         overwrite: replace ``out`` where it exists, at the last moment.
         tokenizer: a folder whose tokenizer and chat templates go before those of ``like``.
         contents: of companion files that are not copied but written anew, by their place in the folder.
@@ -52,9 +54,9 @@ class CheckpointWriter:
         owners: the process that writes each of ``like``'s shards; the first one those that are not named.
 
     Raises:
-        CheckpointError: ``out`` exists, or cannot be written, or its disk has no room; or, resuming, another
-            fingerprint; or the first process does not come. The same for errors while writing: the file, and what is
-            wrong.
+        CheckpointError: ``out`` exists, is a mount point or cannot be written, or its disk has no room; or, resuming,
+            another fingerprint; not resuming, finished shards of this one; or the first process does not come. The same
+            for errors while writing: the file, and what is wrong.
     """
 
     def __init__(
@@ -127,6 +129,7 @@ class CheckpointWriter:
     def _check_space(self, todo: list[ShardLayout]) -> None:
         # Shards without changes may be shared with the original's and take no space.
         needed = sum(layout.size for layout in todo if layout.changed)
+        needed += sum(path.stat().st_size for path in self._companions.values())
         disk = os.statvfs(self._staging.folder)
         free = disk.f_bavail * disk.f_frsize
         if needed > free:

@@ -17,7 +17,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from rlspec.errors import CheckpointError, RlspecError, TensorError, check_type
+from rlspec.io.files import read_error
 from rlspec.io.index import METADATA_FILE
+from rlspec.io.launch import ChangedInputsError
 from rlspec.io.share import ALONE, Share
 from rlspec.linalg.precision import pinned_arithmetic
 from rlspec.linalg.rank import RankLike
@@ -30,6 +32,7 @@ from rlspec.restore.target import Target
 from rlspec.restore.tensors import (
     Block,
     Changes,
+    merged,
     restore_rows,
     unchanged,
 )
@@ -80,7 +83,8 @@ def restore_checkpoint(
             :class:`rlspec.restore.RestoreOptions`.
         memory_gib: bound on the memory used for tensors and decompositions, beyond the interpreter's own; of each
             process.
-        resume: go on with an interrupted call of the same inputs and settings.
+        resume: go on with an interrupted call of the same inputs and settings. Without, what such a call has finished
+            is not thrown away: an error says where it lies.
         overwrite: replace ``out`` where it exists.
         cache_dir: of the base's decompositions; default ``$RLSPEC_CACHE`` or ``~/.cache/rlspec``.
         share: which process this is of several that call this with the same arguments, each for its shards of the
@@ -93,8 +97,8 @@ def restore_checkpoint(
 
     Raises:
         CheckpointError: inputs that cannot be read, are quantised in a form that is not known, or do not belong
-            together; an output that exists or cannot be written; another process that has failed or was killed
-            (ToldByFirstError in those that are not the first, which has the reason).
+            together; an input that changed meanwhile; an output that exists or cannot be written; another process that
+            has failed or was killed (ToldByFirstError in those that are not the first, which has the reason).
         OptionError: a setting that does not exist or is out of range; memory that is too small.
         ProjectionError: modules that the checkpoint lacks.
         TensorError: NaN or infinity in a matrix to be restored.
@@ -148,12 +152,13 @@ def run_plan(
     if share.number > 0 and share.number not in owners.values():
         return _report(plan, target, {}, 0, time.perf_counter() - began)
     journal = Journal(Path(os.path.abspath(target.out)), share.number)
+    inputs = fingerprint(plan)
     cache = Path(cache_dir) if cache_dir is not None else None
     writer = CheckpointWriter(
         target.out,
         plan.like,
         changed=plan.changed,
-        fingerprint=fingerprint(plan),
+        fingerprint=inputs,
         share=share,
         owners=owners,
         resume=target.resume,
@@ -167,7 +172,17 @@ def run_plan(
     try:
         with closing(writer):
             done, resumed = _fill(
-                here, target, writer, memory, cache, journal, on_begin, on_step, on_commit, share
+                here,
+                target,
+                writer,
+                memory,
+                cache,
+                journal,
+                on_begin,
+                on_step,
+                on_commit,
+                share,
+                lambda: _refuse_changed(plan, inputs),
             )
     finally:
         if share.number == 0 and not writer.resumable:
@@ -186,6 +201,7 @@ def _fill(
     on_step: Callable[[Step], None],
     on_commit: Callable[[], None],
     share: Share,
+    refuse_changed: Callable[[], None],
 ) -> tuple[dict[str, MatrixReport], int]:
     """Write all that is pending; the reports of all matrices, and how many of them an earlier call had done.
 
@@ -209,19 +225,36 @@ def _fill(
             on_step(step)
         on_commit()
         writer.finish()  # what is refused now has all its work kept for a resumed run, on a slow disk as well
+        refuse_changed()
         if share.number == 0:
             target.refuse_losses()  # once more: hours may have passed
         writer.commit()
     except RlspecError as error:
         writer.fail(error)
-        if isinstance(error, TensorError):
-            # The values are at fault: no resumed run of the same inputs gets further, and none of others may take it
-            # over.
+        if isinstance(error, (TensorError, ChangedInputsError)):
+            # The values are at fault, or are no longer those of the inputs: no resumed run of the same inputs gets
+            # further, and none of others may take it over.
             writer.close(keep=False)
         raise
     if share.count > 1 and share.number == 0:
         done = journal.read() | done
     return done, len(earlier)
+
+
+def _refuse_changed(plan: Plan, before: str) -> None:
+    """Refuse an output that may be a mixture of two models: inputs are not read in one moment.
+
+    Raises:
+        ChangedInputsError: an input is not what it was when the work began.
+        CheckpointError: one is not there now, which a disk that comes back may mend.
+    """
+    if fingerprint(plan) != before:
+        tuned = plan.like.path if plan.adapter is None else plan.adapter.index.path.parent
+        tuned = tuned if plan.model is None else plan.model.path
+        raise ChangedInputsError(
+            f"{plan.base.path} or {tuned} was written to while it was read: what was made of it may be a mixture and is "
+            "removed; begin anew when nothing writes there any more"
+        )
 
 
 def _refuse_linked_inputs(plan: Plan, out: Path) -> None:
@@ -279,7 +312,8 @@ def _by_rows(
         assert plan.model is not None
         written = plan.model.rows(step.name, memory_bytes=pool)
     elif step.action == "merge":
-        same = ((first, tuned, tuned) for first, _, tuned in _blocks(plan, step.name, pool))
+        assert plan.adapter is not None
+        same = merged(step.name, _blocks(plan, step.name, pool), added=plan.adapter.adds(step.name))
         written = restore_rows(step.name, same, step.dtype, unchanged(plan.options), Changes(0))
     else:
         ((projection, shape),) = step.matrices()
@@ -318,6 +352,9 @@ def fingerprint(plan: Plan) -> str:
     """A hash of everything that the output depends on: settings, version, and the identity of the inputs.
 
     An input is identified by the name, size, time of modification and header of each of its files.
+
+    Raises:
+        CheckpointError: one of them cannot be read.
     """
     digest = hashlib.blake2b(digest_size=20)
     digest.update(json.dumps([version("rlspec"), plan.options.to_dict()], sort_keys=True).encode())
@@ -326,7 +363,7 @@ def fingerprint(plan: Plan) -> str:
         folder = index.path if index.path.is_dir() else index.path.parent
         shards = sorted({entry.shard for entry in index.tensors.values()})
         for path in (*shards, folder / "config.json", folder / "adapter_config.json"):
-            if path.is_file():
+            if path in shards or path.is_file():
                 digest.update(_identity(path, header_only=path in shards))
     if plan.model is not None:
         digest.update(_identity(plan.model.path / METADATA_FILE, header_only=False))
@@ -336,14 +373,20 @@ def fingerprint(plan: Plan) -> str:
 
 
 def _identity(path: Path, *, header_only: bool) -> bytes:
-    with path.open("rb") as file:
-        head = file.read(8)
-        rest = file.read(int.from_bytes(head, "little") if header_only else -1)
+    try:
+        with path.open("rb") as file:
+            head = file.read(8)
+            rest = file.read(int.from_bytes(head, "little") if header_only else -1)
+    except OSError as error:
+        raise read_error(path, error) from None
     return _status(path) + head + rest
 
 
 def _status(path: Path) -> bytes:
-    status = os.stat(path)
+    try:
+        status = os.stat(path)
+    except OSError as error:
+        raise read_error(path, error) from None
     return f"{path.resolve()} {status.st_size} {status.st_mtime_ns} ".encode()
 
 

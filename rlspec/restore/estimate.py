@@ -59,8 +59,10 @@ def working_bytes(step: Step, plan: Plan) -> int:
         whole += prod(step.entry.shape) * _DEQUANTISED_BYTES
     if plan.options.elementwise:
         return whole + _BLOCK_COPIES * 8 * BLOCK_ENTRIES
-    shapes = [shape for _, shape in step.matrices()]
-    return whole + max(int(8 * (_MATRIX_COPIES * m * n + _GRAM_COPIES * min(m, n) ** 2)) for m, n in shapes)
+    matrices = (
+        int(8 * (_MATRIX_COPIES * m * n + _GRAM_COPIES * min(m, n) ** 2)) for _, (m, n) in step.matrices()
+    )
+    return whole + max(matrices, default=0)  # a scalar that is merged has none
 
 
 def entries_at_once(step: Step, plan: Plan) -> int:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rlspec.errors import OptionError, TensorError, check_type
+from rlspec.io.counterparts import Names
 from rlspec.io.module import ModuleTensors, module_config, unmerged_adapters
 from rlspec.io.projections import Projection
 from rlspec.io.quantised import block_size, companions, dequantised, has_own_scheme, scales_of
@@ -75,6 +76,7 @@ def restore_(
     parameters = dict(model.named_parameters(remove_duplicate=False))
     held = ModuleTensors(model, {**dict(model.named_buffers()), **parameters})
     beside, block = companions(held.tensors), block_size(module_config(model))
+    names = Names(held.tensors)
     places: dict[str, _Place] = {}
     todo = []
     for projection in basis.projections:
@@ -82,7 +84,7 @@ def restore_(
             raise TensorError(
                 f"{projection.tensor}: sharded over processes by FSDP; restore the gathered model or its checkpoint"
             )
-        found = find_tensor(projection.tensor, held.tensors, "the model given", "parameter")
+        found = find_tensor(projection.tensor, names, "the model given", "parameter")
         if found not in places:
             places[found] = _place(held, projection.tensor, found, beside.get(found, []), block)
         place = places[found]

@@ -16,10 +16,12 @@ import torch
 
 from rlspec.errors import CheckpointError, OptionError, TensorError
 from rlspec.io.adapter import Adapter, is_adapter
+from rlspec.io.companions import left_behind
+from rlspec.io.counterparts import Names
 from rlspec.io.distributed_model import DistributedModel, is_distributed_model
 from rlspec.io.dtypes import torch_dtype
 from rlspec.io.index import CheckpointIndex, TensorEntry
-from rlspec.io.projections import Projection, counterpart, model_of, read_config
+from rlspec.io.projections import Projection, model_of, read_config
 from rlspec.io.quantised import companions, is_quantised, unknown_scheme
 from rlspec.io.stream import in_file_order
 from rlspec.io.tied import find_tie, open_adapter, stored_alike, untied_config, with_head
@@ -177,6 +179,8 @@ def plan_restore(base: Path, tuned: Path, options: RestoreOptions) -> Plan:
     if model is not None:
         notes += model.notes
         steps = {name: _copied(step) if step.action == "keep" else step for name, step in steps.items()}
+    if left := left_behind(like):
+        notes.append(left)
     passed_over = {
         name: steps[name].reason
         for name in selection.chosen
@@ -240,11 +244,11 @@ def _under_names_of(like: CheckpointIndex, base: CheckpointIndex) -> CheckpointI
         return base
     mine, theirs = model_of(like), model_of(base)
     # What another model beside the language model calls its layers is no counterpart.
-    sides = {inside: [n for n in base.tensors if theirs.holds(n) == inside] for inside in (True, False)}
+    sides = {inside: Names(n for n in base.tensors if theirs.holds(n) == inside) for inside in (True, False)}
     found = {
         name: base.tensors[there]
         for name in missing
-        if (there := counterpart(name, sides[mine.holds(name)])) is not None
+        if (there := sides[mine.holds(name)].counterpart(name)) is not None
     }
     beside = companions(base.tensors)
     for name, entry in list(found.items()):  # and what their codes are read with

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rlspec.errors import CheckpointError
-from rlspec.io.replaced import refuse_losses
+from rlspec.io.replaced import refuse_losses, refuse_mount_point
 
 
 @dataclass(frozen=True)
@@ -14,8 +14,8 @@ class Target:
     """Where the output goes.
 
     Raises:
-        CheckpointError: ``out`` touches an input, or exists and is not to be overwritten, or holds more than a
-            checkpoint.
+        CheckpointError: ``out`` touches an input, is a mount point, or exists and is not to be overwritten, or holds more
+            than a checkpoint.
     """
 
     out: Path
@@ -35,6 +35,7 @@ class Target:
                 )
         if not self.out.exists():
             return
+        refuse_mount_point(place)
         if not self.overwrite:
             complete = "; it is complete, nothing is left to resume" if self.resume else ""
             raise CheckpointError(f"{self.out} exists already{complete}; give overwrite=True to replace it")

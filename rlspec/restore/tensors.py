@@ -141,8 +141,10 @@ def elementwise(
 ) -> Tensor:
     """Copy or interpolate a tensor of any shape."""
     out = torch.empty(tuned.shape, dtype=dtype)
-    for first, block in restore_rows(label, [(0, base, tuned)], dtype, options, changes):
-        out[first : first + len(block)] = block
+    here = torch.atleast_1d(tuned)  # a scalar is a row
+    there = here if base is tuned else torch.atleast_1d(base)
+    for first, block in restore_rows(label, [(0, there, here)], dtype, options, changes):
+        torch.atleast_1d(out)[first : first + len(block)] = block
     return out
 
 
@@ -156,6 +158,21 @@ def converted(name: str, tuned: Tensor, dtype: torch.dtype, options: RestoreOpti
 def unchanged(options: RestoreOptions) -> RestoreOptions:
     """Settings that round to a dtype and do nothing else."""
     return replace(options, mode="copy", part="top", strength=0.0)
+
+
+def merged(label: str, blocks: Iterable[Block], *, added: bool) -> Iterator[Block]:
+    """Row blocks whose tuned side is to be stored as it is.
+
+    Args:
+        added: it is the base's with something added: NaN and infinity of the base are told as such.
+
+    Raises:
+        NotFiniteError: names the rows.
+    """
+    for first, base, tuned in blocks:
+        if added:
+            _check_sides(f"{label}: rows {first}:{first + len(base)}", base, tuned)
+        yield first, tuned, tuned
 
 
 def restore_rows(
@@ -219,8 +236,9 @@ def _nothing_to_do(base: Tensor, tuned: Tensor, options: RestoreOptions) -> bool
 
 
 def _small(blocks: Iterable[Block]) -> Iterator[Block]:
-    """The same rows in blocks of at most `BLOCK_ENTRIES` entries (one row at least)."""
+    """The same rows in blocks of at most `BLOCK_ENTRIES` entries (one row at least); one tensor stays one."""
     for first, base, tuned in blocks:
         count = max(1, BLOCK_ENTRIES // max(1, tuned[0].numel()))
         for start in range(0, len(tuned), count):
-            yield first + start, base[start : start + count], tuned[start : start + count]
+            here = tuned[start : start + count]
+            yield first + start, here if base is tuned else base[start : start + count], here

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from rlspec.errors import RlspecError
+from rlspec.io.counterparts import Names
 from rlspec.io.heads import split_heads
 from rlspec.io.module import module_device
 from rlspec.io.projections import Projection, find_projections, parse_modules
@@ -134,7 +135,8 @@ class DealtTracker:
         """Entries of the largest tensor of the model that holds one of the projections."""
         held = open_weights(model)
         shapes = held.shapes()
-        found = [find_tensor(p.tensor, shapes.keys(), held.where) for p in self.projections]
+        names = Names(shapes)
+        found = [find_tensor(p.tensor, names, held.where) for p in self.projections]
         return max((math.prod(shapes[name]) for name in found), default=0)
 
     def _deal(self, shapes: Mapping[str, tuple[int, int]], device: torch.device) -> None:

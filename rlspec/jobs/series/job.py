@@ -19,6 +19,7 @@ import torch
 
 from rlspec.backend import choose_device
 from rlspec.errors import CheckpointError, OptionError, TensorError
+from rlspec.io.counterparts import Names
 from rlspec.io.heads import split_heads
 from rlspec.io.projections import Projection, find_projections, parse_modules
 from rlspec.io.share import ALONE, APART, LOOK, Share
@@ -383,9 +384,10 @@ class Job:
         they are measured."""
         weights = checkpoint.open(self.base).on(self.device)
         shapes = weights.shapes()
+        names = Names(shapes)
         for projection in (p for stack in self.stacks for p in stack):
             with _named(checkpoint.path):
-                found = shapes[find_tensor(projection.tensor, shapes, weights.where)]
+                found = shapes[find_tensor(projection.tensor, names, weights.where)]
             wanted = self.shapes[projection.tensor]
             if tuple(found) != tuple(wanted):
                 raise TensorError(

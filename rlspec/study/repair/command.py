@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rlspec.errors import CheckpointError, OptionError
+from rlspec.io.launch import staging_folder
 from rlspec.restore.checkpoint import Target, run_plan
 from rlspec.restore.options import RestoreOptions
 from rlspec.restore.plan import plan_restore
@@ -77,11 +78,12 @@ class CommandScores:
 
     def _remove(self) -> None:
         """The name is the search's own: what lies there, a search that was killed has left."""
-        try:
-            if self._place.exists():
-                shutil.rmtree(self._place)
-        except OSError as error:
-            raise CheckpointError(f"{self._place}: cannot be removed: {error.strerror or error}") from None
+        for left in (self._place, staging_folder(self._place)[1]):
+            try:
+                if left.exists():
+                    shutil.rmtree(left)
+            except OSError as error:
+                raise CheckpointError(f"{left}: cannot be removed: {error.strerror or error}") from None
 
     def _score(self, model: Path, confirm: bool) -> Costs:
         command = self._commands[confirm]
