@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rlspec.errors import JobError
-from rlspec.io.lock import take_lock
+from rlspec.io.lock import let_go, take_lock
 from rlspec.run.progress import Progress, eta_text
 from rlspec.study.cells import Cell, Study
 from rlspec.study.folder import StudyFolder
@@ -141,7 +141,7 @@ def run_study(
         if place is not None:
             place.stop()
         progress.stop()
-        lock.close()
+        let_go(lock)
 
 
 class _Pace:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from rlspec.io.lock import take_lock
+from rlspec.io.lock import let_go, take_lock
 from rlspec.jobs.loading import load_model
 from rlspec.signals import interrupt
 from rlspec.study.cells import Cell
@@ -55,7 +55,7 @@ def run_cell(path: Path | str, digest: str, threads: int) -> None:
         folder.finish(digest, result, time.perf_counter() - began)
         remove_resume_point(folder.cell(digest) / "resume")
     finally:
-        lock.close()
+        let_go(lock)
 
 
 def _start(folder: StudyFolder, cell: Cell, context: Context) -> Any:

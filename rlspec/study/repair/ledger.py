@@ -9,7 +9,7 @@ from typing import Any
 from rlspec.errors import CheckpointError, OptionError
 from rlspec.io.files import write_error
 from rlspec.io.jsonl import append_rows, read_rows, repair
-from rlspec.io.lock import take_lock
+from rlspec.io.lock import let_go, take_lock
 from rlspec.study.repair.scores import Costs, as_row, from_row
 
 
@@ -46,7 +46,7 @@ class Ledger:
 
     def close(self) -> None:
         """Let other processes search there."""
-        self._lock.close()
+        let_go(self._lock)
 
     def score(self, of: dict[str, Any], compute: Callable[[], Costs]) -> Costs:
         """The score noted, or the one computed now, noted before it is returned."""
