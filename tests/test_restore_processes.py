@@ -209,6 +209,31 @@ def test_the_launch_of_a_dead_process_is_not_entered(tmp_path: Path, monkeypatch
         JoinedStaging(tmp_path / "out", "f", Share(1, 2))
 
 
+@pytest.mark.parametrize("emptied", [True, False])
+def test_who_comes_as_the_first_process_goes_leaves_nothing(
+    emptied: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It enters between what the first one looks at and what that removes."""
+    first = Staging(tmp_path / "out", "f", resume=False, overwrite=False)
+    first.invite(2, {"a": 0, "b": 1})
+    right = launch.locked
+
+    def late(path: Path, content: bytes) -> object:
+        first.close(keep=False)
+        if not emptied:
+            first.folder.mkdir()  # its last call comes after ours
+        return right(path, content)
+
+    monkeypatch.setattr(launch, "locked", late)
+    with pytest.raises(ToldByFirstError, match="process 0 of 2 has stopped"):
+        second = JoinedStaging(tmp_path / "out", "f", Share(1, 2))
+        try:
+            second.look()
+        finally:
+            second.close()
+    assert left(tmp_path) == set()
+
+
 def test_a_folder_that_a_process_of_a_launch_still_writes_to_is_left_to_it(tmp_path: Path) -> None:
     out = tmp_path / "out"
     first = Staging(out, "f", resume=False, overwrite=False)

@@ -21,7 +21,7 @@ from uuid import uuid4
 from rlspec.errors import CheckpointError, RlspecError, RunFolderError, TensorError
 from rlspec.io.files import write_error
 from rlspec.io.jsonl import append_rows, read_rows
-from rlspec.io.lock import is_held, is_told, let_go, locked
+from rlspec.io.lock import is_held, is_told, let_go, locked, take
 from rlspec.io.share import APART, LOOK, Share
 
 _NAME = "launch"
@@ -194,6 +194,7 @@ class JoinedStaging:
 
     Raises:
         FirstMissingError: the first process does not come.
+        ToldByFirstError: it has stopped meanwhile.
         CheckpointError: it does something else, or this one cannot write there.
     """
 
@@ -225,6 +226,8 @@ class JoinedStaging:
             before = self._path.read_bytes() if self._path.exists() else b""
             self._lock: IO[bytes] | None = locked(self._path, before[: before.rfind(b"\n") + 1])
         except OSError as error:
+            if not (self.folder / _NAME).exists():
+                raise self._stopped() from None
             raise write_error(error.filename or self.folder, error) from None
 
     def finish(self, name: str, size: int) -> None:
@@ -245,7 +248,7 @@ class JoinedStaging:
         except FileNotFoundError:
             same = False
         if not same:
-            raise ToldByFirstError(f"{self.out}: process 0 of {self._share.count} has stopped")
+            raise self._stopped()
         if not is_held(launch):
             raise CheckpointError(
                 f"{self.out}: process 0 of {self._share.count} has ended before process {self._share.number} was done"
@@ -268,10 +271,23 @@ class JoinedStaging:
             raise ToldByFirstError(str(error)) from error
 
     def close(self, *, keep: bool = True) -> None:
-        """Stop. What is finished is the first process's to keep or to remove."""
+        """Stop. What is finished is the first process's to keep or to remove; where it has gone and kept nothing, before
+        it could know of this one, nothing stays."""
         if self._lock is not None:
             let_go(self._lock)
             self._lock = None
+        with suppress(OSError):
+            if not (self.folder / "state.json").exists():
+                folder = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+                try:
+                    if take(folder) is not False:  # nobody begins anew there
+                        self._path.unlink(missing_ok=True)
+                        self.folder.rmdir()
+                finally:
+                    let_go(folder)
+
+    def _stopped(self) -> ToldByFirstError:
+        return ToldByFirstError(f"{self.out}: process 0 of {self._share.count} has stopped")
 
 
 def _parts(folder: Path) -> dict[int, Path]:
