@@ -25,7 +25,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -189,11 +189,13 @@ def gate(setup: Setup, name: str) -> float:
     return callback.pace.spent
 
 
-def bench(setup: Setup, name: str, steps: int, rounds: int, every: int) -> dict[str, Any]:
+def bench(
+    setup: Setup, name: str, steps: int, rounds: int, every: int, ways: Sequence[str]
+) -> dict[str, Any]:
     once = gate(setup, name)
-    runs: dict[str, list[Run]] = {way: [] for way in WAYS}
+    runs: dict[str, list[Run]] = {way: [] for way in ("off", *ways)}
     for number in range(rounds):
-        for way in list(WAYS)[:: 1 if number % 2 == 0 else -1]:
+        for way in list(runs)[:: 1 if number % 2 == 0 else -1]:
             options = WAYS[way]
             callback = None if options is None else SpectralCallback(every=every, **options)
             runs[way].append(train(setup, name, steps, callback)[0])
@@ -219,8 +221,9 @@ def lines(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
         off = result["ways"]["off"]["seconds"]
         per_step = statistics.median(off) / result["steps"]
         spread = f"{(max(off) - min(off)) / statistics.median(off):.1%}"
-        for way in list(WAYS)[1:]:
-            row = result["ways"][way]
+        for way, row in result["ways"].items():
+            if way == "off":
+                continue
             found = row["overheads"]
             yield (
                 result["trainer"],
@@ -241,6 +244,7 @@ def lines(results: list[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
 @click.option("--trainers", default=",".join(TRAINERS), show_default=True, help="Which, and in which order.")
 @click.option("--steps", default=100, show_default=True, help="Of each training.")
 @click.option("--every", default=50, show_default=True, help="Steps between measurements.")
+@click.option("--ways", default="every,budget", show_default=True, help="Which, beside off.")
 @click.option("--rounds", default=3, show_default=True, help="Each trains once in each way.")
 @click.option("--batch", default=4, show_default=True, help="Sequences a step.")
 @click.option("--length", default=16, show_default=True, help="Tokens that the online trainers sample.")
@@ -250,6 +254,7 @@ def main(
     trainers: str,
     steps: int,
     every: int,
+    ways: str,
     rounds: int,
     batch: int,
     length: int,
@@ -260,6 +265,9 @@ def main(
         raise click.BadParameter(
             f"no trainer {unknown[0]!r}; choose from {', '.join(TRAINERS)}", param_hint="--trainers"
         )
+    asked = [way.strip() for way in ways.split(",")]
+    if unknown := [way for way in asked if way not in WAYS or way == "off"]:
+        raise click.BadParameter(f"no way {unknown[0]!r}; choose from every, budget", param_hint="--ways")
     facts = machine()
     click.echo(f"{facts['cpu']}, {facts['capability']}, {facts['threads']} threads, torch {facts['torch']}")
     warnings.simplefilter("ignore", FutureWarning)  # of transformers about what TRL gives it
@@ -276,7 +284,7 @@ def main(
             write_base(folder)
         setup = Setup(folder, work, batch, length, examples(max(32, 2 * batch)))
         for name in names:
-            results.append(bench(setup, name, steps, rounds, every) | {"steps": steps})
+            results.append(bench(setup, name, steps, rounds, every, asked) | {"steps": steps})
             once = results[-1]["first_time_seconds"]
             click.echo(
                 f"correctness gate: {name}: losses and weights equal bit for bit; "
