@@ -37,9 +37,9 @@ class Scoring:
         if not self._scorer:
             return []
         lines = ["", *score_lines(scored.scores), *correlation_lines(scored.correlations())]
-        if self._watches(scored):
-            calm = f"{self._alarm}: no fall from a peak that chance does not explain"
-            lines.append(_told_fall(scored, str(self._alarm)) or calm)
+        fall = self._told_fall(scored)
+        if fall is not None:
+            lines.append(fall or f"{self._alarm}: no fall from a peak that chance does not explain")
         return lines
 
     def news(self, series: Series, warn: Callable[[str], None]) -> list[str]:
@@ -51,11 +51,10 @@ class Scoring:
         scored = self._scored(series, warn)
         lines = score_lines([row for row in scored.scores if row["checkpoint"] not in self._told])
         self._told |= {row["checkpoint"] for row in scored.scores}
-        if self._watches(scored):
-            told = _told_fall(scored, str(self._alarm))
-            if told and told not in self._told:
-                lines.append(told)
-                self._told.add(told)
+        fall = self._told_fall(scored)
+        if fall and fall not in self._told:
+            lines.append(fall)
+            self._told.add(fall)
         return lines
 
     @property
@@ -63,10 +62,17 @@ class Scoring:
         """How many scores of checkpoints that were asked for could not be taken."""
         return self._scorer.failures
 
-    def _watches(self, scored: Series) -> bool:
-        """Whether there is something that the alarm can look at: the base is no part of a training."""
-        found = (row for row in scored.scores if row["checkpoint"] != "base")
-        return self._alarm is not None and any(row["score"] == self._alarm for row in found)
+    def _told_fall(self, scored: Series) -> str | None:
+        """What to say of the score's fall; "" where there is none, None where no checkpoint has that score."""
+        from rlspec.jobs.series.falls import find_fall
+        from rlspec.jobs.series.result import BASE_LABEL
+        from rlspec.tasks.alarm import describe_fall
+
+        of_checkpoints = (row for row in scored.scores if row["checkpoint"] != BASE_LABEL)
+        if self._alarm is None or all(row["score"] != self._alarm for row in of_checkpoints):
+            return None
+        found = find_fall(scored.scores, self._alarm)
+        return "" if found is None else describe_fall(found[0], checkpoint=found[1])
 
     def _scored(self, series: Series, warn: Callable[[str], None]) -> Series:
         bar = Bar(does="score", unit="score")
@@ -82,12 +88,3 @@ class Scoring:
         if self._table is not None and self._scorer:
             scored.scores.to_csv(self._table)
         return scored
-
-
-def _told_fall(scored: Series, alarm: str) -> str:
-    """What to say of a score's fall; "" where there is none."""
-    from rlspec.jobs.series.falls import find_fall
-    from rlspec.tasks.alarm import describe_fall
-
-    found = find_fall(scored.scores, alarm)
-    return "" if found is None else describe_fall(found[0], checkpoint=found[1])

@@ -72,7 +72,7 @@ def rank_any(
     for name, place in (("base", base), ("tuned", tuned)):
         if out.resolve().is_relative_to(place.resolve()):
             raise CheckpointError(f"--out {out} is or lies in the {name} checkpoint {place}")
-    from rlspec.cli.study_rank_text import as_csv, lines, told
+    from rlspec.cli.study_rank_text import as_csv, given, lines, told
     from rlspec.io.files import write_atomically, write_error
     from rlspec.study.repair import CommandScores, LossScores, search
 
@@ -102,8 +102,7 @@ def rank_any(
         )
 
     def on_trial(trial: Trial) -> None:
-        score = trial.score
-        general, task = scores.sign * score.general, scores.sign * score.task
+        general, task = given(trial.score, scores.sign)
         click.echo(f"{general:9.4f} {task:9.4f}   {told(trial.candidate)}", err=True)
 
     try:

@@ -64,7 +64,7 @@ def as_csv(found: Found) -> str:
 
     def scored(model: str, score: Costs) -> dict[str, Any]:
         share = share_won_back(score, found.base, found.tuned)
-        return {"model": model, **dict(zip(scores, (*_given(score, found), share)))}
+        return {"model": model, **dict(zip(scores, (*given(score, found.sign), share)))}
 
     rows = [scored("base", found.base), scored("tuned", found.tuned)]
     for trial in found.trials:
@@ -88,13 +88,13 @@ def _named(trial: Trial) -> str:
 def _line(name: str, score: Costs, found: Found) -> str:
     share = share_won_back(score, found.base, found.tuned)
     won = "" if share is None else f"{100 * share:.0f} %"
-    general, task = _given(score, found)
+    general, task = given(score, found.sign)
     return f"{general:9.4f} {won:>9} {task:9.4f}   {name}"
 
 
-def _given(score: Costs, found: Found) -> tuple[float, float]:
-    """The scores as they were given."""
-    return found.sign * score.general, found.sign * score.task
+def given(score: Costs, sign: float) -> tuple[float, float]:
+    """The general score and the task's as they were given, see ``Scores.sign``."""
+    return sign * score.general, sign * score.task
 
 
 def _confirmation(found: Found) -> Iterator[str]:
@@ -103,7 +103,7 @@ def _confirmation(found: Found) -> Iterator[str]:
         return
     yield "Confirmed on data that the search did not see:"
     for name, score in found.confirmed.items():
-        general, task = _given(score, found)
+        general, task = given(score, found.sign)
         yield f"{general:9.4f} {'':>9} {task:9.4f}   {name}"
     ours, tuned = found.confirmed["recommended"], found.confirmed["tuned"]
     if ours.details is None or tuned.details is None:

@@ -221,9 +221,8 @@ def same_entries(first: Tensor, second: Tensor) -> bool:
 
 def _check_basis(basis: MatrixBasis, base: Tensor) -> None:
     """Directions of another matrix would be put in without a word."""
-    if (
-        base is basis.W
-    ):  # as a model's matrices come: copies of 16 bytes an entry would compare them with themselves
+    # As a model's matrices come: copies of 16 bytes an entry would compare them with themselves.
+    if base is basis.W:
         return
     if basis.W.shape != base.shape:
         problem = f"shape {tuple(basis.W.shape)}, W_base has {tuple(base.shape)}"

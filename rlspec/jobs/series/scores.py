@@ -181,6 +181,8 @@ class Scorer:
             TensorError: the weights of one are not finite.
         """
         self._scores.read()
+        if not self._kinds and not self._scores.rows:
+            return series
         base = _Place(BASE_LABEL, None, self._base, Checkpoint.at(self._base).files())
         places = [base, *(_Place(one.checkpoint, one.step, one.path, one.files) for one in series)]
         self._scores.keep({place.label: place.weights for place in places})
@@ -344,8 +346,8 @@ class _Scores:
             }
             for name, score in scores.items()
         ]  # fmt: skip
-        before = self.rows_of(place.label, by)
-        self.rows = [row for row in self.rows if row not in before] + new
+        others = [row for row in self.rows if (row["checkpoint"], row["by"]) != (place.label, by)]
+        self.rows = others + new
         self._write()
 
     def _write(self) -> None:

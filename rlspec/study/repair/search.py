@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -72,69 +73,55 @@ def search(
     if not 0 <= tolerance <= 1:
         raise OptionError(f"tolerance={tolerance} is not in [0, 1]")
     plan = plan_restore(base, tuned, coarse()[0].options)
-    ledger = Ledger(out, f"{fingerprint(plan)} {scores.identity}")
-    try:
-        return _searched(ledger, base, tuned, scores, evaluations, seconds, tolerance, on_trial)
-    finally:
-        ledger.close()
-
-
-def _searched(
-    ledger: Ledger,
-    base: Path,
-    tuned: Path,
-    scores: Scores,
-    evaluations: int | None,
-    seconds: float | None,
-    tolerance: float,
-    on_trial: Callable[[Trial], None],
-) -> Found:
-    until = None if seconds is None else time.monotonic() + seconds
-    of_base = ledger.score({"model": "base"}, scores.base)
-    of_tuned = ledger.score({"model": "tuned"}, scores.tuned)
-    trials: list[Trial] = []
-    passed_over: list[tuple[Candidate, str]] = []
-    for candidate in _rounds(trials, passed_over, lambda: recommend(trials, of_base, of_tuned, tolerance)):
-        of = {"model": "restored", **_plain(candidate)}
-        spent = until is not None and time.monotonic() > until and not ledger.knows(of)
-        if spent or (evaluations is not None and len(trials) >= evaluations):
-            break
-        try:
-            options = candidate.options
-            plan_restore(base, tuned, options)
-        except (OptionError, ProjectionError) as error:
-            passed_over.append((candidate, str(error)))
-            continue
-        score = ledger.score(of, partial(scores.restored, options))
-        trials.append(Trial(candidate, score))
-        on_trial(trials[-1])
-    best = recommend(trials, of_base, of_tuned, tolerance)
-    random, confirmed = None, None
-    if best is not None and scores.can_randomise:
-        of = {"model": "random", **_plain(best.candidate)}
-        random = ledger.score(of, partial(scores.randomised, best.candidate.options))
-    if best is not None and scores.can_confirm:
-        parts: dict[str, tuple[dict[str, Any], Callable[[], Costs]]] = {
-            "base": ({"confirm": "base"}, lambda: scores.base(confirm=True)),
-            "tuned": ({"confirm": "tuned"}, lambda: scores.tuned(confirm=True)),
-            "recommended": (
-                {"confirm": "restored", **_plain(best.candidate)},
-                lambda: scores.restored(best.candidate.options, confirm=True),
-            ),
-        }
-        confirmed = {name: ledger.score(of, compute) for name, (of, compute) in parts.items()}
-    return Found(
-        of_base,
-        of_tuned,
-        tuple(trials),
-        best,
-        random,
-        confirmed,
-        tuple(passed_over),
-        ledger.resumed,
-        tolerance,
-        scores.sign,
-    )
+    with closing(Ledger(out, f"{fingerprint(plan)} {scores.identity}")) as ledger:
+        until = None if seconds is None else time.monotonic() + seconds
+        of_base = ledger.score({"model": "base"}, scores.base)
+        of_tuned = ledger.score({"model": "tuned"}, scores.tuned)
+        trials: list[Trial] = []
+        passed_over: list[tuple[Candidate, str]] = []
+        for candidate in _rounds(
+            trials, passed_over, lambda: recommend(trials, of_base, of_tuned, tolerance)
+        ):
+            of = {"model": "restored", **_plain(candidate)}
+            spent = until is not None and time.monotonic() > until and not ledger.knows(of)
+            if spent or (evaluations is not None and len(trials) >= evaluations):
+                break
+            try:
+                options = candidate.options
+                plan_restore(base, tuned, options)
+            except (OptionError, ProjectionError) as error:
+                passed_over.append((candidate, str(error)))
+                continue
+            score = ledger.score(of, partial(scores.restored, options))
+            trials.append(Trial(candidate, score))
+            on_trial(trials[-1])
+        best = recommend(trials, of_base, of_tuned, tolerance)
+        random, confirmed = None, None
+        if best is not None and scores.can_randomise:
+            of = {"model": "random", **_plain(best.candidate)}
+            random = ledger.score(of, partial(scores.randomised, best.candidate.options))
+        if best is not None and scores.can_confirm:
+            parts: dict[str, tuple[dict[str, Any], Callable[[], Costs]]] = {
+                "base": ({"confirm": "base"}, lambda: scores.base(confirm=True)),
+                "tuned": ({"confirm": "tuned"}, lambda: scores.tuned(confirm=True)),
+                "recommended": (
+                    {"confirm": "restored", **_plain(best.candidate)},
+                    lambda: scores.restored(best.candidate.options, confirm=True),
+                ),
+            }
+            confirmed = {name: ledger.score(of, compute) for name, (of, compute) in parts.items()}
+        return Found(
+            of_base,
+            of_tuned,
+            tuple(trials),
+            best,
+            random,
+            confirmed,
+            tuple(passed_over),
+            ledger.resumed,
+            tolerance,
+            scores.sign,
+        )
 
 
 def _rounds(
