@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from module_toys import named_module
 from pretend import Report, pretend_device, to_pretend
 from restore_toys import bytes_of, pair
 from solver_toys import chosen_jacobi
@@ -316,23 +317,14 @@ def test_a_matrix_is_restored_to_the_same_bits(mode: str, exact: bool, rounding:
 def test_a_model_is_restored_where_it_is():
     base, tuned = weights((64, 64), 2, 1e-2)
 
-    class Model(nn.Module):
-        def __init__(self, tensors: dict[str, Tensor]) -> None:
-            super().__init__()
-            for name, tensor in tensors.items():
-                owner: nn.Module = self
-                *path, last = name.split(".")
-                for part in path:
-                    if not hasattr(owner, part):
-                        owner.add_module(part, nn.Module())
-                    owner = getattr(owner, part)
-                setattr(owner, last, nn.Parameter(tensor.clone(), requires_grad=False))
+    def model_of(tensors: dict[str, Tensor]) -> nn.Module:
+        return named_module({n: nn.Parameter(t.clone(), requires_grad=False) for n, t in tensors.items()})
 
     basis = SpectralBasis.from_tensors(base, modules="q")
-    here = Model(tuned)
+    here = model_of(tuned)
     rlspec.restore_(here, basis)
     with pretend_device():
-        model = Model(tuned)
+        model = model_of(tuned)
         for owner in model.modules():
             for name, parameter in list(owner._parameters.items()):
                 owner._parameters[name] = to_pretend(parameter.data)  # type: ignore[assignment]

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from module_toys import named_module
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -99,19 +100,8 @@ if flags.has_backend_flags():
     }
 
 
-class Projections(nn.Module):
-    """A module whose parameters have the names of a decoder layer's."""
-
-    def __init__(self, weights: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, weight in weights.items():
-            *path, last = name.split(".")
-            holder: nn.Module = self
-            for part in path:
-                if not hasattr(holder, part):
-                    holder.add_module(part, nn.Module())
-                holder = getattr(holder, part)
-            holder.register_parameter(last, nn.Parameter(weight.clone()))
+def projections(weights: dict[str, Tensor]) -> nn.Module:
+    return named_module({name: nn.Parameter(weight.clone()) for name, weight in weights.items()})
 
 
 def planted(rows: int, g: torch.Generator) -> Tensor:
@@ -137,7 +127,7 @@ class Entries:
             (folder / name / "config.json").write_text(json.dumps({"model_type": "llama"}))
 
     def from_model(self) -> list[Any]:
-        basis = rlspec.SpectralBasis.from_model(Projections(self.base), modules="q,v")
+        basis = rlspec.SpectralBasis.from_model(projections(self.base), modules="q,v")
         parts = [basis.matrix(p.name) for p in basis.projections]
         assert not any(m.U.is_inference() or m.U.requires_grad for m in parts)
         return [x for m in parts for x in (m.W, m.U, m.S, m.Vh)]
@@ -167,8 +157,8 @@ class Entries:
         return found
 
     def measure_dealt(self) -> list[Any]:
-        tracker = DealtTracker(Projections(self.base), modules="q,v")
-        record = tracker.measure(Projections(self.tuned), step=1)
+        tracker = DealtTracker(projections(self.base), modules="q,v")
+        record = tracker.measure(projections(self.tuned), step=1)
         assert {row["arithmetic"] for row in record.rows} == {"float32"}
         return [json.dumps(record.rows)]
 
@@ -187,7 +177,7 @@ class Entries:
         return [found.weight, str(found.change_frobenius), str(found.error_estimate)]
 
     def restore_(self) -> list[Any]:
-        model = Projections(self.tuned)
+        model = projections(self.tuned)
         reports = rlspec.restore_(model, self.basis, rounding="stochastic")
         assert {row.method for row in reports} == {"delta"}
         return [p.detach() for p in model.parameters()]

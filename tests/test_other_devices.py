@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from module_toys import named_module
 from torch import Tensor, nn
 
 import rlspec
@@ -56,22 +57,6 @@ def there(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: elsewhere(tensor) for name, tensor in tensors.items()}
 
 
-class Model(nn.Module):
-    """Modules with parameters of these names."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            owner: nn.Module = self
-            *path, last = name.split(".")
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner.register_parameter(last, nn.Parameter(torch.empty(0)))
-            owner._parameters[last] = tensor  # type: ignore[assignment]
-
-
 def test_the_pretence_refuses_what_mps_refuses() -> None:
     """Without it nothing here would notice a tensor that is left there."""
     a = elsewhere(torch.ones(3, 2))
@@ -91,8 +76,8 @@ def test_weights_elsewhere_are_measured_on_the_cpu_to_the_same_bits(pair: Any, e
     assert all(basis.device(p.name).type == "cpu" for p in basis.projections)
     found = SpectralTracker(basis, engine=engine).measure(there(tuned), step=1, null_draws=1)
     assert found.rows == truth.rows
-    model = SpectralTracker(SpectralBasis.from_model(Model(there(base)), modules="q"), engine=engine)
-    assert model.measure(Model(there(tuned)), step=1, null_draws=1).rows == truth.rows
+    model = SpectralTracker(SpectralBasis.from_model(named_module(there(base)), modules="q"), engine=engine)
+    assert model.measure(named_module(there(tuned)), step=1, null_draws=1).rows == truth.rows
 
 
 def test_trainers_and_processes_track_them_too(pair: Any) -> None:
@@ -101,10 +86,10 @@ def test_trainers_and_processes_track_them_too(pair: Any) -> None:
     truth = SpectralTracker(basis).measure(tuned, step=1).rows
     options = {"modules": ("q",), "rank": basis.rank, "per_head": False}
     for start in (None, basis):
-        tracker = make_tracker(Model(there(base)), start, Processes.of_training(), **options)
-        assert tracker.measure(Model(there(tuned)), step=1).rows == truth
-    dealt = DealtTracker(Model(there(base)), modules="q")
-    assert dealt.measure(Model(there(tuned)), step=1).rows == truth
+        tracker = make_tracker(named_module(there(base)), start, Processes.of_training(), **options)
+        assert tracker.measure(named_module(there(tuned)), step=1).rows == truth
+    dealt = DealtTracker(named_module(there(base)), modules="q")
+    assert dealt.measure(named_module(there(tuned)), step=1).rows == truth
 
 
 def test_lora_adapters_elsewhere_are_measured_by_their_factors() -> None:
@@ -144,7 +129,7 @@ def test_what_computes_where_its_tensors_are_refuses_in_one_line(pair: Any) -> N
         with pytest.raises(TensorError, match=f"restoring runs {REFUSED}"):
             rlspec.restore_matrix(first, second, 0.2)
     with pytest.raises(TensorError, match=rf"layers\.0.*: restoring runs {REFUSED}"):
-        rlspec.restore_(Model(there(pair[1])), SpectralBasis.from_tensors(pair[0], modules="q"))
+        rlspec.restore_(named_module(there(pair[1])), SpectralBasis.from_tensors(pair[0], modules="q"))
 
 
 @pytest.mark.parametrize("name", [MPS, "mps", torch.device("xpu", 1)])

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from module_toys import named_module
 from pretend import DEVICE, Pretend, pretend_device, to_pretend
 from test_device import there, weights
 from torch import Tensor, nn
@@ -329,19 +330,9 @@ def test_the_cpu_is_not_asked_for_memory(pair: Any, monkeypatch: pytest.MonkeyPa
     assert room.free_bytes(DEVICE) == 5400  # what the allocator keeps of freed tensors is free, too
 
 
-class Copies(nn.Module):
+def copies(tensors: dict[str, Tensor]) -> nn.Module:
     """The matrices as a module on the pretend device."""
-
-    def __init__(self, tensors: dict[str, Tensor]) -> None:
-        super().__init__()
-        for name, tensor in tensors.items():
-            owner: nn.Module = self
-            *path, last = name.split(".")
-            for part in path:
-                if part not in owner._modules:
-                    owner.add_module(part, nn.Module())
-                owner = owner.get_submodule(part)
-            owner._parameters[last] = to_pretend(tensor)  # type: ignore[assignment]
+    return named_module({name: to_pretend(tensor) for name, tensor in tensors.items()})
 
 
 def test_processes_with_copies_stack_on_a_device_as_one_process_does(
@@ -353,10 +344,10 @@ def test_processes_with_copies_stack_on_a_device_as_one_process_does(
     with pretend_device():
         event = Event(pair, monkeypatch, "host")
         truth = event.measure()
-        dealt = DealtTracker(Copies(base), modules="q")
+        dealt = DealtTracker(copies(base), modules="q")
         assert len(dealt._stacks) == 1
         event.fails = 6  # halved there, too
-        same(dealt.measure(Copies(tuned), step=1), truth, arrays=False)
+        same(dealt.measure(copies(tuned), step=1), truth, arrays=False)
 
 
 @pytest.mark.parametrize(
