@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from module_toys import named_module
 from restore_toys import pair, rewrite, save_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -148,7 +149,7 @@ def test_basis_and_tracker_read_fp8_as_the_numbers_that_it_means(scheme: str, tm
     save_file(stored, tmp_path / "model.safetensors")
     config = {"quantization_config": {"weight_block_size": [32, 32]}}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    module = named_module(stored)
+    module = configured_module(stored)
     cache = tmp_path / "cache"
     plain = rlspec.SpectralBasis.from_tensors({Q0: truth}, modules="q", cache_dir=cache)
     right = rlspec.SpectralTracker(
@@ -180,18 +181,11 @@ class _Config:
         return {"model_type": "llama", "quantization_config": {"weight_block_size": [32, 32]}}
 
 
-def named_module(tensors: dict[str, Tensor]) -> torch.nn.Module:
-    """A module whose parameters have those names."""
-    root = torch.nn.Module()
+def configured_module(tensors: dict[str, Tensor]) -> torch.nn.Module:
+    """A module whose parameters have those names, with its configuration."""
+    frozen = {name: torch.nn.Parameter(tensor, requires_grad=False) for name, tensor in tensors.items()}
+    root = named_module(frozen)
     root.config = _Config()  # type: ignore[assignment]
-    for name, tensor in tensors.items():
-        *path, leaf = name.split(".")
-        owner = root
-        for part in path:
-            if not hasattr(owner, part):
-                owner.add_module(part, torch.nn.Module())
-            owner = getattr(owner, part)
-        owner.register_parameter(leaf, torch.nn.Parameter(tensor, requires_grad=False))
     return root
 
 
@@ -236,7 +230,7 @@ def test_a_model_in_memory_gets_the_codes_that_its_checkpoint_gets(rounding: Any
         )
     rlspec.restore_checkpoint(*folders, tmp_path / "out", modules="q", rounding=rounding)
     right = load_file(tmp_path / "out" / "model.safetensors")
-    module = named_module(stored)
+    module = configured_module(stored)
     codes = stored[Q0].clone()
     basis = rlspec.SpectralBasis.from_checkpoint(folders[0], modules="q")
     (row,) = rlspec.restore_(module, basis, rounding=rounding)
@@ -253,11 +247,11 @@ def test_scales_that_cannot_be_written_are_refused_and_nothing_is(tmp_path: Path
     basis = rlspec.SpectralBasis.from_tensors(
         {Q0: torch.randn(80, 64), other: torch.randn(80, 64)}, modules="q,k", cache_dir=tmp_path
     )
-    shared = named_module(both)
+    shared = configured_module(both)
     shared.model.layers._modules["0"].self_attn.k_proj.weight_scale = (  # type: ignore[union-attr]
         shared.model.layers._modules["0"].self_attn.q_proj.weight_scale  # type: ignore[union-attr]
     )
-    meta = named_module({**both, other + "_scale": both[Q0 + "_scale"].to("meta")})
+    meta = configured_module({**both, other + "_scale": both[Q0 + "_scale"].to("meta")})
     for module, message in (
         (shared, "one tensor with .*_scale in the model"),
         (meta, "_scale: on the meta dev"),
@@ -275,7 +269,7 @@ def test_adapters_on_a_scaled_base_are_added_to_its_numbers(tmp_path: Path) -> N
     peft = pytest.importorskip("peft")
     stored, truth = tensors_in("_scale_inv", torch.randn(80, 64))
     layer = torch.nn.Linear(64, 80, bias=False)
-    module = named_module(stored)
+    module = configured_module(stored)
     module.model.layers._modules["0"].self_attn.q_proj = layer  # type: ignore[union-attr]
     adapted = peft.get_peft_model(module, peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj"]))
     lora = adapted.base_model.model.model.layers._modules["0"].self_attn.q_proj
@@ -309,7 +303,7 @@ class _SelfScaled(Tensor):
 
 def test_tensors_that_dequantise_themselves_are_asked(tmp_path: Path) -> None:
     codes = torch.randint(-128, 128, (64, 32), dtype=torch.int8)
-    module = named_module({Q0: _SelfScaled(codes, 0.25)})
+    module = configured_module({Q0: _SelfScaled(codes, 0.25)})
     basis = rlspec.SpectralBasis.from_model(module, modules="q", cache_dir=tmp_path)
     assert torch.equal(basis.matrix(Q0).W, codes * 0.25)
     with pytest.raises(TensorError, match=f"{Q0}: codes of quantised weights"):
@@ -319,7 +313,7 @@ def test_tensors_that_dequantise_themselves_are_asked(tmp_path: Path) -> None:
 def test_plain_fp8_in_memory_is_restored_as_numbers(tmp_path: Path) -> None:
     base, tuned = torch.randn(64, 48).to(F8), torch.randn(64, 48).to(F8)
     basis = rlspec.SpectralBasis.from_tensors({Q0: base}, modules="q", rank=1.0, cache_dir=tmp_path)
-    module = named_module({Q0: tuned.clone()})
+    module = configured_module({Q0: tuned.clone()})
     rlspec.restore_(module, basis)
     u, _, vh = torch.linalg.svd(base.double(), full_matrices=False)
     truth = (u * torch.linalg.svdvals(tuned.double())) @ vh
